@@ -1,0 +1,34 @@
+// The order of scores: ascending by value, -0.0 equal to +0.0, +inf before NaN, NaN of either sign
+// last, equal values by lowest index. Unsigned comparison of keys is that order by value.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "platform.h"
+
+namespace marginops {
+
+template <class Score>
+struct SortKey;
+template <>
+struct SortKey<float> {
+  using type = uint32_t;
+};
+template <>
+struct SortKey<double> {
+  using type = uint64_t;
+};
+
+template <class Score>
+MARGINOPS_FUNCTION typename SortKey<Score>::type sort_key(Score score) {
+  using Key = typename SortKey<Score>::type;
+  constexpr Key kSign = Key{1} << (8 * sizeof(Key) - 1);
+  if (score != score) return ~Key{0};
+  score += Score{0};  // -0.0 + 0.0 is +0.0
+  Key bits;
+  memcpy(&bits, &score, sizeof bits);
+  return bits & kSign ? ~bits : bits | kSign;
+}
+
+}  // namespace marginops

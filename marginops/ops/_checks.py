@@ -1,0 +1,115 @@
+"""Argument checks: each names the argument, what was expected and what came."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._library import result_dtype
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOATING_NAMES = "float32, float64, bfloat16 or float16"
+
+
+def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
+    """A strided floating-point tensor of ``dim`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.dim() != dim:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
+
+
+def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    """``value`` lies where ``like`` lies."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} as {like_name}, got {value.device}"
+        )
+
+
+def check_logits(logits: Any) -> None:
+    """[N, C] with at least two classes."""
+    check_tensor("logits", logits, 2, "[N, C]")
+    if logits.shape[1] < 2:
+        raise ValueError(f"logits: expected at least 2 classes [N, C >= 2], got {[*logits.shape]}")
+
+
+def check_target(target: Any, logits: Tensor, ignore_index: Any) -> None:
+    """[N] int64 class indices beside ``logits``, and an integer ``ignore_index``."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor [N], got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected dtype torch.int64 (class indices), got {target.dtype}")
+    if target.dim() != 1 or target.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"target: expected shape [{logits.shape[0]}] for logits {list(logits.shape)}, "
+            f"got {list(target.shape)}"
+        )
+    check_device("target", target, logits, "logits")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+
+
+def check_weight(weight: Any, logits: Tensor) -> None:
+    """[C, D], in the dtype of ``logits`` or float32 beside half-precision logits."""
+    check_tensor("weight", weight, 2, "[C, D]")
+    if weight.shape[0] != logits.shape[1]:
+        raise ValueError(
+            f"weight: expected {logits.shape[1]} rows for logits {list(logits.shape)}, "
+            f"got shape {list(weight.shape)}"
+        )
+    check_device("weight", weight, logits, "logits")
+    if weight.dtype != logits.dtype and weight.dtype != result_dtype(logits.dtype):
+        expected = " or ".join(
+            str(dtype) for dtype in dict.fromkeys((logits.dtype, result_dtype(logits.dtype)))
+        )
+        raise TypeError(
+            f"weight: expected dtype {expected} beside logits of {logits.dtype}, "
+            f"got {weight.dtype}"
+        )
+
+
+def check_bias(bias: Any, weight: Tensor) -> None:
+    """[C] in the dtype of ``weight``."""
+    check_tensor("bias", bias, 1, "[C]")
+    if bias.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"bias: expected shape [{weight.shape[0]}] for weight {list(weight.shape)}, "
+            f"got {list(bias.shape)}"
+        )
+    check_device("bias", bias, weight, "weight")
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"bias: expected dtype {weight.dtype} as weight, got {bias.dtype}")
+
+
+def check_k(k: Any, count: int, counted: str) -> int:
+    """An integer in [0, count]."""
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k: expected an int, got {type(k).__name__}") from None
+    if k < 0 or k > count:
+        raise ValueError(f"k: expected 0 <= k <= {count} (the number of {counted}), got {k}")
+    return k
+
+
+def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
+    """A number or 0-d tensor as a 0-d tensor of the result dtype; ``None`` stays."""
+    if log_norm is None:
+        return None
+    dtype = result_dtype(logits.dtype)
+    if not isinstance(log_norm, Tensor):
+        if isinstance(log_norm, bool) or not isinstance(log_norm, (int, float)):
+            raise TypeError(
+                f"log_norm: expected a float or a 0-d tensor, got {type(log_norm).__name__}"
+            )
+        # On the CPU whatever the device of logits: kernels take it by value, nothing is copied.
+        return torch.tensor(log_norm, dtype=dtype, device="cpu")
+    check_tensor("log_norm", log_norm, 0, "[] (0-d)")
+    check_device("log_norm", log_norm, logits, "logits")
+    return log_norm.to(dtype)

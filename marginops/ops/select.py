@@ -1,0 +1,228 @@
+"""Selection of the smallest scores, alone and fused behind the scores of ``margin``."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import margin
+from ._library import define, result_dtype
+from .margin import Rival
+
+
+class Selection(NamedTuple):
+    """The k smallest scores in ascending order and the samples they belong to."""
+
+    scores: Tensor
+    indices: Tensor
+
+
+def select_smallest(scores: Tensor, k: int) -> Selection:
+    """The k smallest scores in ascending order, with a fixed order among ties.
+
+    Equal to the first k of ``torch.sort(scores, stable=True)`` bit for bit, on every device and
+    in every run: ``-0.0 == +0.0``, ``+inf`` before NaN, NaN of either sign last, equal values by
+    lowest index.
+
+    Args:
+        scores: ``[N]``, float32, float64, bfloat16 or float16, any stride.
+        k: How many, 0 <= k <= N.
+
+    Returns:
+        ``scores`` ``[k]`` in the dtype of the input, and ``indices`` ``[k]`` int64.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or range.
+
+    ``scores`` of the result is differentiable. Deterministic. O(N + k log k) time (radix select,
+    then a sort of the chosen), O(N) scratch.
+
+    Example:
+        >>> marginops.select_smallest(torch.tensor([3.0, 1.0, 2.0, 1.0]), k=3)
+        Selection(scores=tensor([1., 1., 2.]), indices=tensor([1, 3, 2]))
+    """
+    checks.check_tensor("scores", scores, 1, "[N]")
+    return Selection(*_select_smallest(scores, checks.check_k(k, scores.shape[0], "scores")))
+
+
+def select_minimal_margin(
+    logits: Tensor,
+    weight: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    rival: Rival = "top2",
+    bias_in_norm: bool = False,
+) -> Selection:
+    """The k samples closest to a decision boundary: score and selection in one call.
+
+    Equal to ``select_smallest(minimal_margin_score(logits, weight, bias, ...), k)``. With the
+    logits of B candidates and k = B / 10 this is the batch selection of Weinstein et al. (2020).
+
+    Args:
+        logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
+        weight: ``[C, D]``, see :func:`minimal_margin_score`.
+        k: How many, 0 <= k <= N.
+        bias: ``[C]`` in the dtype of ``weight``; read only with ``bias_in_norm``.
+        rival: ``"top2"`` or ``"nearest"``, see :func:`minimal_margin_score`.
+        bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
+
+    Returns:
+        ``scores`` ``[k]`` ascending (float64 for float64 logits, else float32) and ``indices``
+        ``[k]`` int64, rows of ``logits``; equal scores by lowest index, NaN last.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape, device or range.
+
+    ``scores`` is differentiable in ``logits``, ``weight`` and, with ``bias_in_norm``, ``bias``.
+    Deterministic. One reading of the logits, O(N) scratch, at most 1 MiB more.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.5], [0.1, 0.0], [3.0, 2.0]])
+        >>> marginops.select_minimal_margin(logits, torch.eye(2), k=2).indices
+        tensor([1, 2])
+    """
+    bias, nearest = margin.checked_head(logits, weight, bias, rival, bias_in_norm)
+    k = checks.check_k(k, logits.shape[0], "rows of logits")
+    return Selection(*_select_minimal_margin(logits, weight, bias, k, nearest))
+
+
+def select_smallest_margin(
+    logits: Tensor,
+    target: Tensor,
+    k: int,
+    *,
+    log_norm: Tensor | float | None = None,
+    ignore_index: int = -100,
+) -> Selection:
+    """The k samples with the smallest classification margin: all steps in one call.
+
+    Equal to ``select_smallest(classification_margin(logits, target, ...), k)``: margin,
+    normalisation by the norm product and selection. Keeping the smallest margins is how
+    Banburski et al. (2021) reduce the training set.
+
+    Args:
+        logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
+        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+        k: How many, 0 <= k <= N.
+        log_norm: Logarithm of the norm product, see :func:`classification_margin`.
+        ignore_index: Samples with this target score ``+inf``; they come after all others.
+
+    Returns:
+        ``scores`` ``[k]`` ascending (float64 for float64 logits, else float32) and ``indices``
+        ``[k]`` int64, rows of ``logits``; equal scores by lowest index, NaN last.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape, device or range.
+        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+
+    ``scores`` is differentiable in ``logits`` and ``log_norm``. Deterministic. One reading of
+    the logits, O(N) scratch.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.5], [0.1, 0.0], [3.0, 2.0]])
+        >>> marginops.select_smallest_margin(logits, torch.tensor([0, 1, 0]), k=1)
+        Selection(scores=tensor([-0.1000]), indices=tensor([1]))
+    """
+    checks.check_logits(logits)
+    checks.check_target(target, logits, ignore_index)
+    k = checks.check_k(k, logits.shape[0], "rows of logits")
+    log_norm = checks.as_log_norm(log_norm, logits)
+    return Selection(*_select_smallest_margin(logits, target, log_norm, k, ignore_index))
+
+
+def _smallest_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    torch._check(0 <= k <= scores.shape[0], lambda: f"k: expected at most {len(scores)}, got {k}")
+    # NaN of either sign sorts last only if it is one NaN, so sort canonical values.
+    order = torch.where(scores.isnan(), torch.nan, scores + 0).sort(stable=True).indices[:k]
+    return scores[order], order.clone()
+
+
+def _smallest_fake(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return scores.new_empty((k,)), scores.new_empty((k,), dtype=torch.int64)
+
+
+def _fused_fake(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return (
+        logits.new_empty((k,), dtype=result_dtype(logits.dtype)),
+        logits.new_empty((k,), dtype=torch.int64),
+    )
+
+
+def _minimal_margin_reference(
+    logits: Tensor, weight: Tensor, bias: Tensor | None, k: int, nearest: bool
+) -> tuple[Tensor, Tensor]:
+    return _smallest_reference(margin._score_reference(logits, weight, bias, nearest), k)
+
+
+def _smallest_margin_reference(
+    logits: Tensor, target: Tensor, log_norm: Tensor | None, k: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    return _smallest_reference(margin._margin_reference(logits, target, log_norm, ignore_index), k)
+
+
+def _smallest_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.count = inputs[0].shape[0]
+    ctx.save_for_backward(output[1])
+
+
+def _smallest_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    return grad.new_zeros(ctx.count).scatter_(0, indices, grad), None
+
+
+def _minimal_margin_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    *tensors, _, ctx.nearest = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _minimal_margin_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, scores, indices = ctx.saved_tensors
+    gradients = margin.score_gradient(
+        grad, scores, tuple(inputs), indices, ctx.nearest, ctx.needs_input_grad[:3]
+    )
+    return *gradients, None, None
+
+
+def _smallest_margin_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    *tensors, _, ctx.ignore_index = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _smallest_margin_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, scores, indices = ctx.saved_tensors
+    needs_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    grad_logits, grad_log_norm = margin.margin_gradient(
+        grad, scores, tuple(inputs), indices, ctx.ignore_index, needs_grad
+    )
+    return grad_logits, None, grad_log_norm, None, None
+
+
+_select_smallest = define(
+    "select_smallest(Tensor scores, SymInt k) -> (Tensor, Tensor)",
+    _smallest_reference,
+    _smallest_fake,
+    backward=_smallest_backward,
+    setup_context=_smallest_context,
+)
+_select_minimal_margin = define(
+    "select_minimal_margin(Tensor logits, Tensor weight, Tensor? bias, SymInt k, bool nearest)"
+    " -> (Tensor, Tensor)",
+    _minimal_margin_reference,
+    lambda logits, weight, bias, k, nearest: _fused_fake(logits, k),
+    backward=_minimal_margin_backward,
+    setup_context=_minimal_margin_context,
+)
+_select_smallest_margin = define(
+    "select_smallest_margin(Tensor logits, Tensor target, Tensor? log_norm, SymInt k,"
+    " int ignore_index) -> (Tensor, Tensor)",
+    _smallest_margin_reference,
+    lambda logits, target, log_norm, k, ignore_index: _fused_fake(logits, k),
+    backward=_smallest_margin_backward,
+    setup_context=_smallest_margin_context,
+)
