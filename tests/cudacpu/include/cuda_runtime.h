@@ -6,6 +6,8 @@
 #error "cudacpu's headers are not for nvcc"
 #endif
 
+#define CUDACPU 1
+
 #include <vector_functions.h>
 
 #include <tuple>
@@ -85,15 +87,10 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {  // an H100's
-    case cudaDevAttrMultiProcessorCount:
-      *value = 132;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      return cudaSuccess;
-    default:
-      return cudacpu::remember(cudaErrorInvalidValue);
-  }
+  // Launchers share out work by it, so a small number makes small inputs take the ways of large ones.
+  const char* multiprocessors = getenv("CUDACPU_MULTIPROCESSORS");
+  if (attribute != cudaDevAttrMultiProcessorCount) return cudacpu::remember(cudaErrorInvalidValue);
+  *value = multiprocessors ? atoi(multiprocessors) : 132;
+  return cudaSuccess;
 }
 }

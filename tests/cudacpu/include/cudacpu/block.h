@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdarg>
+#include <cstring>
 #include <string>
 
 #include "fiber.h"
@@ -228,7 +229,8 @@ class Block {
     if ((warp.waiting & lanes) != lanes) return false;
     for (unsigned lane : Lanes(lanes)) {
       const Arrival& arrival = warp.arrival[lane];
-      if (arrival.mask != mask || arrival.operation != operation) return false;
+      const bool same = arrival.operation == operation || !strcmp(arrival.operation, operation);
+      if (arrival.mask != mask || !same) return false;
     }
     unsigned slot = 0;
     while (warp.exchange[slot].unread) ++slot;  // a lane leaves at most one unread: 32 suffice

@@ -2,8 +2,8 @@
 // undefined, it is here a value that should not go unnoticed.
 #pragma once
 
+#include <cassert>
 #include <cmath>
-#include <cstring>
 #include <type_traits>
 
 #include "block.h"

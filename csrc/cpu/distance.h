@@ -1,0 +1,176 @@
+// Distances between the rows of a weight matrix, with the bias as one more column if it counts.
+#pragma once
+
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "tensor.h"
+
+namespace marginops::cpu {
+
+template <class T>
+ValueOf<T> squared_distance(const T* a, const T* b, int64_t columns) {
+  using Value = ValueOf<T>;
+  constexpr int kLanes = Simd<Value>::kLanes;
+  constexpr int kUnroll = 4;
+  VectorOf<Value> sums[kUnroll] = {};
+  int64_t column = 0;
+  for (; column + kUnroll * kLanes <= columns; column += kUnroll * kLanes) {
+    for (int part = 0; part < kUnroll; ++part) {
+      const auto step = load(a + column + part * kLanes) - load(b + column + part * kLanes);
+      sums[part] += step * step;
+    }
+  }
+  for (; column + kLanes <= columns; column += kLanes) {
+    const auto step = load(a + column) - load(b + column);
+    sums[0] += step * step;
+  }
+  const VectorOf<Value> total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  Value sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
+  for (; column < columns; ++column) {
+    const Value step = value_of(a[column]) - value_of(b[column]);
+    sum += step * step;
+  }
+  return sum;
+}
+
+template <class Value>
+class Distances {
+ public:
+  virtual ~Distances() = default;
+  // ||w_i - w_j||
+  virtual Value operator()(int64_t i, int64_t j) const = 0;
+  // Row i of the weight, and its bias behind it.
+  virtual void copy_row(int64_t i, Value* row) const = 0;
+
+  int64_t classes = 0;
+  int64_t columns = 0;
+};
+
+template <class T>
+class WeightDistances final : public Distances<ValueOf<T>> {
+  using Value = ValueOf<T>;
+
+ public:
+  WeightDistances(const Tensor& weight, const std::optional<Tensor>& bias)
+      : weight_(matrix<T>(weight)), bias_(bias ? vector<T>(*bias) : Vector<T>{}) {
+    this->classes = weight_.rows;
+    this->columns = weight_.columns + (bias ? 1 : 0);
+  }
+
+  Value operator()(int64_t i, int64_t j) const override {
+    Value square = 0;
+    if (weight_.column_stride == 1) {
+      square = squared_distance(weight_.row(i), weight_.row(j), weight_.columns);
+      for (int64_t d = weight_.columns; d < this->columns; ++d) {
+        square += difference(i, j, d) * difference(i, j, d);
+      }
+      if (is_safe_square(square)) return std::sqrt(square);
+    }
+    return scaled_distance(i, j);
+  }
+
+  void copy_row(int64_t i, Value* row) const override {
+    for (int64_t d = 0; d < this->columns; ++d) row[d] = entry(i, d);
+  }
+
+ private:
+  Value entry(int64_t i, int64_t d) const {
+    return value_of(d < weight_.columns ? weight_.at(i, d) : bias_[i]);
+  }
+  Value difference(int64_t i, int64_t j, int64_t d) const { return entry(i, d) - entry(j, d); }
+
+  Value scaled_distance(int64_t i, int64_t j) const {
+    Value largest = 0;
+    for (int64_t d = 0; d < this->columns; ++d) {
+      const Value size = std::abs(difference(i, j, d));
+      if (size > largest || size != size) largest = size;
+    }
+    if (largest == 0 || !std::isfinite(largest)) return largest;
+    Value square = 0;
+    for (int64_t d = 0; d < this->columns; ++d) {
+      const Value step = difference(i, j, d) / largest;
+      square += step * step;
+    }
+    return largest * std::sqrt(square);
+  }
+
+  Matrix<T> weight_;
+  Vector<T> bias_;
+};
+
+// All distances, computed once: for when there are far fewer pairs of classes than rows of logits.
+template <class Value>
+class DistanceTable final : public Distances<Value> {
+ public:
+  explicit DistanceTable(std::unique_ptr<Distances<Value>> distances)
+      : distances_(std::move(distances)),
+        table_(static_cast<size_t>(distances_->classes * distances_->classes)) {
+    const int64_t classes = this->classes = distances_->classes;
+    this->columns = distances_->columns;
+    parallel(classes, 32768 / (classes * this->columns + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t j = 0; j < i; ++j) {
+          table_[i * classes + j] = table_[j * classes + i] = (*distances_)(i, j);
+        }
+      }
+    });
+  }
+
+  Value operator()(int64_t i, int64_t j) const override { return table_[i * this->classes + j]; }
+  void copy_row(int64_t i, Value* row) const override { distances_->copy_row(i, row); }
+
+ private:
+  std::unique_ptr<Distances<Value>> distances_;
+  std::vector<Value> table_;
+};
+
+// Makes the distances that `count` rows of logits will ask for.
+template <class Value>
+std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
+                                                 const std::optional<Tensor>& bias,
+                                                 int64_t count) {
+  std::unique_ptr<Distances<Value>> distances;
+  for_dtype("weight", weight, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<ValueOf<T>, Value>) {
+      distances = std::make_unique<WeightDistances<T>>(weight, bias);
+    }
+  });
+  STD_TORCH_CHECK(distances, "weight: expected float64 beside float64 logits, else not float64");
+  const int64_t classes = distances->classes;
+  if (classes <= count / classes) {
+    return std::make_unique<DistanceTable<Value>>(std::move(distances));
+  }
+  return distances;
+}
+
+// ||w_j - centre|| of every class, around the mean of the rows: bounds for the distances.
+template <class Value>
+std::vector<Value> radii(const Distances<Value>& distances) {
+  const int64_t classes = distances.classes, columns = distances.columns;
+  std::vector<Value> row(columns), centre(columns), radius(classes);
+  for (int64_t i = 0; i < classes; ++i) {
+    distances.copy_row(i, row.data());
+    for (int64_t d = 0; d < columns; ++d) centre[d] += row[d] / static_cast<Value>(classes);
+  }
+  for (int64_t i = 0; i < classes; ++i) {
+    distances.copy_row(i, row.data());
+    Value largest = 0, square = 0;
+    for (int64_t d = 0; d < columns; ++d) {
+      const Value size = std::abs(row[d] - centre[d]);
+      if (size > largest || size != size) largest = size;
+    }
+    const Value scale = largest > 0 && std::isfinite(largest) ? largest : 1;
+    for (int64_t d = 0; d < columns; ++d) {
+      const Value step = (row[d] - centre[d]) / scale;
+      square += step * step;
+    }
+    radius[i] = scale * std::sqrt(square);
+  }
+  return radius;
+}
+
+}  // namespace marginops::cpu

@@ -1,0 +1,16 @@
+// The scores of the margin family, for the selections that are fused behind them.
+#pragma once
+
+#include <optional>
+
+#include "tensor.h"
+
+namespace marginops::cpu {
+
+Tensor classification_margin(const Tensor& logits, const Tensor& target,
+                             const std::optional<Tensor>& log_norm, int64_t ignore_index);
+
+Tensor minimal_margin_score(const Tensor& logits, const Tensor& weight,
+                            const std::optional<Tensor>& bias, bool nearest);
+
+}  // namespace marginops::cpu

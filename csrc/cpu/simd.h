@@ -1,0 +1,134 @@
+// Vectors of float or double as wide as the machine's registers, in the compilers' vector
+// extension: one source for every instruction set. Half-precision input is widened as it is loaded.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace marginops::cpu {
+
+using bfloat16 = torch::headeronly::BFloat16;
+using float16 = torch::headeronly::Half;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class Value>
+struct Simd;
+template <>
+struct Simd<float> {
+  static constexpr int kLanes = kVectorBytes / sizeof(float);
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Index __attribute__((vector_size(kVectorBytes)));
+  static constexpr uint32_t kInfinity = 0xff000000u;  // its magnitude_bits()
+};
+template <>
+struct Simd<double> {
+  static constexpr int kLanes = kVectorBytes / sizeof(double);
+  typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Index __attribute__((vector_size(kVectorBytes)));
+  static constexpr uint64_t kInfinity = 0xffe0000000000000u;
+};
+
+// The dtype in which T is computed with.
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+using ValueOf = typename Arithmetic<T>::type;
+
+inline float value_of(float x) { return x; }
+inline double value_of(double x) { return x; }
+inline float value_of(bfloat16 x) { return x; }
+inline float value_of(float16 x) { return x; }
+
+template <class Value>
+using VectorOf = typename Simd<Value>::Vector;
+
+inline VectorOf<float> load(const float* from) {
+  VectorOf<float> vector;
+  memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+inline VectorOf<double> load(const double* from) {
+  VectorOf<double> vector;
+  memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+template <class Half>
+inline Simd<float>::Bits load_bits(const Half* from) {
+  typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));
+  Packed packed;
+  memcpy(&packed, from, sizeof packed);
+  return __builtin_convertvector(packed, Simd<float>::Bits);
+}
+inline VectorOf<float> as_floats(Simd<float>::Bits bits) {
+  VectorOf<float> vector;
+  memcpy(&vector, &bits, sizeof vector);
+  return vector;
+}
+inline VectorOf<float> load(const bfloat16* from) { return as_floats(load_bits(from) << 16); }
+inline VectorOf<float> load(const float16* from) {
+  using Bits = Simd<float>::Bits;
+  const Bits half = load_bits(from);
+  // Rebias the exponent by a product, which gets subnormals right; then infinity, NaN and sign.
+  const VectorOf<float> scaled = as_floats((half & 0x7fff) << 13) * 0x1p112f;
+  Bits bits;
+  memcpy(&bits, &scaled, sizeof bits);
+  const Bits special = (half & 0x7c00) == 0x7c00 ? Bits{} + 0x7f800000 : Bits{};
+  return as_floats(bits | special | (half & 0x8000) << 16);
+}
+
+// Where either operand is NaN the second one is returned, as the machine's instruction does.
+template <class Vector>
+inline Vector maximum(Vector a, Vector b) {
+  return a > b ? a : b;
+}
+template <class Vector>
+inline Vector minimum(Vector a, Vector b) {
+  return a < b ? a : b;
+}
+
+template <class Value>
+inline typename Simd<Value>::Index lane_numbers() {
+  typename Simd<Value>::Index lanes;
+  for (int lane = 0; lane < Simd<Value>::kLanes; ++lane) lanes[lane] = lane;
+  return lanes;
+}
+
+// Folds a reduction over the lanes: calls step(fold) log2(lanes) times, where fold(vector) turns
+// the vector so that afterwards every lane has met every other.
+template <class Value, class Step>
+inline void for_each_fold(const Step& step) {
+  using Index = typename Simd<Value>::Index;
+  constexpr int kLanes = Simd<Value>::kLanes;
+#pragma GCC unroll 8
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const Index turned = (lane_numbers<Value>() + distance) & (kLanes - 1);
+    step([turned](auto vector) { return __builtin_shuffle(vector, turned); });
+  }
+}
+
+// Twice the bits of x, without the sign: grows with |x|, and is above that of infinity for NaN.
+template <class Value>
+inline typename Simd<Value>::Bits magnitude_bits(VectorOf<Value> vector) {
+  typename Simd<Value>::Bits bits;
+  memcpy(&bits, &vector, sizeof bits);
+  return bits + bits;
+}
+}  // namespace marginops::cpu

@@ -1,0 +1,67 @@
+// From tensors of the stable ABI to plain views, and loops over the threads of torch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "top2.h"
+
+namespace marginops::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+struct Vector {
+  const T* data;
+  int64_t size, stride;
+
+  const T& operator[](int64_t index) const { return data[index * stride]; }
+};
+
+template <class T>
+Matrix<T> matrix(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.size(0), tensor.size(1),
+          tensor.stride(0), tensor.stride(1)};
+}
+
+template <class T>
+Vector<T> vector(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.size(0), tensor.stride(0)};
+}
+
+// Calls action with a null T* of the tensor's element type.
+template <class Action>
+void for_dtype(const char* name, const Tensor& tensor, const Action& action) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return action(static_cast<float*>(nullptr));
+    case ScalarType::Double:
+      return action(static_cast<double*>(nullptr));
+    case ScalarType::BFloat16:
+      return action(static_cast<bfloat16*>(nullptr));
+    case ScalarType::Half:
+      return action(static_cast<float16*>(nullptr));
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype float32, float64, bfloat16 or float16");
+  }
+}
+
+inline ScalarType result_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor new_vector(const Tensor& like, int64_t size, ScalarType type) {
+  return torch::stable::new_empty(like, {size}, type);
+}
+
+// Ranges of at least `grain` of [0, count) on the threads of torch.
+template <class Range>
+void parallel(int64_t count, int64_t grain, const Range& range) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), range);
+}
+
+}  // namespace marginops::cpu

@@ -1,0 +1,185 @@
+// The two largest logits of rows, reading each logit from memory once.
+//
+// Long rows with neighbouring columns are vectorised along the classes: a first pass keeps the two
+// largest values per lane, a second one, over a segment that is still in cache, finds their
+// classes. Short rows, and any other layout, are vectorised across rows, a row per lane.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/margin.h"
+#include "simd.h"
+
+namespace marginops::cpu {
+
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t rows, columns, row_stride, column_stride;
+
+  const T* row(int64_t index) const { return data + index * row_stride; }
+  const T& at(int64_t row, int64_t column) const {
+    return data[row * row_stride + column * column_stride];
+  }
+};
+
+constexpr int64_t kSegment = 8192;     // logits: 32 KiB of float32, inside any L1 or L2 cache
+constexpr int64_t kLongRow = 48;       // classes from which a row fills vectors of its own
+constexpr int64_t kTransposedTile = 64;  // classes copied at once for vectors across rows
+
+// The two largest values of all lanes, the second counted with multiplicity.
+template <class Value>
+struct LaneTop2 {
+  using Vector = VectorOf<Value>;
+  Vector first = Vector{} - std::numeric_limits<Value>::infinity();
+  Vector second = first;
+  typename Simd<Value>::Bits magnitude{};
+
+  void add(Vector value) {
+    second = maximum(minimum(first, value), second);
+    first = maximum(value, first);
+    magnitude = maximum(magnitude_bits<Value>(value), magnitude);
+  }
+  void merge(const LaneTop2& other) {
+    second = maximum(minimum(first, other.first), maximum(second, other.second));
+    first = maximum(first, other.first);
+    magnitude = maximum(magnitude, other.magnitude);
+  }
+  Top2<Value> reduced() const {
+    LaneTop2 all = *this;
+    for_each_fold<Value>([&](auto fold) {
+      const Vector other_first = fold(all.first);
+      const Vector other_second = fold(all.second);
+      all.second = maximum(minimum(all.first, other_first), maximum(all.second, other_second));
+      all.first = maximum(all.first, other_first);
+      all.magnitude = maximum(all.magnitude, fold(all.magnitude));
+    });
+    Top2<Value> top;
+    top.first_value = all.first[0];
+    top.second_value = all.second[0];
+    top.nan = all.magnitude[0] > Simd<Value>::kInfinity;
+    return top;
+  }
+};
+
+// Sets the classes of the two largest values: the lowest that have them.
+template <class T>
+void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
+  using Value = ValueOf<T>;
+  using Index = typename Simd<Value>::Index;
+  constexpr int kLanes = Simd<Value>::kLanes;
+  const Index none = Index{} + Top2<Value>::kNone;
+  Index first = none, second = none, index = lane_numbers<Value>();
+  const auto look = [&](const VectorOf<Value>& value) {
+    first = minimum(value == top.first_value ? index : none, first);
+    second = minimum(value == top.second_value ? index : none, second);
+  };
+  int64_t column = 0;
+  for (; column + kLanes <= classes; column += kLanes, index += kLanes) look(load(row + column));
+  if (column < classes) {  // an entry that is seen again changes nothing
+    index -= static_cast<int>(column + kLanes - classes);
+    look(load(row + classes - kLanes));
+  }
+  for_each_fold<Value>([&](auto fold) {
+    first = minimum(first, fold(first));
+    second = minimum(second, fold(second));
+  });
+  top.first = static_cast<int32_t>(first[0]);
+  top.second = static_cast<int32_t>(second[0]);
+  if (top.first == top.second) {
+    do ++top.second;
+    while (value_of(row[top.second]) != top.second_value);
+  }
+}
+
+template <class T, bool kClasses>
+Top2<ValueOf<T>> top2_segment(const T* row, int64_t classes) {
+  using Value = ValueOf<T>;
+  constexpr int kLanes = Simd<Value>::kLanes;
+  if (classes < kLanes) {
+    Top2<Value> top;
+    for (int64_t column = 0; column < classes; ++column) {
+      top.add(value_of(row[column]), static_cast<int32_t>(column));
+    }
+    return top;
+  }
+  LaneTop2<Value> even, odd;
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= classes; column += 2 * kLanes) {
+    even.add(load(row + column));
+    odd.add(load(row + column + kLanes));
+  }
+  if (column + kLanes <= classes) {
+    even.add(load(row + column));
+    column += kLanes;
+  }
+  if (column < classes) {  // the last vector, without the lanes that have been seen
+    const int fresh = static_cast<int>(classes - column);
+    const auto seen = lane_numbers<Value>() < kLanes - fresh;
+    const auto none = VectorOf<Value>{} - std::numeric_limits<Value>::infinity();
+    odd.add(seen ? none : load(row + classes - kLanes));
+  }
+  even.merge(odd);
+  Top2<Value> top = even.reduced();
+  if (kClasses && !top.nan) find_classes(row, classes, top);
+  return top;
+}
+
+template <class T, bool kClasses>
+Top2<ValueOf<T>> top2_row(const T* row, int64_t classes) {
+  Top2<ValueOf<T>> top = top2_segment<T, kClasses>(row, std::min(classes, kSegment));
+  for (int64_t from = kSegment; from < classes; from += kSegment) {
+    Top2<ValueOf<T>> next = top2_segment<T, kClasses>(row + from, std::min(classes - from, kSegment));
+    if (kClasses) {
+      next.first += next.first == Top2<ValueOf<T>>::kNone ? 0 : static_cast<int32_t>(from);
+      next.second += next.second == Top2<ValueOf<T>>::kNone ? 0 : static_cast<int32_t>(from);
+    }
+    top.merge(next);
+  }
+  return top;
+}
+
+// Up to kLanes rows at once, given by where they start.
+template <class T>
+void top2_across(const T* const* rows, int count, int64_t classes, int64_t column_stride,
+                 Top2<ValueOf<T>>* top) {
+  using Value = ValueOf<T>;
+  using Vector = VectorOf<Value>;
+  using Index = typename Simd<Value>::Index;
+  constexpr int kLanes = Simd<Value>::kLanes;
+  const Vector none = Vector{} - std::numeric_limits<Value>::infinity();
+  Vector first = none, second = none;
+  Index first_class = Index{} + Top2<Value>::kNone, second_class = first_class;
+  typename Simd<Value>::Bits magnitude{};
+  alignas(kVectorBytes) Value tile[kTransposedTile][kLanes] = {};
+  for (int64_t from = 0; from < classes; from += kTransposedTile) {
+    const int64_t columns = std::min(kTransposedTile, classes - from);
+    for (int lane = 0; lane < count; ++lane) {
+      const T* row = rows[lane] + from * column_stride;
+      for (int64_t column = 0; column < columns; ++column) {
+        tile[column][lane] = value_of(row[column * column_stride]);
+      }
+    }
+    for (int64_t column = 0; column < columns; ++column) {
+      const Vector value = load(tile[column]);
+      const Index index = Index{} + static_cast<int32_t>(from + column);
+      magnitude = maximum(magnitude_bits<Value>(value), magnitude);
+      // Classes come in ascending order, so only a larger value, or the first, takes a place.
+      const auto leads = (value > first) | (first_class == Top2<Value>::kNone);
+      const auto follows = (value > second) | (second_class == Top2<Value>::kNone);
+      second_class = leads ? first_class : follows ? index : second_class;
+      second = leads ? first : follows ? value : second;
+      first_class = leads ? index : first_class;
+      first = leads ? value : first;
+    }
+  }
+  for (int lane = 0; lane < count; ++lane) {
+    top[lane].first_value = first[lane];
+    top[lane].second_value = second[lane];
+    top[lane].first = static_cast<int32_t>(first_class[lane]);
+    top[lane].second = static_cast<int32_t>(second_class[lane]);
+    top[lane].nan = magnitude[lane] > Simd<Value>::kInfinity;
+  }
+}
+
+}  // namespace marginops::cpu

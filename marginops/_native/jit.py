@@ -1,0 +1,85 @@
+"""Builds a library at its first use: another process compiles it, one build at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .cache import Cache, say
+from .plan import Plan, UnavailableError
+
+
+def is_set(variable: str) -> bool:
+    """Whether an environment variable switches something on."""
+    return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def build(plan: Plan, cache: Cache, since: float) -> Path:
+    """Compiles a library into the cache, under the cache's lock.
+
+    A build that failed after ``since``, while this process waited for the lock, is not tried again.
+
+    Raises:
+        UnavailableError: the build failed, with the compiler's first error.
+    """
+    log = cache.failure_log(plan)
+    if log.exists() and log.stat().st_mtime > since:
+        raise UnavailableError(log.read_text().partition("\n")[0])
+    say(f"compiling the {plan.device_type} kernels ({plan.label}), once for this machine")
+    began = time.monotonic()
+    with cache.build_folder() as folder:
+        failed, output = _run(plan, folder)
+        if failed:
+            reason = f"the build failed: {_first_error(output)} (all of it: {log})"
+            log.write_text(f"{reason}\n{output}")
+            raise UnavailableError(reason)
+        library = cache.store(plan, folder / f"{plan.name}.so")
+    log.unlink(missing_ok=True)
+    say(f"compiled in {time.monotonic() - began:.0f} s, kept in {library.parent}")
+    return library
+
+
+def _run(plan: Plan, folder: Path) -> tuple[bool, str]:
+    arguments = {
+        "name": plan.name,
+        "sources": plan.sources,
+        "extra_include_paths": plan.include_paths,
+        "extra_cflags": plan.compiler_flags,
+        "extra_cuda_cflags": plan.nvcc_flags,
+        "build_directory": str(folder),
+        "with_cuda": plan.device_type == "cuda",
+        "verbose": True,
+    }
+    job = json.dumps({"python_path": sys.path, "arguments": arguments})
+    lines = []
+    # Leaving the block closes the child's standard input, which ends a child that still runs.
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("build.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | plan.environment,
+        start_new_session=True,
+        text=True,
+        errors="replace",
+    ) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(job + "\n")
+        child.stdin.flush()
+        for line in child.stdout:
+            lines.append(line)
+            if is_set("MARGINOPS_VERBOSE"):
+                sys.stderr.write(line)
+        child.wait()
+    return child.returncode != 0, "".join(lines)
+
+
+def _first_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\berror\b|Error: ", line)]
+    return (errors or lines[-1:] or ["no output"])[0]

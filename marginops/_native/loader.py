@@ -1,0 +1,185 @@
+"""Finds the native kernels of a device type: ahead-of-time, cached, built now, or none."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import re
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import jit, recipe, toolchain
+from .cache import Cache
+from .plan import UnavailableError, csrc_folder, make_plan, torch_release
+
+
+class NativeUnavailableWarning(RuntimeWarning):
+    """The compiled kernels cannot be used; ops run in plain PyTorch, with the same results."""
+
+
+@dataclass
+class Outcome:
+    """Which implementation a device type uses, and why not a better one."""
+
+    implementation: str = "reference"
+    reasons: list[str] = field(default_factory=list)
+    asked_for: bool = True
+    library: Path | None = None
+    build_info: dict[str, Any] = field(default_factory=dict)
+    module: ModuleType | None = field(default=None, repr=False)
+
+    @property
+    def native(self) -> bool:
+        """Whether compiled kernels are registered."""
+        return self.module is not None
+
+    def reject(self, reason: str, asked_for: bool = False) -> None:
+        """Notes why something better is not used."""
+        self.reasons.append(reason)
+        self.asked_for = self.asked_for and asked_for
+
+    def accept(self, implementation: str, name: str, library: Path) -> None:
+        """Loads a library; loading registers its kernels."""
+        spec = importlib.util.spec_from_file_location(f"{__package__}.{name}", library)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.build_info = module.build_info()
+        self.implementation, self.library, self.module = implementation, library, module
+
+
+class Loader:
+    """Loads each device type's kernels at most once and remembers how that went."""
+
+    def __init__(self, csrc: Path | None = None, installed: Path | None = None) -> None:
+        self.csrc = csrc or csrc_folder()
+        self.installed = installed or Path(__file__).parent
+        self._outcomes: dict[str, Outcome] = {}
+        self._lock = threading.RLock()
+        # A process forked while another thread builds must not wait for that thread.
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
+
+    def load(self, device_type: str) -> bool:
+        """Whether compiled kernels are registered; the first call looks for them, or builds them.
+
+        Never raises: without kernels there is one warning that says why.
+        """
+        outcome = self._outcomes.get(device_type)
+        return (outcome or self.outcome(device_type)).native
+
+    def outcome(self, device_type: str, build: bool = True) -> Outcome:
+        """How loading went; ``build=False`` takes only what is there and remembers no failure."""
+        with self._lock:
+            outcome = self._outcomes.get(device_type)
+            if outcome is None:
+                outcome = self._resolve(device_type, build)
+                if build or outcome.native:
+                    self._outcomes[device_type] = outcome
+                    _warn(device_type, outcome)
+        return outcome
+
+    def _resolve(self, device_type: str, build: bool) -> Outcome:
+        outcome = Outcome()
+        if device_type not in recipe.SOURCE_PATTERNS:
+            outcome.reject(f"there are no kernels for {device_type}", asked_for=True)
+            return outcome
+        try:
+            self._try_ahead_of_time(device_type, outcome)
+            if not outcome.native:
+                self._try_just_in_time(device_type, outcome, build)
+        except UnavailableError as error:
+            outcome.reject(str(error), error.asked_for)
+        except Exception as error:
+            outcome.reject(f"{type(error).__name__}: {error}")
+        return outcome
+
+    def _try_ahead_of_time(self, device_type: str, outcome: Outcome) -> None:
+        capability = torch.backends.cpu.get_cpu_capability()
+        sets = recipe.instruction_sets(capability) if device_type == "cpu" else ["baseline"]
+        for name in dict.fromkeys(recipe.module_name(device_type, each) for each in sets):
+            for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+                library = self.installed / f"{name}{suffix}"
+                if not library.is_file():
+                    continue
+                obstacle = _obstacle(library)
+                if obstacle is None:
+                    try:
+                        return outcome.accept("ahead-of-time", name, library)
+                    except ImportError as error:
+                        obstacle = str(error)
+                outcome.reject(f"the ahead-of-time library {library.name} is skipped: {obstacle}")
+        if not outcome.reasons:
+            outcome.reject("no ahead-of-time library is installed", asked_for=True)
+
+    def _try_just_in_time(self, device_type: str, outcome: Outcome, build: bool) -> None:
+        if jit.is_set("MARGINOPS_DISABLE_JIT"):
+            raise UnavailableError("MARGINOPS_DISABLE_JIT is set", asked_for=True)
+        plan = make_plan(device_type, self.csrc)
+        cache = Cache()
+
+        def try_cached() -> bool:
+            library = cache.find(plan)
+            if library is not None:
+                try:
+                    outcome.accept("cached", plan.name, library)
+                except ImportError as error:
+                    outcome.reject(f"the cached library {library} does not load: {error}")
+            return outcome.native
+
+        if try_cached():
+            return
+        if not build:
+            raise UnavailableError("not built yet", asked_for=True)
+        try:
+            since = time.time()
+            with cache.lock():
+                if not try_cached():
+                    outcome.accept("built now", plan.name, jit.build(plan, cache, since))
+        except OSError as error:
+            raise UnavailableError(
+                f"the cache folder {cache.folder} cannot be used ({error}); "
+                "set MARGINOPS_CACHE_DIR to a writable folder"
+            ) from error
+
+
+def _obstacle(library: Path) -> str | None:
+    """Why a library built ahead of time cannot be used here.
+
+    Read from the file, because loading a library made for another torch may end the process.
+    """
+    found = re.search(rb"built for torch=(.*?) archs=(.*?);", library.read_bytes())
+    if found is None:
+        return "it does not say what it was built for"
+    built_for = found.group(1).decode()
+    release, running = torch_release(built_for), torch_release(torch.__version__)
+    if not recipe.OLDEST_TORCH <= release <= running:
+        return f"built for torch {built_for}, running with torch {torch.__version__}"
+    archs = [arch for arch in found.group(2).decode().split(",") if arch]
+    if archs:
+        for capability in toolchain.visible_capabilities():
+            if not toolchain.runs_on(archs, capability):
+                gpu = "{}.{}".format(*capability)
+                return f"built for GPU architecture {', '.join(archs)}, running with {gpu}"
+    return None
+
+
+def _warn(device_type: str, outcome: Outcome) -> None:
+    if outcome.native or outcome.asked_for:
+        return
+    warnings.warn(
+        f"marginops runs its {device_type} ops in plain PyTorch, which is slower: "
+        f"{'; '.join(outcome.reasons)}. `marginops doctor` tells more.",
+        NativeUnavailableWarning,
+        stacklevel=3,
+    )

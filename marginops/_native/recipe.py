@@ -1,0 +1,92 @@
+"""What the native libraries are made of: sources, flags and instruction sets, in one place.
+
+Needs the standard library only, because ``setup.py`` loads this file by its path.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+OLDEST_TORCH = (2, 11)
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+COMPILER_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror=return-type",
+    STABLE_ABI,
+)
+NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr")
+
+# Best first. The names are those of torch.backends.cpu.get_cpu_capability(), in lower case.
+INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
+    "avx512": ("-march=x86-64-v4",),
+    "avx2": ("-march=x86-64-v3",),
+    "baseline": (),
+}
+
+SOURCE_PATTERNS = {"cpu": ("cpu/*.cpp",), "cuda": ("cuda/*.cu", "cuda/*.cpp")}
+KERNEL_PATTERNS = {"cpu": "cpu/*.cpp", "cuda": "cuda/*.cu"}
+HEADER_SUFFIXES = (".h", ".cuh")
+
+
+def instruction_sets(capability: str | None = None) -> list[str]:
+    """The instruction sets that fit this machine, best first; all of its kind without a limit."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["baseline"]
+    names = list(INSTRUCTION_SETS)
+    if capability is None:
+        return names
+    return names[names.index(capability.lower()) :] if capability.lower() in names else ["baseline"]
+
+
+def module_name(device_type: str, instruction_set: str) -> str:
+    """The name of the module that holds the kernels of a device type."""
+    return f"_cpu_{instruction_set}" if device_type == "cpu" else f"_{device_type}"
+
+
+def sources(csrc: Path, device_type: str) -> list[Path]:
+    """The files to compile; the first is the module itself."""
+    found = [path for pattern in SOURCE_PATTERNS[device_type] for path in csrc.glob(pattern)]
+    return [csrc / "module.cpp", *sorted(found)]
+
+
+def headers(csrc: Path) -> list[Path]:
+    """The files that sources may include."""
+    return sorted(path for path in csrc.rglob("*") if path.suffix in HEADER_SUFFIXES)
+
+
+def families(csrc: Path, device_type: str) -> list[str]:
+    """The op families that have kernels for a device type."""
+    return sorted(path.stem for path in csrc.glob(KERNEL_PATTERNS[device_type]))
+
+
+def definitions(
+    *,
+    version: str,
+    torch_version: str,
+    device_type: str,
+    instruction_set: str,
+    archs: Iterable[str],
+    families: Iterable[str],
+) -> dict[str, str]:
+    """Macros for ``build_info()``.
+
+    Bare tokens, which the source turns into strings: no shell on the way to the compiler has a
+    quotation mark to lose.
+    """
+    return {
+        "MARGINOPS_VERSION": version,
+        "MARGINOPS_TORCH": torch_version,
+        "MARGINOPS_DEVICE": device_type,
+        "MARGINOPS_INSTRUCTION_SET": instruction_set,
+        "MARGINOPS_ARCHS": ",".join(archs),
+        "MARGINOPS_FAMILIES": ",".join(families),
+    }

@@ -1,0 +1,150 @@
+"""Choosing the samples to train on from a larger batch of candidates."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.margin import Rival
+from ..ops.select import select_minimal_margin
+
+
+def select_batch(
+    network: nn.Module,
+    inputs: Any,
+    k: int,
+    *,
+    head: nn.Linear | None = None,
+    rival: Rival = "top2",
+    bias_in_norm: bool = False,
+) -> Tensor:
+    """The k candidates closest to a decision boundary of the network.
+
+    Runs the network on all candidates in evaluation mode and without gradient, then scores and
+    selects in one fused call (:func:`marginops.select_minimal_margin`). Train on the chosen
+    candidates with a second forward pass; with B candidates and k = B / 10 this is the batch
+    selection of Weinstein et al. (2020).
+
+    Args:
+        network: Returns logits ``[B, C]``, C >= 2, as a tensor or in the attribute ``logits`` of
+            its output. Log-probabilities do as well: only differences count.
+        inputs: The B candidates: a tensor ``[B, ...]``, a mapping of keyword arguments, or a
+            tuple or list of positional arguments of ``network``, on its device.
+        k: How many, 0 <= k <= B.
+        head: The layer that computes the logits; by default :func:`last_linear`.
+        rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`.
+        bias_in_norm: Count the bias of ``head`` as one more column of its weight in the norm.
+
+    Returns:
+        ``[k]`` int64 on the device of the logits: rows of ``inputs``, closest first, equal
+        scores by lowest index.
+
+    Raises:
+        TypeError, ValueError: The output of ``network`` is not ``[B, C]``, its head cannot be
+            told, or an argument has the wrong type, shape or range.
+
+    The mode (training or evaluation) of every module is restored, also after an error; running
+    statistics and random number generators stay as they are. Does not wait for the device.
+
+    Example:
+        >>> import torch
+        >>> from marginops.training import select_batch
+        >>> network = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = network.weight.data.copy_(torch.eye(2))
+        >>> candidates = torch.tensor([[2.0, 0.5], [0.1, 0.0], [3.0, 2.0]])
+        >>> chosen = select_batch(network, candidates, k=2)
+        >>> chosen
+        tensor([1, 2])
+        >>> loss = torch.nn.functional.cross_entropy(network(candidates[chosen]), chosen - 1)
+    """
+    if head is not None and not isinstance(head, nn.Linear):
+        raise TypeError(f"head: expected a torch.nn.Linear, got {type(head).__name__}")
+    with evaluation_mode(network), torch.no_grad():
+        logits = _logits(network, inputs)
+        head = head or last_linear(network, logits.shape[1])
+        bias = head.bias if bias_in_norm else None
+        return select_minimal_margin(
+            logits, head.weight, k, bias, rival=rival, bias_in_norm=bias_in_norm
+        ).indices
+
+
+def last_linear(network: nn.Module, num_classes: int) -> nn.Linear:
+    """The linear layer of the network that has ``num_classes`` outputs.
+
+    Args:
+        network: Any module; all of its submodules are walked.
+        num_classes: C, the number of logits.
+
+    Returns:
+        The layer, weight ``[C, D]``.
+
+    Raises:
+        ValueError: No layer fits, or several do and only the caller can tell which one computes
+            the logits.
+
+    Example:
+        >>> import torch
+        >>> from marginops.training import last_linear
+        >>> last_linear(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 3)), 3)
+        Linear(in_features=4, out_features=3, bias=True)
+    """
+    linears = {
+        name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)
+    }
+    fitting = [name for name, layer in linears.items() if layer.weight.shape[0] == num_classes]
+    if len(fitting) == 1:
+        return linears[fitting[0]]
+    if fitting:
+        problem = f"several linear layers have {num_classes} outputs ({', '.join(fitting)})"
+    else:
+        widths = ", ".join(f"{name}: {layer.out_features}" for name, layer in linears.items())
+        problem = f"no linear layer has {num_classes} outputs (linear layers: {widths or 'none'})"
+    raise ValueError(
+        f"network: {problem}; pass head=, the torch.nn.Linear that computes the logits"
+    )
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put the network in evaluation mode, and every module back into its own mode at the end.
+
+    Unlike ``network.eval()`` followed by ``network.train()``, layers that were frozen in
+    evaluation mode stay frozen.
+
+    Example:
+        >>> import torch
+        >>> from marginops.training import evaluation_mode
+        >>> network = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Dropout().eval())
+        >>> with evaluation_mode(network):
+        ...     [module.training for module in network]
+        [False, False]
+        >>> [module.training for module in network]
+        [True, False]
+    """
+    training = [module for module in network.modules() if module.training]
+    try:
+        network.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _logits(network: nn.Module, inputs: Any) -> Tensor:
+    if isinstance(inputs, Mapping):
+        output = network(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        output = network(*inputs)
+    else:
+        output = network(inputs)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            "network: expected logits [B, C] as its output or as the attribute 'logits' of its "
+            f"output, got {type(output).__name__}"
+        )
+    if logits.dim() != 2:
+        raise ValueError(f"network: expected logits of shape [B, C], got {list(logits.shape)}")
+    return logits

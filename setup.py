@@ -1,0 +1,100 @@
+"""Packages the C++ and CUDA sources with the Python code; they are compiled at their first use.
+
+With ``MARGINOPS_BUILD=aot`` they are compiled now, against the installed torch, into the wheel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from setuptools import find_packages, setup
+
+CSRC = Path("csrc")
+
+
+def load_file(path: str) -> ModuleType:
+    """Loads a file of the package without the package, which imports torch and defines ops."""
+    name = "marginops_setup_" + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def ahead_of_time() -> dict[str, Any]:
+    """The arguments of ``setup`` that compile the libraries; the only way here that needs torch."""
+    import pybind11
+    import torch
+
+    recipe = load_file("marginops/_native/recipe.py")
+    toolchain = load_file("marginops/_native/toolchain.py")
+    version = load_file("marginops/_version.py").__version__
+    os.environ["CXX"] = toolchain.find_compiler().command
+    os.environ["PATH"] = os.pathsep.join([str(toolchain.find_ninja()), os.environ["PATH"]])
+    archs: list[str] = []
+    if torch.version.cuda is not None:
+        try:
+            archs = toolchain.find_archs()
+            os.environ["CUDA_HOME"] = str(toolchain.find_cuda_toolkit().home)
+            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
+        except toolchain.ToolchainError as error:
+            archs = []
+            print(f"marginops: no CUDA library: {error}", file=sys.stderr)
+    # torch reads CUDA_HOME when this module is imported.
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    class Build(BuildExtension):
+        def build_extension(self, extension: Any) -> None:
+            # The libraries have sources in common, but not the objects made of them.
+            shared: str = getattr(self, "build_temp")  # noqa: B009
+            self.build_temp = os.path.join(shared, extension.name)
+            super().build_extension(extension)
+            self.build_temp = shared
+
+    def extension(kind: Any, device_type: str, instruction_set: str, flags: list[str]) -> Any:
+        macros = recipe.definitions(
+            version=version,
+            torch_version=str(torch.__version__),
+            device_type=device_type,
+            instruction_set=instruction_set,
+            archs=archs if device_type == "cuda" else [],
+            families=recipe.families(CSRC, device_type),
+        )
+        arguments = {"cxx": [*recipe.COMPILER_FLAGS, "-g0", *flags]}
+        if device_type == "cuda":
+            arguments["nvcc"] = [*recipe.NVCC_FLAGS]
+        return kind(
+            f"marginops._native.{recipe.module_name(device_type, instruction_set)}",
+            [str(file) for file in recipe.sources(CSRC, device_type)],
+            include_dirs=[str(CSRC.resolve()), pybind11.get_include()],
+            define_macros=list(macros.items()),
+            extra_compile_args=arguments,
+        )
+
+    extensions = [
+        extension(CppExtension, "cpu", name, [*recipe.INSTRUCTION_SETS[name]])
+        for name in recipe.instruction_sets()
+    ]
+    if archs and recipe.families(CSRC, "cuda"):
+        extensions.append(extension(CUDAExtension, "cuda", "baseline", ["-DUSE_CUDA"]))
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
+
+
+csrc_packages = ["marginops.csrc"]
+csrc_packages += [f"marginops.csrc.{path.name}" for path in sorted(CSRC.iterdir()) if path.is_dir()]
+
+setup(
+    packages=[*find_packages(include=["marginops", "marginops.*"]), *csrc_packages],
+    package_dir={"marginops.csrc": "csrc"},
+    package_data={
+        "marginops": ["py.typed"],
+        **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in csrc_packages},
+    },
+    **(ahead_of_time() if os.environ.get("MARGINOPS_BUILD") == "aot" else {}),
+)

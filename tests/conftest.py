@@ -1,0 +1,52 @@
+"""Devices, dtypes and the two implementations that every test of an op runs on."""
+
+import contextlib
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from marginops.ops import margin, select
+
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("ci")
+
+DEVICES = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+_REFERENCES = [
+    (margin, "_classification_margin", margin._margin_reference),
+    (margin, "_classification_margin_rival", margin._rival_reference),
+    (margin, "_minimal_margin_score", margin._score_reference),
+    (margin, "_minimal_margin_pair", margin._pair_reference),
+    (margin, "_pair_gradient", margin._pair_gradient_reference),
+    (select, "_select_smallest", select._smallest_reference),
+    (select, "_select_minimal_margin", select._minimal_margin_reference),
+    (select, "_select_smallest_margin", select._smallest_margin_reference),
+]
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Inside, public functions run the native kernels or, without autograd, the reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "reference":
+            for module, op, reference in _REFERENCES:
+                patch.setattr(module, op, reference)
+        yield
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session", params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20)

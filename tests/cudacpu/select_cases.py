@@ -1,0 +1,68 @@
+"""Cases of the selection kernels."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from cudacpu import expected
+from cudacpu.harness import Case
+from cudacpu.tensors import DTYPES, LAYOUTS, VALUES, Checked, filled, laid_out
+
+
+def selection_scores(small: bool) -> Iterator[tuple[Tensor, int, str]]:
+    """Scores of all dtypes, layouts and kinds, how many to select, and a label."""
+    counts = [1, 2, 31, 33, 256, 1000, 1025, 4097] if small else [
+        1, 2, 3, 31, 32, 33, 100, 255, 256, 257, 1000, 1023, 1024, 1025, 4096, 5000, 20011, 70001,
+    ]  # fmt: skip
+    layouts, values = itertools.cycle(LAYOUTS[:4]), itertools.cycle(VALUES)
+    dtypes = itertools.cycle(DTYPES)
+    for seed, n in enumerate(counts):
+        for k in sorted({0, 1, min(n, 33), n // 10, n // 2, n - 1, n}):
+            dtype, layout, kind = next(dtypes), next(layouts), next(values)
+            if k == n:
+                next(dtypes)
+            scores = laid_out(filled((n,), dtype, kind, seed + k), layout)
+            yield scores, k, f"{dtype} [{n}] k={k} {layout} {kind}"
+
+
+def select_sorted(fits: Callable[[int, int], bool], small: bool = False) -> Iterator[Checked]:
+    """Selection by one block."""
+    for scores, k, label in selection_scores(small):
+        if fits(len(scores), k):
+            yield sorted_case(scores, k, label)
+
+
+def sorted_case(scores: Tensor, k: int, label: str) -> Checked:
+    """One selection by one block."""
+
+    def check(outputs: dict[str, Tensor]) -> None:
+        wanted = torch.tensor(expected.order_of(scores)[:k], dtype=torch.int64)
+        assert outputs["index"].tolist() == wanted.tolist()
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
+        chosen = scores[wanted].clone()
+        assert outputs["values"].view(bits).tolist() == chosen.view(bits).tolist()
+
+    outputs = {"values": (scores.dtype, (k,)), "index": (torch.int64, (k,))}
+    return Checked(Case("select_sorted", {"k": k}, {"scores": scores}, outputs), check, label)
+
+
+def select_unsorted(small: bool = False) -> Iterator[Checked]:
+    """Selection by several blocks."""
+    for scores, k, label in selection_scores(small):
+        yield unsorted_case(scores, k, label)
+
+
+def unsorted_case(scores: Tensor, k: int, label: str) -> Checked:
+    """One selection by several blocks: chosen in the order of index, sorted by key afterwards."""
+
+    def check(outputs: dict[str, Tensor]) -> None:
+        wanted = expected.order_of(scores)[:k]
+        assert outputs["index"].tolist() == sorted(wanted)
+        by_key = outputs["key"].sort(stable=True).indices
+        assert outputs["index"][by_key].tolist() == wanted
+
+    dtype = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    outputs = {"key": (dtype, (k,)), "index": (torch.int64, (k,))}
+    return Checked(Case("select_unsorted", {"k": k}, {"scores": scores}, outputs), check, label)

@@ -1,0 +1,36 @@
+"""A native library of a few lines, which compiles in about a second, to test building itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODULE = """
+#include <Python.h>
+
+#include "common/number.h"
+
+static PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:i,s:[s]}", "number", NUMBER, "families", "tiny");
+}
+
+static PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, ""}, {}};
+static PyModuleDef_Slot slots[] = {{0, nullptr}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "tiny", "", 0, methods, slots};
+
+#define JOIN(a, b) a##b
+#define INIT(name) JOIN(PyInit_, name)
+PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() { return PyModuleDef_Init(&definition); }
+"""
+
+
+def write_tiny(folder: Path, *, kernel: str = "int tiny() { return 0; }") -> Path:
+    """Writes a csrc folder with one CPU family."""
+    for name, text in {
+        "module.cpp": MODULE,
+        "common/number.h": "#define NUMBER 1",
+        "cpu/tiny.cpp": kernel,
+    }.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return folder
