@@ -32,6 +32,21 @@ struct ScoresView {
   __device__ __forceinline__ Key<Scalar> key(int64_t index) const {
     return sort_key(to_value(__ldg(data + index * stride)));
   }
+
+  // Calls visit(index, key) for begin, begin + step, ..., below end, four loads in flight.
+  template <class Visit>
+  __device__ __forceinline__ void for_each(int64_t begin, int64_t end, int64_t step,
+                                           Visit visit) const {
+    int64_t i = begin;
+    for (; i + 3 * step < end; i += 4 * step) {
+      Scalar scalar[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) scalar[j] = __ldg(data + (i + j * step) * stride);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) visit(i + j * step, sort_key(to_value(scalar[j])));
+    }
+    for (; i < end; i += step) visit(i, key(i));
+  }
 };
 
 // Where the search stands: `wanted` more are to come from among the numbers that start with `prefix`
@@ -106,21 +121,20 @@ __device__ __forceinline__ void find_digit(const Count* histogram, const Search<
   __syncthreads();
 }
 
-// ---- one block ----
-
-// One step of the search in the whole block: of the numbers for which `open` holds.
-template <class Number, class NumberAt>
-__device__ __forceinline__ Search<Number> narrow(const Search<Number>& search, int size,
-                                                 unsigned* histogram, NumberAt number_at) {
+// One step of the search by the whole block: number_at(index, key) is the number searched, with
+// is_open() false where the key alone has decided.
+template <class Scalar, class Number, class IsOpen, class NumberAt>
+__device__ __forceinline__ Search<Number> narrow(const ScoresView<Scalar>& scores,
+                                                 const Search<Number>& search, unsigned* histogram,
+                                                 IsOpen is_open, NumberAt number_at) {
   __shared__ Search<Number> next;
   for (int i = threadIdx.x; i < kDigits; i += kSelectBlock) histogram[i] = 0;
   __syncthreads();
-#pragma unroll 4
-  for (int i = threadIdx.x; i < size; i += kSelectBlock) {
-    Number number = 0;
-    if (number_at(i, &number) && search.head(number) == search.prefix)
+  scores.for_each(threadIdx.x, scores.size, kSelectBlock, [&](int64_t i, Key<Scalar> key) {
+    const Number number = number_at(i, key);
+    if (is_open(key) && search.head(number) == search.prefix)
       atomicAdd(histogram + search.digit(number), 1u);
-  }
+  });
   __syncthreads();
   find_digit<kSelectBlock>(histogram, search, &next);
   const Search<Number> result = next;
@@ -166,21 +180,18 @@ __global__ void __launch_bounds__(kSelectBlock)
   __shared__ int index[kSortedMost];
   __shared__ unsigned histogram[kDigits];
   __shared__ int count;
-  const int size = static_cast<int>(scores.size);
 
   auto search = Search<Number>::start(8 * sizeof(Number), k);
   while (!search.ended())
-    search = narrow(search, size, histogram, [&](int i, Number* number) {
-      *number = scores.key(i);
-      return true;
-    });
-  auto ties = Search<unsigned>::start(32 - __clz(size), search.wanted);
-  ties.closed = search.closed;
-  while (!ties.ended())
-    ties = narrow(ties, size, histogram, [&](int i, unsigned* number) {
-      *number = i;
-      return scores.key(i) == search.prefix;
-    });
+    search = narrow(
+        scores, search, histogram, [](Number) { return true; },
+        [](int64_t, Number key) { return key; });
+  // What is wanted of the scores with an equal key: those of the lowest indices.
+  auto ties = Search<unsigned>::start(32 - __clz(static_cast<int>(scores.size)), search.wanted);
+  while (!search.closed && !ties.ended())
+    ties = narrow(
+        scores, ties, histogram, [&](Number key) { return key == search.prefix; },
+        [](int64_t i, Number) { return static_cast<unsigned>(i); });
 
   int sorted = 2;
   while (sorted < k) sorted *= 2;
@@ -190,17 +201,18 @@ __global__ void __launch_bounds__(kSelectBlock)
     index[i] = 0x7fffffff;
   }
   __syncthreads();
-#pragma unroll 4
-  for (int i = threadIdx.x; i < size; i += kSelectBlock) {
-    const Number number = scores.key(i), head = search.head(number);
-    const bool chosen = head < search.prefix ||
-                        (head == search.prefix && (search.closed || ties.head(i) <= ties.prefix));
+  scores.for_each(threadIdx.x, scores.size, kSelectBlock, [&](int64_t i, Number number) {
+    const Number head = search.head(number);
+    const bool chosen =
+        head < search.prefix ||
+        (head == search.prefix &&
+         (search.closed || ties.head(static_cast<unsigned>(i)) <= ties.prefix));
     if (chosen) {
       const int place = atomicAdd(&count, 1);
       key[place] = number;
-      index[place] = i;
+      index[place] = static_cast<int>(i);
     }
-  }
+  });
   __syncthreads();
   bitonic_sort(key, index, sorted);
   for (int i = threadIdx.x; i < k; i += kSelectBlock) {
@@ -208,8 +220,6 @@ __global__ void __launch_bounds__(kSelectBlock)
     indices[i] = index[i];
   }
 }
-
-// ---- many blocks ----
 
 // What the launches hand on. search[l] is the state before level l; every block of a launch finds it
 // from the level before, and the first one writes it down for the next launch.
@@ -254,12 +264,11 @@ __global__ void __launch_bounds__(kStreamBlock)
   if (search.ended()) return;
   for (int i = threadIdx.x; i < kDigits; i += kStreamBlock) histogram[i] = 0;
   __syncthreads();
-  const int64_t step = int64_t{gridDim.x} * kStreamBlock;
-#pragma unroll 4
-  for (int64_t i = int64_t{blockIdx.x} * kStreamBlock + threadIdx.x; i < scores.size; i += step) {
-    const Key<Scalar> key = scores.key(i);
-    if (search.head(key) == search.prefix) atomicAdd(histogram + search.digit(key), 1u);
-  }
+  scores.for_each(int64_t{blockIdx.x} * kStreamBlock + threadIdx.x, scores.size,
+                  int64_t{gridDim.x} * kStreamBlock, [&](int64_t, Key<Scalar> key) {
+                    if (search.head(key) == search.prefix)
+                      atomicAdd(histogram + search.digit(key), 1u);
+                  });
   __syncthreads();
   for (int i = threadIdx.x; i < kDigits; i += kStreamBlock)
     if (histogram[i] != 0)
@@ -291,12 +300,12 @@ __global__ void __launch_bounds__(kStreamBlock)
   const Search<Key<Scalar>> search = reach_level(state, kKeyLevels<Key<Scalar>>);
   const WarpRange range(scores.size);
   int64_t below = 0, at = 0;
-#pragma unroll 4
-  for (int64_t i = range.begin + threadIdx.x % kWarp; i < range.end; i += kWarp) {
-    const Key<Scalar> head = search.head(scores.key(i));
-    below += head < search.prefix;
-    at += head == search.prefix;
-  }
+  scores.for_each(range.begin + threadIdx.x % kWarp, range.end, kWarp,
+                  [&](int64_t, Key<Scalar> key) {
+                    const Key<Scalar> head = search.head(key);
+                    below += head < search.prefix;
+                    at += head == search.prefix;
+                  });
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     below += __shfl_xor_sync(kAllLanes, below, distance);
@@ -346,24 +355,33 @@ __global__ void __launch_bounds__(kStreamBlock)
   const Search<Number> search = state->search[kKeyLevels<Number>];
   const WarpCount own = counts[range.warp];
   if (own.below == 0 && (own.at == 0 || at >= search.wanted)) return;
-  for (int64_t base = range.begin; base < range.end; base += kWarp) {
-    const int64_t i = base + lane;
-    const Number key = i < range.end ? scores.key(i) : ~Number{0};
-    const Number head = search.head(key);
-    const bool is_below = i < range.end && head < search.prefix;
-    const bool is_at = i < range.end && head == search.prefix;
-    const unsigned below_votes = __ballot_sync(kAllLanes, is_below);
-    const unsigned at_votes = __ballot_sync(kAllLanes, is_at);
-    const unsigned earlier = (1u << lane) - 1;
-    const int64_t below_rank = below + __popc(below_votes & earlier);
-    const int64_t at_rank = at + __popc(at_votes & earlier);
-    if (is_below || (is_at && at_rank < search.wanted)) {
-      const int64_t place = below_rank + min(at_rank, search.wanted);
-      keys[place] = static_cast<std::make_signed_t<Number>>(key ^ kSign);
-      indices[place] = i;
+  constexpr int kBatch = 4;  // loads in flight
+  for (int64_t base = range.begin; base < range.end; base += kBatch * kWarp) {
+    Number key[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t i = base + j * kWarp + lane;
+      key[j] = i < range.end ? scores.key(i) : 0;
     }
-    below += __popc(below_votes);
-    at += __popc(at_votes);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t i = base + j * kWarp + lane;
+      const Number head = search.head(key[j]);
+      const bool is_below = i < range.end && head < search.prefix;
+      const bool is_at = i < range.end && head == search.prefix;
+      const unsigned below_votes = __ballot_sync(kAllLanes, is_below);
+      const unsigned at_votes = __ballot_sync(kAllLanes, is_at);
+      const unsigned earlier = (1u << lane) - 1;
+      const int64_t at_rank = at + __popc(at_votes & earlier);
+      if (is_below || (is_at && at_rank < search.wanted)) {
+        const int64_t place =
+            below + __popc(below_votes & earlier) + min(at_rank, search.wanted);
+        keys[place] = static_cast<std::make_signed_t<Number>>(key[j] ^ kSign);
+        indices[place] = i;
+      }
+      below += __popc(below_votes);
+      at += __popc(at_votes);
+    }
   }
 }
 

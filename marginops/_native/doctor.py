@@ -51,7 +51,10 @@ def report(loader: Loader, build: bool = True) -> dict[str, Any]:
         "environment": lambda: {
             name: os.environ[name] for name in _VARIABLES if name in os.environ
         },
-        "kernels": lambda: {name: _kernels(loader, name, build) for name in recipe.SOURCE_PATTERNS},
+        "kernels": lambda: {
+            name: _guarded(partial(_kernels, loader, name, build))
+            for name in recipe.SOURCE_PATTERNS
+        },
         "cache": _cache,
     }
     return {name: _guarded(probe) for name, probe in probes.items()}

@@ -1,0 +1,175 @@
+"""What the wheel and the source distribution hold, and that they work once installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+import torch
+
+import marginops
+from marginops._native import recipe
+
+ROOT = Path(marginops.__file__).resolve().parents[1]
+SELECT = (
+    "import torch, marginops; print(marginops.__file__);"
+    "print(marginops.select_smallest(torch.tensor([3.0, 1.0, 2.0]), 2).indices.tolist());"
+    "from marginops import _native; print(_native.loader.outcome('cpu').implementation)"
+)
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file(), reason="needs the source tree, not an installed package"
+)
+
+
+def run(command: list[str], folder: Path, **variables: str) -> str:
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={name: text for name, text in os.environ.items() if name != "PYTHONPATH"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that building leaves nothing in the original."""
+    folder = tmp_path_factory.mktemp("tree") / "marginops"
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results")
+    shutil.copytree(ROOT, folder, ignore=unwanted)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), "."], tree)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def sources() -> set[str]:
+    suffixes = (".h", ".cuh", ".cpp", ".cu")
+    return {
+        str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in suffixes
+    }
+
+
+def test_wheel_holds_python_and_sources_only(wheel: Path) -> None:
+    assert wheel.name == f"marginops-{marginops.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {f"marginops/{name}" for name in sources()} <= names
+    assert {"marginops/py.typed", "marginops/_native/build.py", "marginops/cli.py"} <= names
+    assert {Path(name).parts[0] for name in names} == {
+        "marginops",
+        f"marginops-{marginops.__version__}.dist-info",
+    }
+    package = [Path(name) for name in names if name.startswith("marginops/")]
+    assert {path.suffix for path in package} <= {".py", ".typed", ".h", ".cuh", ".cpp", ".cu"}
+
+
+def test_source_distribution_holds_what_a_build_needs(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert sources() <= names
+    assert {"pyproject.toml", "setup.py", "LICENSE", "marginops/py.typed"} <= names
+    assert {str(file.relative_to(ROOT)) for file in ROOT.glob("tests/*.py")} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc", ".o"))]
+
+
+def test_metadata_names_requirements_and_extras(metadata: Message) -> None:
+    required = metadata.get_all("Requires-Dist") or []
+    runtime = {text for text in required if "extra ==" not in text}
+    assert runtime == {"torch>=2.11", "numpy", "ninja", "pybind11"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"demo", "bench", "test", "dev"}
+    assert metadata["Version"] == marginops.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+
+
+def install(source: Path, folder: Path, **variables: str) -> None:
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", str(folder)]
+    run([sys.executable, "-m", "pip", "install", *options, str(source)], source.parent, **variables)
+
+
+def test_installed_wheel_finds_its_sources(wheel: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "site"
+    install(wheel, folder)
+    code = "import marginops; from marginops._native.plan import csrc_folder; print(csrc_folder())"
+    path = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(folder)).strip()
+    assert Path(path) == folder.resolve() / "marginops/csrc"
+    assert recipe.families(Path(path), "cpu") == recipe.families(ROOT / "csrc", "cpu")
+    assert (folder / "bin/marginops").is_file()
+
+
+def test_editable_install_finds_its_sources(tree: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    run([sys.executable, "-m", "venv", "--without-pip", str(environment)], tmp_path)
+    python = str(environment / "bin/python")
+    # The environment borrows the packages of the one that runs the tests.
+    site = run([python, "-c", "import site; print(site.getsitepackages()[0])"], tmp_path).strip()
+    folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (Path(site) / "borrowed.pth").write_text("\n".join(folders) + "\n")
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--editable"]
+    run([python, "-m", "pip", "install", *options, str(tree)], tmp_path)
+    code = "import marginops; from marginops._native.plan import csrc_folder; print(csrc_folder())"
+    assert Path(run([python, "-c", code], tmp_path).strip()) == tree / "csrc"
+    command = str(environment / "bin/marginops")
+    report = json.loads(run([command, "doctor", "--json", "--no-build"], tmp_path))
+    assert report["versions"]["marginops"] == marginops.__version__
+
+
+@pytest.mark.slow
+def test_ahead_of_time_build(tree: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "site"
+    install(tree, folder, MARGINOPS_BUILD="aot")
+    names = {path.name.partition(".")[0] for path in folder.glob("marginops/_native/_c*.so")}
+    expected = {recipe.module_name("cpu", name) for name in recipe.instruction_sets()}
+    assert expected <= names
+
+    def environment(**variables: str) -> dict[str, str]:
+        return {"PYTHONPATH": str(folder), "MARGINOPS_DISABLE_JIT": "1"} | variables
+
+    file, answer, implementation = run(
+        [sys.executable, "-c", SELECT], tmp_path, **environment()
+    ).splitlines()
+    assert Path(file).is_relative_to(folder.resolve())
+    assert (answer, implementation) == ("[1, 2]", "ahead-of-time")
+
+    for capability in ("default", "avx2", ""):
+        variables = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+        command = [sys.executable, "-m", "marginops", "doctor", "--json"]
+        report = json.loads(run(command, tmp_path, **environment(**variables)))
+        best = recipe.instruction_sets(report["platform"]["cpu capability"])[0]
+        assert report["kernels"]["cpu"]["build info"]["instruction_set"] == best
+        assert set(report["kernels"]["cpu"]["op families"].values()) == {"ahead-of-time"}
+        if not capability:
+            assert best == recipe.instruction_sets(torch.backends.cpu.get_cpu_capability())[0]
