@@ -58,7 +58,7 @@ def ahead_of_time() -> dict[str, Any]:
             self.build_temp = shared
 
     def extension(kind: Any, device_type: str, instruction_set: str, flags: list[str]) -> Any:
-        macros = recipe.definitions(
+        definitions = recipe.definitions(
             version=version,
             torch_version=str(torch.__version__),
             device_type=device_type,
@@ -66,14 +66,13 @@ def ahead_of_time() -> dict[str, Any]:
             archs=archs if device_type == "cuda" else [],
             families=recipe.families(CSRC, device_type),
         )
-        arguments = {"cxx": [*recipe.COMPILER_FLAGS, "-g0", *flags]}
+        arguments = {"cxx": [*recipe.COMPILER_FLAGS, "-g0", *flags, *definitions]}
         if device_type == "cuda":
             arguments["nvcc"] = [*recipe.NVCC_FLAGS]
         return kind(
             f"marginops._native.{recipe.module_name(device_type, instruction_set)}",
             [str(file) for file in recipe.sources(CSRC, device_type)],
             include_dirs=[str(CSRC.resolve()), pybind11.get_include()],
-            define_macros=list(macros.items()),
             extra_compile_args=arguments,
         )
 

@@ -28,8 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("demo", help="train with and without selection on real data")
     if arguments[:1] == ["demo"]:
         # Only now, since its packages are an extra.
-        from . import demo
-
+        try:
+            from . import demo
+        except ModuleNotFoundError as error:
+            parser.error(f"the demo needs {error.name}: pip install 'marginops[demo]'")
         demo.add_arguments(command)
         command.set_defaults(run=demo.run)
 

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .demo_report import LABELS, Results, conclusion, report, table
 from .training import (
     ClassificationData,
     DataError,
@@ -22,9 +22,6 @@ from .training import (
     load_fashion_mnist,
     train,
 )
-
-LABELS: dict[Sampling, str] = {"uniform": "uniform", "minimal_margin": "minimal margin"}
-Results = Mapping[Sampling, Sequence[TrainingHistory]]
 
 _MOMENTUM = 0.9
 
@@ -148,7 +145,7 @@ def _run(arguments: argparse.Namespace) -> None:
     setting = f"MLP {'-'.join(map(str, layers))}, batch size {options.batch_size}"
     print(
         f"{data.name}: {len(data.train_target):,} training and {len(data.test_target):,} test "
-        f"samples; {setting}, {options.seeds} seeds, on {options.device}"
+        f"samples; {setting}, seeds: {options.seeds}, device: {options.device}"
     )
     print(f"\n{table(results)}\n\n{conclusion(results, options.candidates)}")
 
@@ -157,13 +154,13 @@ def _run(arguments: argparse.Namespace) -> None:
     figure = draw(results, f"{data.name}, {setting}, {options.updates:,} updates")
     _write(options.output, lambda path: figure.savefig(path, dpi=150))
     if options.json is not None:
-        text = json.dumps(_report(results, options), indent=2)
+        text = json.dumps(report(results, options), indent=2)
         _write(options.json, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def compare(data: ClassificationData, options: argparse.Namespace) -> Results:
     """Train with either sampling from the same initial networks, one per seed."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     def network(seed: int) -> nn.Sequential:
         torch.manual_seed(seed)
@@ -209,67 +206,15 @@ def compare(data: ClassificationData, options: argparse.Namespace) -> Results:
     return results
 
 
-def table(results: Results) -> str:
-    """One line per method: mean and standard deviation over the seeds."""
-    rows = [
-        ("sampling", "test accuracy", "updates", "back-propagated", "scored", "seconds"),
-        *(
-            (
-                LABELS[sampling],
-                f"{_mean_and_deviation([100 * run.test_accuracy[-1] for run in runs])} %",
-                f"{runs[0].updates[-1]:,}",
-                f"{runs[0].samples_trained:,}",
-                f"{runs[0].samples_scored:,}",
-                _mean_and_deviation([run.seconds[-1] for run in runs]),
-            )
-            for sampling, runs in results.items()
-        ),
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def conclusion(results: Results, candidate_ratio: int) -> str:
-    """What happened, in one sentence, whichever method came out ahead."""
-    accuracy = {
-        sampling: [100 * run.test_accuracy[-1] for run in runs]
-        for sampling, runs in results.items()
-    }
-    seconds = {
-        sampling: statistics.fmean(run.seconds[-1] for run in runs)
-        for sampling, runs in results.items()
-    }
-    uniform, selected = (statistics.fmean(accuracy[sampling]) for sampling in LABELS)
-    difference = selected - uniform
-    updates = results["uniform"][0].updates[-1]
-    spread = max(map(_deviation, accuracy.values()))
-    if len(accuracy["uniform"]) == 1:
-        verdict = "with one seed there is no telling whether that is more than chance"
-    elif abs(difference) <= spread:
-        verdict = f"within the spread over the seeds ({spread:.2f} points): no clear winner"
-    else:
-        winner = LABELS["minimal_margin" if difference > 0 else "uniform"]
-        verdict = f"beyond the spread over the seeds ({spread:.2f} points), for {winner}"
-    return (
-        f"After {updates:,} updates minimal margin selection reached {selected:.2f} % test "
-        f"accuracy and uniform sampling {uniform:.2f} %, a difference of {difference:+.2f} points, "
-        f"{verdict}; scoring {candidate_ratio} candidates for each sample trained on, selection "
-        f"took {seconds['minimal_margin'] / seconds['uniform']:.1f} times as long."
-    )
-
-
 def _check_environment(arguments: argparse.Namespace) -> None:
     """Fail before the training rather than after it."""
-    missing = [name for name in ("sklearn", "matplotlib", "tqdm") if find_spec(name) is None]
+    needed = ["matplotlib", "tqdm", *(["sklearn"] if arguments.data == "digits" else [])]
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise _UsageError(
-            f"{', '.join(missing)} not installed; install with: pip install \"marginops[demo]\""
+            f'{", ".join(missing)} not installed; install with: pip install "marginops[demo]"'
         )
-    from matplotlib.figure import Figure  # type: ignore[import-untyped]
+    from matplotlib.figure import Figure
 
     formats = Figure().canvas.get_supported_filetypes()
     if arguments.output.suffix[1:].lower() not in formats:
@@ -323,52 +268,12 @@ def _log_norm(network: nn.Module) -> Tensor:
     return torch.stack(norms).log().sum()
 
 
-def _report(results: Results, options: argparse.Namespace) -> dict[str, Any]:
-    settings = {
-        name: getattr(options, name)
-        for name in ("data", "updates", "batch_size", "candidates", "learning_rate", "threads")
-    }
-    levels = torch.tensor([0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0])
-    return {
-        **settings,
-        "hidden": list(options.hidden),
-        "device": str(options.device),
-        "torch": torch.__version__,
-        "conclusion": conclusion(results, options.candidates),
-        "quantile_levels": [round(level, 2) for level in levels.tolist()],
-        "runs": [
-            {
-                "sampling": sampling,
-                "seed": seed,
-                "updates": run.updates,
-                "seconds": run.seconds,
-                "test_accuracy": run.test_accuracy,
-                "samples_trained": run.samples_trained,
-                "samples_scored": run.samples_scored,
-                "margin_quantiles_before": run.margins_before.quantile(levels).tolist(),
-                "margin_quantiles_after": run.margins_after.quantile(levels).tolist(),
-            }
-            for sampling, runs in results.items()
-            for seed, run in enumerate(runs)
-        ],
-    }
-
-
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(path)
     except OSError as error:
         raise _UsageError(f"{path}: cannot be written: {error.strerror}") from error
     print(f"wrote {path}")
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {_deviation(values):.2f}" if len(values) > 1 else mean
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:

@@ -11,7 +11,7 @@ import brute_force
 import marginops
 from conftest import implementation
 from strategies import anything, dtypes
-from test_margin import IMPLEMENTATIONS, OPS, head, margin_cases, score_cases
+from test_margin import IMPLEMENTATIONS, OPS, head, margin_cases, opcheck, score_cases
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -177,14 +177,12 @@ def test_opcheck(device):
     target = torch.randint(6, (12,), device=device)
     log_norm = torch.tensor(0.5, dtype=torch.float64, device=device, requires_grad=True)
     for k in (0, 3, 12):
-        torch.library.opcheck(OPS.select_smallest.default, (logits[:, 0], k))
+        opcheck("select_smallest", logits[:, 0], k)
         for nearest in (False, True):
             for norm_bias in (None, bias):
-                arguments = (logits, weight, norm_bias, k, nearest)
-                torch.library.opcheck(OPS.select_minimal_margin.default, arguments)
+                opcheck("select_minimal_margin", logits, weight, norm_bias, k, nearest)
         for norm in (None, log_norm):
-            arguments = (logits, target, norm, k, -100)
-            torch.library.opcheck(OPS.select_smallest_margin.default, arguments)
+            opcheck("select_smallest_margin", logits, target, norm, k, -100)
 
 
 def test_compile_full_graph_with_dynamic_rows(device):

@@ -110,7 +110,7 @@ Tensor classification_margin_rival(const Tensor& logits, const Tensor& target,
   check_logits(logits);
   check_target(target, logits);
   const Rows rows(logits, listed);
-  Tensor rival = new_vector(logits, rows.count, ScalarType::Long);
+  Tensor rival = new_tensor({rows.count}, ScalarType::Long);
   auto* result = static_cast<int64_t*>(rival.mutable_data_ptr());
   Targets targets(target, logits.size(1), ignore_index);
   for_dtype("logits", logits, [&](auto* type) {
@@ -181,8 +181,8 @@ std::tuple<Tensor, Tensor> minimal_margin_pair(const Tensor& logits, const Tenso
                                                const std::optional<Tensor>& listed, bool nearest) {
   check_head(logits, weight, bias);
   const Rows rows(logits, listed);
-  Tensor pair = torch::stable::new_empty(logits, {rows.count, 2}, ScalarType::Long);
-  Tensor distance = new_vector(logits, rows.count, result_type(logits));
+  Tensor pair = new_tensor({rows.count, 2}, ScalarType::Long);
+  Tensor distance = new_tensor({rows.count}, result_type(logits));
   auto* classes = static_cast<int64_t*>(pair.mutable_data_ptr());
   for_dtype("logits", logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -224,8 +224,8 @@ std::tuple<Tensor, Tensor> pair_gradient(const Tensor& key, const Tensor& coeffi
                       coefficient.scalar_type() == result_type(weight),
                   "key, coefficient: expected contiguous int64 [M] and a value for each");
   const int64_t classes = weight.size(0), columns = weight.size(1);
-  Tensor grad_weight = torch::stable::new_empty(weight, {classes, columns}, weight.scalar_type());
-  Tensor grad_bias = new_vector(weight, classes, weight.scalar_type());
+  Tensor grad_weight = new_tensor({classes, columns}, weight.scalar_type());
+  Tensor grad_bias = new_tensor({classes}, weight.scalar_type());
   const auto* keys = static_cast<const int64_t*>(key.const_data_ptr());
   const int64_t* keys_end = keys + key.size(0);
   STD_TORCH_CHECK(keys == keys_end || (keys[0] >= 0 && keys_end[-1] < classes * classes),
@@ -260,7 +260,7 @@ Tensor classification_margin(const Tensor& logits, const Tensor& target,
   STD_TORCH_CHECK(!log_norm || (log_norm->numel() == 1 && log_norm->is_cpu() &&
                                 log_norm->scalar_type() == result_type(logits)),
                   "log_norm: expected one value of the result dtype");
-  Tensor margin = new_vector(logits, logits.size(0), result_type(logits));
+  Tensor margin = new_tensor({logits.size(0)}, result_type(logits));
   Targets targets(target, logits.size(1), ignore_index);
   for_dtype("logits", logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -286,7 +286,7 @@ Tensor classification_margin(const Tensor& logits, const Tensor& target,
 Tensor minimal_margin_score(const Tensor& logits, const Tensor& weight,
                             const std::optional<Tensor>& bias, bool nearest) {
   check_head(logits, weight, bias);
-  Tensor score = new_vector(logits, logits.size(0), result_type(logits));
+  Tensor score = new_tensor({logits.size(0)}, result_type(logits));
   for_dtype("logits", logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     auto* result = static_cast<ValueOf<T>*>(score.mutable_data_ptr());
@@ -299,11 +299,11 @@ Tensor minimal_margin_score(const Tensor& logits, const Tensor& weight,
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
-  m.impl("classification_margin", TORCH_BOX(&classification_margin));
+  m.impl("classification_margin_forward", TORCH_BOX(&classification_margin));
   m.impl("classification_margin_rival", TORCH_BOX(&classification_margin_rival));
-  m.impl("minimal_margin_score", TORCH_BOX(&minimal_margin_score));
-  m.impl("minimal_margin_pair", TORCH_BOX(&minimal_margin_pair));
-  m.impl("pair_gradient", TORCH_BOX(&pair_gradient));
+  m.impl("minimal_margin_score_forward", TORCH_BOX(&minimal_margin_score));
+  m.impl("minimal_margin_pair_forward", TORCH_BOX(&minimal_margin_pair));
+  m.impl("pair_gradient_forward", TORCH_BOX(&pair_gradient));
 }
 
 }  // namespace marginops::cpu

@@ -1,9 +1,9 @@
 // Selection of the k smallest scores on the CPU.
 //
-// Radix select on the order-preserving keys of common/order.h: the highest digit of all scores is
-// counted on all threads, what lies below the digit of the k-th is kept in index order, and the
-// scores of that one digit are narrowed down by their next digits. Then the chosen are sorted,
-// stably, so that ties stay in index order.
+// A sample bounds the k-th score from above; one pass over all scores, on all threads, collects in
+// index order what does not lie above the bound. Far too many (ties): a radix select narrows them
+// down. Then they are sorted, stably, by the keys of common/order.h, so that ties stay in index
+// order. The sample decides how long this takes, never what is chosen.
 #include <array>
 #include <tuple>
 
@@ -13,10 +13,9 @@
 namespace marginops::cpu {
 namespace {
 
-constexpr int kDigitBits = 11;
-constexpr int kDigits = 1 << kDigitBits;
-constexpr int64_t kGrain = 1 << 16;      // scores that are worth a thread
-constexpr int64_t kComparisonSort = 160;  // up to here comparing beats counting
+constexpr int64_t kGrain = 32768;         // scores that are worth a thread
+constexpr int64_t kComparisonSort = 256;  // up to here comparing beats counting
+constexpr int64_t kWideDigits = 8192;     // from here digits of 11 bits beat digits of 8
 
 template <class Key, class Index>
 struct Entry {
@@ -24,6 +23,9 @@ struct Entry {
   Index index;
 
   bool operator<(const Entry& other) const {
+    if constexpr (sizeof(Key) == 4 && sizeof(Index) == 4) {  // one comparison, no branch
+      return (uint64_t{key} << 32 | index) < (uint64_t{other.key} << 32 | other.index);
+    }
     return key < other.key || (key == other.key && index < other.index);
   }
 };
@@ -33,17 +35,6 @@ template <class T>
 std::unique_ptr<T[]> uninitialized(int64_t size) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
 }
-
-// The digit that holds the k-th (from 1), and how many lie in the digits below.
-struct Pivot {
-  int digit = 0;
-  int64_t below = 0;
-
-  template <class Count>
-  Pivot(const Count& count, int64_t k) {
-    while (below + count[digit] < k) below += count[digit++];
-  }
-};
 
 template <class Score, class Index>
 class Selector {
@@ -56,102 +47,132 @@ class Selector {
 
   // Writes the indices of the k smallest scores, in order.
   void run(int64_t* indices) {
-    if (k_ == size_) {
-      chosen_ = uninitialized<Entries>(k_);
-      for (int64_t i = 0; i < size_; ++i) chosen_[i] = entry(i);
+    collect(bound());
+    if (count_ < k_) collect(std::numeric_limits<Score>::infinity());
+    if (count_ > std::max(2 * k_, kComparisonSort)) narrow();
+    if (count_ <= kComparisonSort) {
+      std::nth_element(entries_.get(), entries_.get() + k_ - 1, entries_.get() + count_);
+      std::sort(entries_.get(), entries_.get() + k_);
+    } else if (count_ < kWideDigits) {
+      sort<8>();
     } else {
-      select();
+      sort<11>();
     }
-    sort();
-    for (int64_t i = 0; i < k_; ++i) indices[i] = static_cast<int64_t>(chosen_[i].index);
+    for (int64_t i = 0; i < k_; ++i) indices[i] = static_cast<int64_t>(entries_[i].index);
   }
 
  private:
-  static int top_digit(Key key) { return static_cast<int>(key >> (kKeyBits - kDigitBits)); }
-  static int digit(Key key, int shift) { return static_cast<int>(key >> shift) & (kDigits - 1); }
-  Entries entry(int64_t i) const { return {sort_key(scores_[i]), static_cast<Index>(i)}; }
-
-  void select() {
-    const int64_t parts =
-        std::clamp<int64_t>(size_ / kGrain, 1, torch::stable::get_num_threads());
-    const auto part_begin = [&](int64_t part) { return size_ * part / parts; };
-    std::vector<std::array<int64_t, kDigits>> counts(parts);
-    parallel(parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        for (int64_t i = part_begin(part); i < part_begin(part + 1); ++i) {
-          ++counts[part][top_digit(sort_key(scores_[i]))];
-        }
-      }
-    });
-    std::array<int64_t, kDigits> total{};
-    for (const auto& count : counts) {
-      for (int d = 0; d < kDigits; ++d) total[d] += count[d];
+  // A score that probably at least k scores do not exceed, and few more than k.
+  Score bound() const {
+    const int64_t samples = std::clamp<int64_t>(size_ / 16, 64, 4096);
+    const double share = static_cast<double>(k_) / static_cast<double>(size_);
+    const double deviation = std::sqrt(share * (1 - share) * static_cast<double>(samples));
+    const auto rank =
+        static_cast<int64_t>(share * static_cast<double>(samples) + 2.5 * deviation + 1);
+    if (size_ <= 2 * samples || rank >= samples) return std::numeric_limits<Score>::infinity();
+    Score sample[4096];
+    for (int64_t i = 0; i < samples; ++i) {
+      const Score score = scores_[i * size_ / samples];
+      sample[i] = score == score ? score : std::numeric_limits<Score>::infinity();
     }
-    const Pivot pivot(total, k_);
-    const int64_t undecided = total[pivot.digit];
-    chosen_ = uninitialized<Entries>(k_);
-    auto candidates = uninitialized<Entries>(undecided);
-
-    std::vector<Entries*> below(parts), equal(parts);
-    Entries *next_below = chosen_.get(), *next_equal = candidates.get();
-    for (int64_t part = 0; part < parts; ++part) {
-      below[part] = next_below;
-      equal[part] = next_equal;
-      for (int d = 0; d < pivot.digit; ++d) next_below += counts[part][d];
-      next_equal += counts[part][pivot.digit];
-    }
-    parallel(parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        for (int64_t i = part_begin(part); i < part_begin(part + 1); ++i) {
-          const Entries candidate = entry(i);
-          const int top = top_digit(candidate.key);
-          if (top < pivot.digit) *below[part]++ = candidate;
-          if (top == pivot.digit) *equal[part]++ = candidate;
-        }
-      }
-    });
-    narrow(candidates.get(), undecided, pivot.below);
+    std::nth_element(sample, sample + rank, sample + samples);
+    return sample[rank];
   }
 
-  // Adds the smallest of the candidates, which agree in their highest digit, to the chosen.
-  void narrow(Entries* candidates, int64_t count, int64_t chosen) {
-    for (int shift = kKeyBits - kDigitBits; shift > 0 && count > k_ - chosen;) {
-      shift = std::max(shift - kDigitBits, 0);
-      std::array<int64_t, kDigits> counts{};
-      for (int64_t i = 0; i < count; ++i) ++counts[digit(candidates[i].key, shift)];
-      const Pivot pivot(counts, k_ - chosen);
+  // Collects every score that is not above the bound; NaN is never above.
+  void collect(Score bound) {
+    const int64_t parts = std::clamp<int64_t>(size_ / kGrain, 1, torch::stable::get_num_threads());
+    const auto begin_of = [&](int64_t part) { return size_ * part / parts; };
+    entries_ = uninitialized<Entries>(size_);
+    std::vector<int64_t> counts(static_cast<size_t>(parts));
+    parallel(parts, 1, [&](int64_t from, int64_t to) {
+      for (int64_t part = from; part < to; ++part) {
+        counts[part] = collect(begin_of(part), begin_of(part + 1), bound,
+                               entries_.get() + begin_of(part));
+      }
+    });
+    count_ = counts[0];
+    for (int64_t part = 1; part < parts; ++part) {
+      std::copy_n(entries_.get() + begin_of(part), counts[part], entries_.get() + count_);
+      count_ += counts[part];
+    }
+  }
+
+  int64_t collect(int64_t from, int64_t to, Score bound, Entries* entries) const {
+    constexpr int64_t kBlock = 64;
+    int64_t count = 0;
+    for (int64_t begin = from; begin < to; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, to);
+      int hits = 0;
+      for (int64_t i = begin; i < end; ++i) hits |= !(scores_[i] > bound);
+      if (!hits) continue;
+      for (int64_t i = begin; i < end; ++i) {  // written in any case, kept by counting it
+        entries[count] = {sort_key(scores_[i]), static_cast<Index>(i)};
+        count += !(scores_[i] > bound);
+      }
+    }
+    return count;
+  }
+
+  // Keeps the k smallest entries, in some order that is by index among equals: radix select.
+  void narrow() {
+    constexpr int kBits = 8;
+    int64_t chosen = 0, open = count_;  // entries_[0, chosen) are in, the next `open` undecided
+    auto undecided = uninitialized<Entries>(count_);
+    std::copy_n(entries_.get(), count_, undecided.get());
+    for (int shift = kKeyBits - kBits; shift >= 0 && open > k_ - chosen; shift -= kBits) {
+      std::array<int64_t, 1 << kBits> counts{};
+      for (int64_t i = 0; i < open; ++i) ++counts[digit<kBits>(undecided[i].key, shift)];
+      int pivot = 0;
+      for (int64_t below = 0; below + counts[pivot] < k_ - chosen; ++pivot) below += counts[pivot];
       int64_t kept = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        const Entries candidate = candidates[i];
-        const int own = digit(candidate.key, shift);
-        if (own < pivot.digit) chosen_[chosen++] = candidate;
-        if (own == pivot.digit) candidates[kept++] = candidate;
+      for (int64_t i = 0; i < open; ++i) {
+        const Entries entry = undecided[i];
+        const int own = digit<kBits>(entry.key, shift);
+        if (own < pivot) entries_[chosen++] = entry;
+        if (own == pivot) undecided[kept++] = entry;
       }
-      count = kept;
+      open = kept;
     }
-    std::copy_n(candidates, k_ - chosen, chosen_.get() + chosen);
+    std::copy_n(undecided.get(), k_ - chosen, entries_.get() + chosen);
+    count_ = k_;
   }
 
-  // Entries of equal keys are in index order already, so a stable sort by key is enough.
+  template <int kBits>
+  static int digit(Key key, int shift) {
+    return static_cast<int>(key >> shift) & ((1 << kBits) - 1);
+  }
+
+  // Entries of equal keys are in index order, so a stable sort by key is enough: radix sort.
+  template <int kBits>
   void sort() {
-    if (k_ <= kComparisonSort) return std::sort(chosen_.get(), chosen_.get() + k_);
-    auto other = uninitialized<Entries>(k_);
-    for (int shift = 0; shift < kKeyBits; shift += kDigitBits) {
-      std::array<int64_t, kDigits> position{};
-      for (int64_t i = 0; i < k_; ++i) ++position[digit(chosen_[i].key, shift)];
-      if (position[digit(chosen_[0].key, shift)] == k_) continue;
-      int64_t sum = 0;
-      for (int64_t& count : position) sum += std::exchange(count, sum);
-      for (int64_t i = 0; i < k_; ++i) {
-        other[position[digit(chosen_[i].key, shift)]++] = chosen_[i];
+    constexpr int kPasses = (kKeyBits + kBits - 1) / kBits;
+    std::array<std::array<Index, 1 << kBits>, kPasses> positions{};
+    for (int64_t i = 0; i < count_; ++i) {
+      for (int pass = 0; pass < kPasses; ++pass) {
+        ++positions[pass][digit<kBits>(entries_[i].key, pass * kBits)];
       }
-      chosen_.swap(other);
+    }
+    auto other = uninitialized<Entries>(count_);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      auto& position = positions[pass];
+      if (position[digit<kBits>(entries_[0].key, pass * kBits)] == static_cast<Index>(count_)) {
+        continue;  // one digit for all
+      }
+      Index sum = 0;
+      for (Index& count : position) sum += std::exchange(count, sum);
+      for (int64_t i = 0; i < count_; ++i) {
+        const Entries entry = entries_[i];
+        other[position[digit<kBits>(entry.key, pass * kBits)]++] = entry;
+      }
+      entries_.swap(other);
     }
   }
 
-  const Score* scores_;
+  const Score* const scores_;
   const int64_t size_, k_;
-  std::unique_ptr<Entries[]> chosen_;
+  std::unique_ptr<Entries[]> entries_;
+  int64_t count_ = 0;
 };
 
 template <class Score>
@@ -168,8 +189,8 @@ std::tuple<Tensor, Tensor> select_smallest(const Tensor& scores, int64_t k) {
   STD_TORCH_CHECK(scores.dim() == 1, "scores: expected shape [N]");
   const int64_t size = scores.size(0);
   STD_TORCH_CHECK(k >= 0 && k <= size, "k: expected 0 <= k <= ", size, ", got ", k);
-  Tensor chosen = new_vector(scores, k, scores.scalar_type());
-  Tensor indices = new_vector(scores, k, ScalarType::Long);
+  Tensor chosen = new_tensor({k}, scores.scalar_type());
+  Tensor indices = new_tensor({k}, ScalarType::Long);
   auto* index = static_cast<int64_t*>(indices.mutable_data_ptr());
   for_dtype("scores", scores, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -203,9 +224,9 @@ std::tuple<Tensor, Tensor> select_smallest_margin(const Tensor& logits, const Te
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
-  m.impl("select_smallest", TORCH_BOX(&select_smallest));
-  m.impl("select_minimal_margin", TORCH_BOX(&select_minimal_margin));
-  m.impl("select_smallest_margin", TORCH_BOX(&select_smallest_margin));
+  m.impl("select_smallest_forward", TORCH_BOX(&select_smallest));
+  m.impl("select_minimal_margin_forward", TORCH_BOX(&select_minimal_margin));
+  m.impl("select_smallest_margin_forward", TORCH_BOX(&select_smallest_margin));
 }
 
 }  // namespace

@@ -12,7 +12,7 @@
 #include "tensor.h"
 
 // A device-side assertion, also with NDEBUG. Code after it must still be safe where it is nothing.
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(CUDACPU)
 #define MARGINOPS_DEVICE_ASSERT(condition) \
   ((condition) ? void() : __assert_fail(#condition, __FILE__, __LINE__, __func__))
 #else

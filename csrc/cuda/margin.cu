@@ -38,7 +38,7 @@ Plan plan_rows(const Matrix& logits, int64_t rows, bool whole_warps, bool neares
       plan.read_threads *= 2;
   }
   const int64_t loads = by_columns ? logits.cols / 4 : packs / plan.read_threads;
-  while (plan.splits < 1024 && rows * plan.read_threads * plan.splits < enough_threads &&
+  while (plan.splits < 1024 && rows * plan.read_threads * plan.splits * 2 <= enough_threads &&
          loads >= plan.splits * 8)
     plan.splits *= 2;
 
@@ -113,8 +113,7 @@ cudaError_t write_target(const Matrix& logits, const Rows& rows, const Target& t
 }
 
 bool use_table(const Matrix& logits, int64_t rows) {
-  return logits.cols <= kTableClasses &&
-         rows >= std::max(kTableRows, logits.cols * logits.cols);
+  return logits.cols <= kTableClasses && rows >= std::max(kTableRows, logits.cols * logits.cols);
 }
 
 // The pieces of the workspace of minimal margins.
@@ -162,9 +161,8 @@ cudaError_t write_boundary(const Matrix& matrix, const Head& layer, const Rows& 
                       TableOutput<Number>{workspace.table, nearest, result}, stream);
   }
   if (nearest) {
-    cudaError_t error =
-        launch(centre_kernel<Weight>, blocks_for(head.features + 1, kWarp), kBlock, stream, head,
-               logits.classes, workspace.centre);
+    cudaError_t error = launch(centre_kernel<Weight>, blocks_for(head.features + 1, kWarp), kBlock,
+                               stream, head, logits.classes, workspace.centre);
     if (error != cudaSuccess) return error;
     error = launch(radius_kernel<Weight>, blocks_for(classes, kWarps, most), kBlock, stream, head,
                    logits.classes, workspace.centre, workspace.radius);

@@ -129,8 +129,9 @@ struct TableOutput {
   }
 };
 
-// Minimal margins by distances computed here, each by a warp. For the nearest boundary the warps of a row share the classes: lanes test one class each against the
-// bound of may_be_nearer(), and the warp computes the distance of those that pass.
+// Minimal margins by distances computed here, each by a warp. For the nearest boundary the warps of
+// a row share the classes: lanes test one class each against the bound of may_be_nearer(), and the
+// warp computes the distance of those that pass.
 template <class Number, class Weight>
 struct DistanceOutput {
   static constexpr bool kWholeWarps = true;
@@ -178,8 +179,7 @@ struct DistanceOutput {
     Boundary<Number> best{0, 0, 0}, found{0, 0, top.second};
     Number found_difference = top.first_value - top.second_value;
     while (true) {
-      found.distance =
-          warp_distance(first, head.point(found.other), head.features, head.aligned);
+      found.distance = warp_distance(first, head.point(found.other), head.features, head.aligned);
       found.score = boundary_distance(found_difference, found.distance);
       if (found.other == top.second || found.before(best)) best = found;
       unsigned left = 0;
@@ -209,8 +209,8 @@ struct DistanceOutput {
 // `partial` [N, splits], and then a launch that merges them.
 enum class Phase { kWhole, kPart, kMerge };
 
-// 256 / threads rows a block, `threads` a power of two. A row is read as read_top2() says, merged by
-// shuffles, and across warps through shared memory.
+// 256 / threads rows a block, `threads` a power of two. A row is read as read_top2() says, merged
+// by shuffles, and across warps through shared memory.
 template <class Scalar, class Output>
 __global__ void __launch_bounds__(kRowsBlock, sizeof(Scalar) == 8 ? 2 : 3)
     rows_kernel(Logits<Scalar> logits, int threads, int splits, Phase phase,
@@ -258,8 +258,8 @@ __global__ void __launch_bounds__(kTileRows)
   __shared__ __align__(16) unsigned char storage[kTileRows * (kTileRowBytes + 8)];
   Scalar* tile = reinterpret_cast<Scalar*>(storage);
   const int thread = threadIdx.x, classes = logits.classes;
-  const bool dense = logits.rows.data == nullptr && logits.col_stride == 1 &&
-                     logits.row_stride == classes;
+  const bool dense =
+      logits.rows.data == nullptr && logits.col_stride == 1 && logits.row_stride == classes;
   for (int64_t first = int64_t{blockIdx.x} * kTileRows; first < logits.rows.size;
        first += int64_t{gridDim.x} * kTileRows) {
     const int rows = static_cast<int>(min(int64_t{kTileRows}, logits.rows.size - first));
@@ -293,8 +293,8 @@ __global__ void __launch_bounds__(kTileRows)
       }
     }
     __syncthreads();
-    const Row<Scalar> staged{tile + thread * pitch, 1,           classes,
-                             own.source,            own.position, own.active};
+    const Row<Scalar> staged{tile + thread * pitch, 1,         classes, own.source,
+                             own.position,          own.active};
     Top2<Value<Scalar>> top;
     if (staged.active)
       for (int c = 0; c < classes; ++c) add_ascending(top, staged[c], c);

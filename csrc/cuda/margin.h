@@ -28,8 +28,8 @@ struct LogNorm {
 
 // The last layer. Its dtype is that of the logits, or float32 beside bfloat16 and float16 logits.
 struct Head {
-  Matrix weight;          // [C, D]
-  const Vector* bias;     // [C] of the dtype of weight, or null: one more coordinate of the norm
+  Matrix weight;       // [C, D]
+  const Vector* bias;  // [C] of the dtype of weight, or null: one more coordinate of the norm
 };
 
 // The rows of the logits to work on; without data, the first `size`.

@@ -1,4 +1,5 @@
-// Gradient of the distances between rows of weight, from sorted entries (class, partner, coefficient).
+// Gradient of the distances between rows of weight, from sorted entries (class, partner,
+// coefficient).
 #pragma once
 
 #include "distance.cuh"
@@ -46,11 +47,17 @@ __global__ void __launch_bounds__(kPairBlock)
     const int64_t begin = segment[0], end = segment[1];
     const Number own = active ? head.at(index, feature) : 0;
     Number sum = 0;
+    int64_t entry = begin + thread, next_key = 0;
+    Number next_coefficient = 0;
+    const auto load_next = [&] {
+      next_key = entry < end ? __ldg(key + entry) : 0;
+      next_coefficient = entry < end ? __ldg(coefficient + entry) : 0;
+    };
+    load_next();
     for (int64_t base = begin; base < end; base += kPairBlock) {
-      const int64_t entry = base + thread;
       const bool valid = entry < end;
-      const int64_t partner = valid ? __ldg(key + entry) - index * classes : -1;
-      Number run = valid ? __ldg(coefficient + entry) : 0;
+      const int64_t partner = valid ? next_key - index * classes : -1;
+      Number run = next_coefficient;
       const int64_t before = __shfl_up_sync(kAllLanes, partner, 1);
       const unsigned heads = __ballot_sync(kAllLanes, lane == 0 || before != partner);
       const int head_lane = 31 - __clz(static_cast<int>(heads & (kAllLanes >> (31 - lane))));
@@ -74,6 +81,8 @@ __global__ void __launch_bounds__(kPairBlock)
         piece_sum[offset] = run;
         piece_partner[offset] = partner;
       }
+      entry += kPairBlock;
+      load_next();  // under way during the walk
       __syncthreads();
       if (active) {
 #pragma unroll 4

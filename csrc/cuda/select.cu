@@ -2,7 +2,8 @@
 
 #include <type_traits>
 
-#include "select.cuh"
+#include "select_sorted.cuh"
+#include "select_unsorted.cuh"
 
 namespace marginops::cuda {
 namespace {
@@ -33,7 +34,9 @@ struct SelectWorkspace {
 
 }  // namespace
 
-bool fits_one_block(int64_t n, int64_t k) { return n <= kOneBlockMost && k <= kSortedMost; }
+bool fits_one_block(int64_t n, int64_t k) {
+  return k == 0 || (n <= kOneBlockMost && k <= kSortedMost);
+}
 
 cudaError_t select_sorted(const Vector& scores, int64_t k, void* values, int64_t* index,
                           cudaStream_t stream) {
@@ -60,8 +63,8 @@ cudaError_t select_unsorted(const Vector& scores, int64_t k, void* key, int64_t*
     const ScoresView<Scalar> all = view<Scalar>(scores);
     const unsigned blocks = stream_blocks(scores.size);
     const unsigned clear_blocks = blocks_for(kKeyLevels<Number> * kDigits, kStreamBlock);
-    cudaError_t error = launch(select_clear_kernel<Number>, clear_blocks, kStreamBlock, stream,
-                               workspace.state, k);
+    cudaError_t error =
+        launch(select_clear_kernel<Number>, clear_blocks, kStreamBlock, stream, workspace.state, k);
     for (int level = 0; level < kKeyLevels<Number> && error == cudaSuccess; ++level)
       error = launch(select_histogram_kernel<Scalar>, blocks, kStreamBlock, stream, all, level,
                      workspace.state);
@@ -69,9 +72,9 @@ cudaError_t select_unsorted(const Vector& scores, int64_t k, void* key, int64_t*
       error = launch(select_count_kernel<Scalar>, blocks, kStreamBlock, stream, all,
                      workspace.state, workspace.counts);
     if (error == cudaSuccess)
-      error = launch(select_write_kernel<Scalar>, blocks, kStreamBlock, stream, all,
-                     workspace.state, workspace.counts,
-                     static_cast<std::make_signed_t<Number>*>(key), index);
+      error =
+          launch(select_write_kernel<Scalar>, blocks, kStreamBlock, stream, all, workspace.state,
+                 workspace.counts, static_cast<std::make_signed_t<Number>*>(key), index);
     return error;
   });
 }

@@ -94,10 +94,10 @@ __device__ __forceinline__ Top2<Value<Scalar>> read_top2(const Row<Scalar>& row,
 #pragma unroll
     for (unsigned i = 0; i < 4; ++i) pack[i] = load_pack(aligned + (p + i * threads) * kSize);
 #pragma unroll
-    for (unsigned i = 0; i < 4; ++i)
-      add_pack(top, pack[i], scalars + (p + i * threads) * kSize);
+    for (unsigned i = 0; i < 4; ++i) add_pack(top, pack[i], scalars + (p + i * threads) * kSize);
   }
-  for (; p < packs; p += threads) add_pack(top, load_pack(aligned + p * kSize), scalars + p * kSize);
+  for (; p < packs; p += threads)
+    add_pack(top, load_pack(aligned + p * kSize), scalars + p * kSize);
   for (unsigned c = scalars + packs * kSize + lane; c < end; c += threads)
     add_ascending(top, to_value(__ldg(row.data + c)), c);
   return top;

@@ -105,7 +105,7 @@ def _plan(device_type: str, csrc: Path) -> Plan:
         archs = []
         instruction_set = recipe.instruction_sets(torch.backends.cpu.get_cpu_capability())[0]
         target_flags, label = [*recipe.INSTRUCTION_SETS[instruction_set]], instruction_set
-    macros = recipe.definitions(
+    definitions = recipe.definitions(
         version=__version__,
         torch_version=str(torch.__version__),
         device_type=device_type,
@@ -113,8 +113,7 @@ def _plan(device_type: str, csrc: Path) -> Plan:
         archs=archs,
         families=recipe.families(csrc, device_type),
     )
-    macro_flags = [f"-D{name}={value}" for name, value in macros.items()]
-    compiler_flags = [*recipe.COMPILER_FLAGS, *target_flags, *macro_flags]
+    compiler_flags = [*recipe.COMPILER_FLAGS, *target_flags, *definitions]
     nvcc_flags = [*recipe.NVCC_FLAGS]
     sources = recipe.sources(csrc, device_type)
     if len(sources) == 1:

@@ -76,13 +76,13 @@ def definitions(
     instruction_set: str,
     archs: Iterable[str],
     families: Iterable[str],
-) -> dict[str, str]:
-    """Macros for ``build_info()``.
+) -> list[str]:
+    """Flags of the C++ compiler that tell ``build_info()`` what is built.
 
     Bare tokens, which the source turns into strings: no shell on the way to the compiler has a
-    quotation mark to lose.
+    quotation mark to lose. Not for nvcc, where a comma begins another macro.
     """
-    return {
+    macros = {
         "MARGINOPS_VERSION": version,
         "MARGINOPS_TORCH": torch_version,
         "MARGINOPS_DEVICE": device_type,
@@ -90,3 +90,4 @@ def definitions(
         "MARGINOPS_ARCHS": ",".join(archs),
         "MARGINOPS_FAMILIES": ",".join(families),
     }
+    return [f"-D{name}={value}" for name, value in macros.items()]

@@ -16,12 +16,13 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
     """A strided floating-point tensor of ``dim`` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.dim() == dim and value.dtype in FLOATING and value.layout == torch.strided:
+        return
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
     if value.dim() != dim:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
+    raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
 
 
 def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:

@@ -17,8 +17,12 @@ def define(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
-) -> torch._ops.OpOverload:
-    """Register an op of the ``marginops`` namespace and return its overload.
+) -> Callable[..., Any]:
+    """Register an op of the ``marginops`` namespace and return what calls it.
+
+    A differentiable op is two ops: ``name`` has the gradient, and ``name_forward`` the kernels.
+    The gradient of ``torch.library`` is a detour through Python of several microseconds, so
+    calls that need none go to ``name_forward`` directly.
 
     Args:
         schema: The op's schema; its first argument is a tensor and decides the device.
@@ -27,24 +31,54 @@ def define(
         backward: The gradient, in terms of differentiable PyTorch and other ops of ours.
         setup_context: What the gradient needs, see ``torch.library.register_autograd``.
     """
+    if backward is None:
+        return _define(schema, _load_or(reference), fake)
+    name, signature = schema.split("(", 1)
+    forward = _define(f"{name}_forward({signature}", _load_or(reference), fake)
+    differentiable = _define(schema, lambda _: forward, fake)
+    torch.library.register_autograd(
+        f"marginops::{name}", backward, setup_context=setup_context, lib=_library
+    )
+
+    def call(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument in arguments:
+                if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                    return differentiable(*arguments)
+        return forward(*arguments)
+
+    return call
+
+
+def _define(
+    schema: str,
+    make_kernel: Callable[[torch._ops.OpOverload], Callable[..., Any]],
+    fake: Callable[..., Any],
+) -> torch._ops.OpOverload:
     name = schema.partition("(")[0]
     _library.define(schema)
     op: torch._ops.OpOverload = getattr(torch.ops.marginops, name).default
-
-    def load_or_reference(*args: Any) -> Any:
-        # Reached only while no native kernel is registered: once the library is loaded, the
-        # dispatcher prefers it, and neither calls nor compiled graphs come by here again.
-        if _native.load(args[0].device.type):
-            return op(*args)
-        return reference(*args)
-
-    _library.impl(name, load_or_reference, "CompositeExplicitAutograd")
+    _library.impl(name, make_kernel(op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"marginops::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"marginops::{name}", backward, setup_context=setup_context, lib=_library
-        )
     return op
+
+
+def _load_or(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that is reached only while no native one is registered.
+
+    Once the library is loaded the dispatcher prefers what it has, and neither calls nor compiled
+    graphs come by here again.
+    """
+
+    def make_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
+        def kernel(*arguments: Any) -> Any:
+            if _native.load(arguments[0].device.type):
+                return op(*arguments)
+            return reference(*arguments)
+
+        return kernel
+
+    return make_kernel
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:

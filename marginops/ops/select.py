@@ -43,7 +43,7 @@ def select_smallest(scores: Tensor, k: int) -> Selection:
         Selection(scores=tensor([1., 1., 2.]), indices=tensor([1, 3, 2]))
     """
     checks.check_tensor("scores", scores, 1, "[N]")
-    return Selection(*_select_smallest(scores, checks.check_k(k, scores.shape[0], "scores")))
+    return Selection(*_select_smallest(scores, checks.check_k(k, scores.size(0), "scores")))
 
 
 def select_minimal_margin(
@@ -84,7 +84,7 @@ def select_minimal_margin(
         tensor([1, 2])
     """
     bias, nearest = margin.checked_head(logits, weight, bias, rival, bias_in_norm)
-    k = checks.check_k(k, logits.shape[0], "rows of logits")
+    k = checks.check_k(k, logits.size(0), "rows of logits")
     return Selection(*_select_minimal_margin(logits, weight, bias, k, nearest))
 
 
@@ -127,7 +127,7 @@ def select_smallest_margin(
     """
     checks.check_logits(logits)
     checks.check_target(target, logits, ignore_index)
-    k = checks.check_k(k, logits.shape[0], "rows of logits")
+    k = checks.check_k(k, logits.size(0), "rows of logits")
     log_norm = checks.as_log_norm(log_norm, logits)
     return Selection(*_select_smallest_margin(logits, target, log_norm, k, ignore_index))
 

@@ -72,7 +72,7 @@ def load_digits() -> ClassificationData:
         torch.Size([1347, 1, 8, 8])
     """
     try:
-        from sklearn import datasets, model_selection  # type: ignore[import-untyped]
+        from sklearn import datasets, model_selection
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             'load_digits needs scikit-learn; install it with: pip install "marginops[demo]"',

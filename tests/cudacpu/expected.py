@@ -1,8 +1,10 @@
 """What the kernels must return: brute force in float64, one row at a time.
 
 Only differences of logits are rounded to the dtype of the results, where they may become infinite.
+Unlike brute_force.py this takes all classes of a row at once, for rows of many classes.
 """
 
+import brute_force
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -36,17 +38,12 @@ def margins(
     logits: Tensor, target: Tensor, ignore_index: int, log_norm: float | None = None
 ) -> Floats:
     """``(f_y - max of the others) * exp(-log_norm)``."""
-    ignored = target.numpy() == ignore_index
-    own, rival = np.zeros(len(logits)), np.zeros(len(logits))
-    for n, row in enumerate(as_float64(logits)):
-        if not ignored[n]:
-            label = int(target[n])
-            own[n] = np.nan if np.isnan(row).any() else row[label]
-            rival[n] = row[strongest(row, label)]
-    margin = rounded(own - rival, logits.dtype)
-    if log_norm is not None:
-        margin = np.where(margin == 0, margin, margin * np.exp(-np.float64(log_norm)))
-    return np.where(ignored, np.inf, margin)
+    margin = brute_force.classification_margin(logits, target, ignore_index=ignore_index)
+    margin = rounded(margin, logits.dtype)
+    if log_norm is None:
+        return margin
+    scaled = margin * np.exp(-np.float64(log_norm))
+    return np.where((margin == 0) | (target.numpy() == ignore_index), margin, scaled)
 
 
 def rivals(logits: Tensor, target: Tensor, rows: Tensor | None, ignore_index: int) -> list[int]:
@@ -69,7 +66,8 @@ def distances_from(weight: Floats, bias: Floats | None, index: int) -> Floats:
     difference = columns - columns[index]
     largest = np.abs(difference).max(1, initial=0, keepdims=True)
     scale = np.where((largest > 0) & (largest < np.inf), largest, 1)
-    return np.sqrt(((difference / scale) ** 2).sum(1)) * scale[:, 0]
+    norms: Floats = np.sqrt(((difference / scale) ** 2).sum(1)) * scale[:, 0]
+    return norms
 
 
 def boundary_distances(difference: Floats, distance: Floats) -> Floats:
@@ -110,26 +108,16 @@ def pairs(
 
 def pair_gradients(
     key: Tensor, coefficient: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Floats, Floats, Floats]:
-    """``sum of coefficient * (w_c - w_p)`` of each class c, the same of the bias, and the sums of
-    the magnitudes, which bound the rounding error."""
-    columns = as_float64(weight)
-    if bias is not None:
-        columns = np.concatenate((columns, as_float64(bias)[:, None]), 1)
+) -> tuple[Floats, Floats]:
+    """``sum of coefficient * (w_c - w_p)`` of each class c, and the sum of the magnitudes.
+
+    The bias, or 0, is the last column. The magnitudes bound the error of rounding.
+    """
+    last = np.zeros(len(weight)) if bias is None else as_float64(bias)
+    columns = np.concatenate((as_float64(weight), last[:, None]), 1)
     total, magnitude = np.zeros_like(columns), np.zeros_like(columns)
     for pair, factor in zip(key.tolist(), as_float64(coefficient), strict=True):
         c, p = divmod(pair, len(columns))
         total[c] += factor * (columns[c] - columns[p])
         magnitude[c] += np.abs(factor * (columns[c] - columns[p]))
-    width = weight.shape[1]
-    return total[:, :width], total[:, width:], magnitude
-
-
-def order_of(scores: Tensor) -> list[int]:
-    """Indices in ascending order: -0.0 equal to 0.0, NaN of either sign last, ties by index."""
-    values = as_float64(scores).tolist()
-    return sorted(range(len(values)), key=lambda i: (values[i] != values[i], _or_zero(values[i]), i))
-
-
-def _or_zero(value: float) -> float:
-    return 0.0 if value != value else value
+    return total, magnitude

@@ -17,12 +17,21 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
+UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
 TOOLS = {
     "plain": ("-O2",),
-    "asan": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "asan": ("-O1", "-g", f"-fsanitize=address,{UNDEFINED}", "-fno-sanitize-recover"),
     "tsan": ("-O1", "-g", "-fsanitize=thread"),
 }
-FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread")
+FLAGS = (
+    "-std=c++17",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-fno-strict-aliasing",
+    "-pthread",
+)
 DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -147,12 +156,7 @@ def run_cases(
     """
     cases = list(cases)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name for name in ("cases", "data", "results")]
-        lines, data = [], []
-        for case in cases:
-            lines += _describe(case, data)
-        paths[0].write_text("\n".join(lines) + "\n")
-        paths[1].write_bytes(b"".join(data))
+        paths = write_cases(cases, Path(folder))
         arguments = [str(path) for path in paths]
         result = execute(program, arguments, order, multiprocessors, timeout)
         if result.returncode:
@@ -160,6 +164,19 @@ def run_cases(
             kind = LaunchError if result.returncode == 1 else RuntimeError
             raise kind(f"exit status {result.returncode}: {last[:6000]}")
         return _read(cases, paths[2].read_bytes())
+
+
+def write_cases(cases: Iterable[Case], folder: Path) -> list[Path]:
+    """Write the arguments of the driver into a folder: cases, data, and the place for results."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / name for name in ("cases", "data", "results")]
+    lines: list[str] = []
+    data: list[bytes] = []
+    for case in cases:
+        lines += _describe(case, data)
+    paths[0].write_text("\n".join(lines) + "\n")
+    paths[1].write_bytes(b"".join(data))
+    return paths
 
 
 def _describe(case: Case, data: list[bytes]) -> list[str]:
@@ -171,7 +188,9 @@ def _describe(case: Case, data: list[bytes]) -> list[str]:
     for name, tensor in case.inputs.items():
         if tensor is None:
             continue
-        reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        reach = sum(
+            (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         elements = tensor.storage_offset() + reach + 1 if tensor.numel() else 0
         whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())[:elements]
         data.append(whole.view(torch.uint8).numpy().tobytes())

@@ -3,12 +3,11 @@
 import itertools
 from collections.abc import Callable, Iterator
 
+import brute_force
 import torch
-from torch import Tensor
-
-from cudacpu import expected
 from cudacpu.harness import Case
 from cudacpu.tensors import DTYPES, LAYOUTS, VALUES, Checked, filled, laid_out
+from torch import Tensor
 
 
 def selection_scores(small: bool) -> Iterator[tuple[Tensor, int, str]]:
@@ -38,7 +37,9 @@ def sorted_case(scores: Tensor, k: int, label: str) -> Checked:
     """One selection by one block."""
 
     def check(outputs: dict[str, Tensor]) -> None:
-        wanted = torch.tensor(expected.order_of(scores)[:k], dtype=torch.int64)
+        wanted = torch.tensor(
+            brute_force.select_smallest(scores.double().tolist(), k), dtype=torch.int64
+        )
         assert outputs["index"].tolist() == wanted.tolist()
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
         chosen = scores[wanted].clone()
@@ -58,7 +59,7 @@ def unsorted_case(scores: Tensor, k: int, label: str) -> Checked:
     """One selection by several blocks: chosen in the order of index, sorted by key afterwards."""
 
     def check(outputs: dict[str, Tensor]) -> None:
-        wanted = expected.order_of(scores)[:k]
+        wanted = brute_force.select_smallest(scores.double().tolist(), k)
         assert outputs["index"].tolist() == sorted(wanted)
         by_key = outputs["key"].sort(stable=True).indices
         assert outputs["index"][by_key].tolist() == wanted

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from cudacpu.expected import Floats
 from cudacpu.harness import Case
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "misaligned", "padded", "every_other", "column_major")
@@ -99,8 +98,8 @@ def shapes(small: bool) -> Iterator[tuple[int, int]]:
         most = max(1, (2000 if small else 20000) // width)
         yield min(next(counts), most), width
     if not small:
-        yield 700, 10
-        yield 3000, 3
+        yield 300, 10
+        yield 1100, 3
 
 
 def logits_of(small: bool) -> Iterator[tuple[Tensor, str, int]]:
