@@ -99,9 +99,7 @@ def bench_classification_margin(time_call, rows, classes, dtype, provider):
     def check(result):
         if provider != "floor":
             rounding = 1e-5 if dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(
-                result.double(), expected, rtol=rounding, atol=rounding
-            )
+            torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=rounding)
 
     time_call(
         (lambda: margin(logits, target)) if margin else (lambda: logits.amax(1)),

@@ -1,8 +1,8 @@
 """Run all benchmarks: writes results/<device>.csv and the README's tables from it.
 
-    python benchmarks/run.py            # run, then write both
-    python benchmarks/run.py --readme   # only write the README's tables from the results
-    python benchmarks/run.py --check    # fail if the README's tables are not those of the results
+python benchmarks/run.py            # run, then write both
+python benchmarks/run.py --readme   # only write the README's tables from the results
+python benchmarks/run.py --check    # fail if the README's tables are not those of the results
 """
 
 import argparse
@@ -105,7 +105,11 @@ def tables(path: Path) -> str:
             header = [f"`{op}`, {dtype}", "marginops", "GB/s"]
             header += [f"faster than {NAMES[other]}" for other in others]
             header += ["time over the floor"] * has_floor
-            lines += ["", "| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+            lines += [
+                "",
+                "| " + " | ".join(header) + " |",
+                "|---" + "|---:" * (len(header) - 1) + "|",
+            ]
         ours = providers["marginops"]
         time = float(ours["median_ms"])
         cells = [shape, f"{milliseconds(time)} ({milliseconds(float(ours['iqr_ms']))})"]

@@ -13,9 +13,10 @@ namespace py = pybind11;
 namespace {
 
 // The loader looks for this text in the file, to learn what a library was built for before it loads
-// it.
-constexpr char kBuiltFor[] = "marginops kernels built for torch=" MARGINOPS_TEXT(
-    MARGINOPS_TORCH) " archs=" MARGINOPS_TEXT(MARGINOPS_ARCHS) ";";
+// it. The attribute keeps it whole: optimised code may hold a text in pieces.
+__attribute__((used)) constexpr char kBuiltFor[] =
+    "marginops kernels built for torch=" MARGINOPS_TEXT(MARGINOPS_TORCH) " archs=" MARGINOPS_TEXT(
+        MARGINOPS_ARCHS) ";";
 
 py::list split(const std::string& text) {
   py::list parts;

@@ -68,5 +68,6 @@ def minimal_margin_pair(logits, weight, bias=None, rival="top2") -> tuple[list, 
 def select_smallest(scores: Sequence[float], k: int) -> list[int]:
     """Indices in the order of scores: by value, NaN last, equal values by index."""
     return sorted(
-        range(len(scores)), key=lambda i: (math.isnan(scores[i]), 0 if math.isnan(scores[i]) else scores[i], i)
+        range(len(scores)),
+        key=lambda i: (math.isnan(scores[i]), 0 if math.isnan(scores[i]) else scores[i], i),
     )[:k]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cudacpu import harness
 from torch.utils import cpp_extension
 
+from cudacpu import harness
 from marginops._native import recipe
 
 ARCHS = ("80", "90", "120")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from cudacpu import expected, harness, margin_cases, score_cases, select_cases
 from cudacpu.harness import TOOLS, Case, LaunchError, execute, run_cases
 from cudacpu.tensors import DTYPES, LAYOUTS, VALUES, Checked, filled, laid_out
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_sources import write_tiny
 
 from marginops import __version__, cli
 from marginops._native import doctor, toolchain
 from marginops._native.loader import Loader
+from native_sources import write_tiny
 
 SECTIONS = {
     "versions",

@@ -208,9 +208,7 @@ def test_invariances_of_the_score(device):
     features = torch.randn(60, 16, dtype=torch.float64, device=device)
     score = marginops.minimal_margin_score(features @ weight.T, weight)
     shifted = weight + torch.randn(16, dtype=torch.float64, device=device)
-    torch.testing.assert_close(
-        marginops.minimal_margin_score(features @ shifted.T, shifted), score
-    )
+    torch.testing.assert_close(marginops.minimal_margin_score(features @ shifted.T, shifted), score)
     rotation = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, device=device)).Q
     turned = marginops.minimal_margin_score(
         (features @ rotation) @ (weight @ rotation).T, weight @ rotation

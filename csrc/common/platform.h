@@ -1,4 +1,5 @@
-// What the shared headers need to compile as host C++, as CUDA, and under the CPU emulation of CUDA.
+// What the shared headers need to compile as host C++, as CUDA, and under the CPU emulation of
+// CUDA.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -130,8 +130,7 @@ class DistanceTable final : public Distances<Value> {
 // Makes the distances that `count` rows of logits will ask for.
 template <class Value>
 std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
-                                                 const std::optional<Tensor>& bias,
-                                                 int64_t count) {
+                                                 const std::optional<Tensor>& bias, int64_t count) {
   std::unique_ptr<Distances<Value>> distances;
   for_dtype("weight", weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

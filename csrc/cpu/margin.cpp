@@ -167,8 +167,7 @@ void for_each_boundary(const Tensor& logits, const Tensor& weight,
       use(r, int64_t{0}, int64_t{1}, kNan, kNan);
     } else if (nearest) {
       const auto [other, distance] = nearest_boundary(view, row, top, *distances, radius);
-      use(r, int64_t{top.first}, other, distance,
-          top.first_value - value_of(view.at(row, other)));
+      use(r, int64_t{top.first}, other, distance, top.first_value - value_of(view.at(row, other)));
     } else {
       use(r, int64_t{top.first}, int64_t{top.second}, (*distances)(top.first, top.second),
           top.first_value - top.second_value);
@@ -271,7 +270,7 @@ Tensor classification_margin(const Tensor& logits, const Tensor& target,
         log_norm ? half_scale(*static_cast<const Value*>(log_norm->const_data_ptr())) : Value{1};
     const auto use = [&](int64_t r, int64_t row, const Top2<Value>& top) {
       const Value own = value_of(view.at(row, targets[row]));
-      const Value rival = top.nan ? std::numeric_limits<Value>::quiet_NaN()
+      const Value rival = top.nan                  ? std::numeric_limits<Value>::quiet_NaN()
                           : own == top.first_value ? top.second_value
                                                    : top.first_value;
       result[r] = targets.ignored(row) ? std::numeric_limits<Value>::infinity()

@@ -87,8 +87,8 @@ class Selector {
     std::vector<int64_t> counts(static_cast<size_t>(parts));
     parallel(parts, 1, [&](int64_t from, int64_t to) {
       for (int64_t part = from; part < to; ++part) {
-        counts[part] = collect(begin_of(part), begin_of(part + 1), bound,
-                               entries_.get() + begin_of(part));
+        counts[part] =
+            collect(begin_of(part), begin_of(part + 1), bound, entries_.get() + begin_of(part));
       }
     });
     count_ = counts[0];

@@ -23,8 +23,8 @@ struct Matrix {
   }
 };
 
-constexpr int64_t kSegment = 8192;     // logits: 32 KiB of float32, inside any L1 or L2 cache
-constexpr int64_t kLongRow = 48;       // classes from which a row fills vectors of its own
+constexpr int64_t kSegment = 2048;       // logits that are surely in cache for a second look
+constexpr int64_t kLongRow = 48;         // classes from which a row fills vectors of its own
 constexpr int64_t kTransposedTile = 64;  // classes copied at once for vectors across rows
 
 // The two largest values of all lanes, the second counted with multiplicity.
@@ -66,6 +66,7 @@ struct LaneTop2 {
 template <class T>
 void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
   using Value = ValueOf<T>;
+  if (classes < Simd<Value>::kLanes) return;  // they are known
   using Index = typename Simd<Value>::Index;
   constexpr int kLanes = Simd<Value>::kLanes;
   const Index none = Index{} + Top2<Value>::kNone;
@@ -92,8 +93,9 @@ void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
   }
 }
 
-template <class T, bool kClasses>
-Top2<ValueOf<T>> top2_segment(const T* row, int64_t classes) {
+// The two largest values only.
+template <class T>
+Top2<ValueOf<T>> top2_values(const T* row, int64_t classes) {
   using Value = ValueOf<T>;
   constexpr int kLanes = Simd<Value>::kLanes;
   if (classes < kLanes) {
@@ -120,19 +122,22 @@ Top2<ValueOf<T>> top2_segment(const T* row, int64_t classes) {
     odd.add(seen ? none : load(row + classes - kLanes));
   }
   even.merge(odd);
-  Top2<Value> top = even.reduced();
-  if (kClasses && !top.nan) find_classes(row, classes, top);
-  return top;
+  return even.reduced();
 }
 
+// With kClasses, the second look is only at segments that have one of the two largest so far.
 template <class T, bool kClasses>
 Top2<ValueOf<T>> top2_row(const T* row, int64_t classes) {
-  Top2<ValueOf<T>> top = top2_segment<T, kClasses>(row, std::min(classes, kSegment));
-  for (int64_t from = kSegment; from < classes; from += kSegment) {
-    Top2<ValueOf<T>> next = top2_segment<T, kClasses>(row + from, std::min(classes - from, kSegment));
-    if (kClasses) {
-      next.first += next.first == Top2<ValueOf<T>>::kNone ? 0 : static_cast<int32_t>(from);
-      next.second += next.second == Top2<ValueOf<T>>::kNone ? 0 : static_cast<int32_t>(from);
+  Top2<ValueOf<T>> top;
+  for (int64_t from = 0; from < classes; from += kSegment) {
+    const int64_t size = std::min(classes - from, kSegment);
+    const auto start = static_cast<int32_t>(from);
+    Top2<ValueOf<T>> next = top2_values(row + from, size);
+    if (kClasses && !next.nan &&
+        top.before(next.first_value, start, top.second_value, top.second)) {
+      find_classes(row + from, size, next);
+      next.first += start;
+      next.second += next.second == top.kNone ? 0 : start;
     }
     top.merge(next);
   }

@@ -10,6 +10,9 @@
 namespace marginops::cuda {
 
 constexpr int kRowsBlock = 256;
+// Blocks a multiprocessor must hold: ptxas left alone aims for more, and spills.
+template <class Scalar>
+constexpr int kRowsBlocks = sizeof(Scalar) == 8 ? 2 : 3;
 constexpr int kTileRows = 128;
 constexpr int kTileRowBytes = 128;
 
@@ -212,7 +215,7 @@ enum class Phase { kWhole, kPart, kMerge };
 // 256 / threads rows a block, `threads` a power of two. A row is read as read_top2() says, merged
 // by shuffles, and across warps through shared memory.
 template <class Scalar, class Output>
-__global__ void __launch_bounds__(kRowsBlock, sizeof(Scalar) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kRowsBlock, kRowsBlocks<Scalar>)
     rows_kernel(Logits<Scalar> logits, int threads, int splits, Phase phase,
                 Top2<Value<Scalar>>* partial, Output output) {
   using Number = Value<Scalar>;

@@ -80,19 +80,19 @@ struct Search {
 };
 
 // Exclusive sum over the block of one count a thread. All threads take part.
-template <class Count, int kBlock>
-__device__ __forceinline__ Count block_offset(Count count) {
-  __shared__ Count warp_total[kBlock / kWarp];
+template <int kBlock>
+__device__ __forceinline__ int64_t block_offset(int64_t count) {
+  __shared__ int64_t warp_total[kBlock / kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Count sum = count;
+  int64_t sum = count;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
-    const Count below = __shfl_up_sync(kAllLanes, sum, distance);
+    const int64_t below = __shfl_up_sync(kAllLanes, sum, distance);
     if (lane >= distance) sum += below;
   }
   if (lane == kWarp - 1) warp_total[warp] = sum;
   __syncthreads();
-  Count offset = sum - count;
+  int64_t offset = sum - count;
   for (int i = 0; i < warp; ++i) offset += warp_total[i];
   __syncthreads();
   return offset;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void find_digit(const Count* histogram, const Search<
     count[i] = histogram[threadIdx.x * kEach + i];
     total += count[i];
   }
-  int64_t before = block_offset<int64_t, kBlock>(total);
+  int64_t before = block_offset<kBlock>(total);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int64_t same = count[i];

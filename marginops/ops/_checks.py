@@ -70,8 +70,7 @@ def check_weight(weight: Any, logits: Tensor) -> None:
             str(dtype) for dtype in dict.fromkeys((logits.dtype, result_dtype(logits.dtype)))
         )
         raise TypeError(
-            f"weight: expected dtype {expected} beside logits of {logits.dtype}, "
-            f"got {weight.dtype}"
+            f"weight: expected dtype {expected} beside logits of {logits.dtype}, got {weight.dtype}"
         )
 
 

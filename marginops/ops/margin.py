@@ -237,9 +237,7 @@ def _pair_fake(
     )
 
 
-def _score_reference(
-    logits: Tensor, weight: Tensor, bias: Tensor | None, nearest: bool
-) -> Tensor:
+def _score_reference(logits: Tensor, weight: Tensor, bias: Tensor | None, nearest: bool) -> Tensor:
     pair, distance = _pair_reference(logits, weight, bias, None, nearest)
     values = logits.gather(1, pair).to(distance.dtype)
     return _boundary_distance(values[:, 0] - values[:, 1], distance)

@@ -4,11 +4,12 @@ Only differences of logits are rounded to the dtype of the results, where they m
 Unlike brute_force.py this takes all classes of a row at once, for rows of many classes.
 """
 
-import brute_force
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+import brute_force
 
 Floats = NDArray[np.float64]
 

@@ -4,10 +4,11 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
 from cudacpu import expected
 from cudacpu.harness import Case
 from cudacpu.tensors import LAYOUTS, Checked, assert_near, assert_same, laid_out, logits_of
-from torch import Tensor
 
 IGNORE = -100
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from cudacpu import expected
 from cudacpu.harness import Case
 from cudacpu.margin_cases import rows_for
@@ -18,7 +20,6 @@ from cudacpu.tensors import (
     laid_out,
     logits_of,
 )
-from torch import Tensor
 
 ROUNDING = (1e-5, 1e-12)  # of float32 and of float64
 WEIGHTS = ("normal", "identity", "equal_rows", "tiny", "huge", "one_far", "nan")

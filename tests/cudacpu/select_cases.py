@@ -3,11 +3,12 @@
 import itertools
 from collections.abc import Callable, Iterator
 
-import brute_force
 import torch
+from torch import Tensor
+
+import brute_force
 from cudacpu.harness import Case
 from cudacpu.tensors import DTYPES, LAYOUTS, VALUES, Checked, filled, laid_out
-from torch import Tensor
 
 
 def selection_scores(small: bool) -> Iterator[tuple[Tensor, int, str]]:
