@@ -1,5 +1,7 @@
 """Fused kernels for classification margins: scores, normalisation and selection in one call."""
 
+from ._native import NativeUnavailableWarning
+from ._version import __version__
 from .ops.margin import classification_margin, minimal_margin_score
 from .ops.select import (
     Selection,
@@ -8,10 +10,10 @@ from .ops.select import (
     select_smallest_margin,
 )
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "NativeUnavailableWarning",
     "Selection",
+    "__version__",
     "classification_margin",
     "minimal_margin_score",
     "select_minimal_margin",

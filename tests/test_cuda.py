@@ -1,0 +1,159 @@
+"""What only a GPU can show: graphs, streams, launches, synchronisation, very large inputs."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import marginops
+from conftest import DTYPES
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is false"
+)
+DEVICE = "cuda:0"
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def make_inputs(rows: int = 1280, classes: int = 100, dtype: torch.dtype = torch.float32) -> Inputs:
+    logits = torch.randn(rows, classes, device=DEVICE).to(dtype)
+    weight = torch.randn(classes, 64, device=DEVICE).to(dtype)
+    target = torch.randint(classes, (rows,), device=DEVICE)
+    return logits, weight, target, torch.tensor(0.5, device=DEVICE)
+
+
+CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "margin": lambda f, w, y, n: (marginops.classification_margin(f, y, log_norm=n),),
+    "score": lambda f, w, y, n: (marginops.minimal_margin_score(f, w),),
+    "nearest": lambda f, w, y, n: (marginops.minimal_margin_score(f, w, rival="nearest"),),
+    "select": lambda f, w, y, n: marginops.select_smallest(f[:, 0], len(f) // 10),
+    "select margin": lambda f, w, y, n: marginops.select_smallest_margin(f, y, len(f) // 10),
+    "select score": lambda f, w, y, n: marginops.select_minimal_margin(f, w, len(f) // 10),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 10, 100, 1000, 40_000])
+def test_every_kernel(classes, dtype):
+    """A small run of every kernel, forward and backward; the sanitizer tools run this one."""
+    for rows in (1, 5, 3000):
+        if rows * classes > 10_000_000:
+            continue
+        logits, weight, target, log_norm = make_inputs(rows, classes, dtype)
+        log_norm = log_norm.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        expected = [
+            value.cpu()
+            for call in CALLS.values()
+            for value in call(logits.cpu(), weight.cpu(), target.cpu(), log_norm.cpu())
+        ]
+        actual = [
+            value.cpu()
+            for call in CALLS.values()
+            for value in call(logits, weight, target, log_norm)
+        ]
+        for value, wanted in zip(actual, expected, strict=True):
+            if not value.is_floating_point():
+                continue
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+        logits.requires_grad_()
+        weight.requires_grad_()
+        for name in ("margin", "score", "nearest", "select margin", "select score"):
+            CALLS[name](logits, weight, target, log_norm)[0].sum().backward()
+    large = torch.randn(200_000, device=DEVICE).to(dtype)
+    chosen = marginops.select_smallest(large, 50_000)
+    assert torch.equal(chosen.indices, torch.sort(large, stable=True).indices[:50_000])
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("rows", [1280, 300_000])
+def test_graph_replays_on_fresh_inputs(name, rows):
+    call = CALLS[name]
+    inputs = make_inputs(rows, 10)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(*inputs)
+    for _ in range(3):
+        for value, fresh in zip(inputs, make_inputs(rows, 10), strict=True):
+            value.copy_(fresh)
+        graph.replay()
+        for value, expected in zip(captured, call(*inputs), strict=True):
+            assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_side_stream(name):
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        inputs = make_inputs(50_000, 1000)
+        actual = CALLS[name](*inputs)
+    side.synchronize()
+    for value, expected in zip(actual, CALLS[name](*inputs), strict=True):
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("rows", [1280, 300_000])
+def test_no_host_synchronisation(name, rows):
+    inputs = make_inputs(rows, 10)
+    inputs[0].requires_grad_()
+    CALLS[name](*inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        CALLS[name](*inputs)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+@pytest.mark.parametrize("name", ["select margin", "select score"])
+def test_at_most_two_launches_for_a_batch(name, classes):
+    inputs = make_inputs(1280, classes)
+    CALLS[name](*inputs)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        CALLS[name](*inputs)
+        torch.cuda.synchronize()
+    launches = [event for event in profile.events() if "Sync" not in event.name]
+    device = [e.name for e in launches if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert 1 <= len(device) <= 2, device
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_reduce_overhead(name):
+    torch.compiler.reset()
+    compiled = torch.compile(CALLS[name], fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        inputs = make_inputs()
+        actual = [value.clone() for value in compiled(*inputs)]
+        for value, expected in zip(actual, CALLS[name](*inputs), strict=True):
+            assert torch.equal(value, expected)
+
+
+def test_more_elements_than_32_bits():
+    rows, classes = 2_200_000, 1000
+    logits = torch.randn(rows, classes, device=DEVICE, dtype=torch.bfloat16)
+    assert logits.numel() > 2**31
+    target = torch.randint(classes, (rows,), device=DEVICE)
+    margin = marginops.classification_margin(logits, target)
+    last = slice(rows - 1000, rows)
+    assert torch.equal(margin[last], marginops.classification_margin(logits[last], target[last]))
+
+
+def test_wrong_target_is_a_device_side_assertion():
+    program = (
+        "import torch, marginops\n"
+        "logits = torch.randn(4, 3, device='cuda:0')\n"
+        "marginops.classification_margin(logits, torch.full((4,), 3, device='cuda:0'))\n"
+        "torch.cuda.synchronize()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "device-side assert" in run.stderr
