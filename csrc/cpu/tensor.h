@@ -60,7 +60,7 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) 
   const int64_t shape[2] = {rows, columns}, strides[2] = {columns, 1};
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), shape,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), shape,
                                                          strides, dtype,
                                                          aoti_torch_device_type_cpu(), 0, &tensor));
   return Tensor(tensor);

@@ -307,14 +307,14 @@ std::tuple<Tensor, Tensor> select_smallest_margin_op(const Tensor& logits, const
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(marginops, CUDA, m) {
-  m.impl("classification_margin", TORCH_BOX(&classification_margin_op));
+  m.impl("classification_margin_forward", TORCH_BOX(&classification_margin_op));
   m.impl("classification_margin_rival", TORCH_BOX(&classification_margin_rival_op));
-  m.impl("minimal_margin_score", TORCH_BOX(&minimal_margin_score_op));
-  m.impl("minimal_margin_pair", TORCH_BOX(&minimal_margin_pair_op));
-  m.impl("pair_gradient", TORCH_BOX(&pair_gradient_op));
-  m.impl("select_smallest", TORCH_BOX(&select_smallest_op));
-  m.impl("select_minimal_margin", TORCH_BOX(&select_minimal_margin_op));
-  m.impl("select_smallest_margin", TORCH_BOX(&select_smallest_margin_op));
+  m.impl("minimal_margin_score_forward", TORCH_BOX(&minimal_margin_score_op));
+  m.impl("minimal_margin_pair_forward", TORCH_BOX(&minimal_margin_pair_op));
+  m.impl("pair_gradient_forward", TORCH_BOX(&pair_gradient_op));
+  m.impl("select_smallest_forward", TORCH_BOX(&select_smallest_op));
+  m.impl("select_minimal_margin_forward", TORCH_BOX(&select_minimal_margin_op));
+  m.impl("select_smallest_margin_forward", TORCH_BOX(&select_smallest_margin_op));
 }
 
 }  // namespace marginops::cuda

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,8 +86,9 @@ def build(name: str, tool: str) -> Path:
     with open(cache / f"{name}-{tool}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():
-            for stale in cache.glob(f"{name}-{tool}-*"):
-                stale.unlink()
+            for other in cache.glob(f"{name}-{tool}-*"):  # younger ones may be in use
+                if time.time() - other.stat().st_mtime > 24 * 3600:
+                    other.unlink()
             unfinished = cache / f"{name}-{tool}.new"
             result = subprocess.run(
                 [*command, "-o", str(unfinished)], capture_output=True, text=True

@@ -157,10 +157,10 @@ def pair_case(
 
 def pair_gradient(small: bool = False) -> Iterator[Checked]:
     """Sums over sorted pairs: classes with many, with few and without any."""
-    sizes = [(0, 3), (1, 2), (2, 3), (31, 5), (33, 2), (300, 40), (1000, 7), (2000, 1000)]
-    layouts, dtypes, widths = itertools.cycle(LAYOUTS), itertools.cycle(DTYPES), FEATURES
+    sizes = [(0, 3), (1, 2), (2, 3), (31, 5), (33, 2), (600, 2), (300, 40), (1000, 7), (2000, 1000)]
+    layouts, dtypes, widths = itertools.cycle(LAYOUTS), itertools.cycle(DTYPES), (*FEATURES, 300)
     for seed, ((size, classes), features) in enumerate(itertools.product(sizes, widths)):
-        if small and (size > 500 or seed % 3):
+        if small and (size > 600 or seed % 3):
             continue
         generator = torch.Generator().manual_seed(seed)
         dtype, layout = next(dtypes), next(layouts)
