@@ -13,6 +13,8 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_
 hypothesis.settings.load_profile("ci")
 
 DEVICES = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
+IMPLEMENTATIONS = ["native", "reference"]
+OPS = torch.ops.marginops
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 _REFERENCES = [
@@ -50,3 +52,16 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20)
+
+
+def head(device, dtype=torch.float64, rows=12, classes=6, columns=5):
+    tensors = torch.randn(rows, classes), torch.randn(classes, columns), torch.randn(classes)
+    return tuple(value.to(device, dtype).requires_grad_() for value in tensors)
+
+
+def opcheck(name, *arguments):
+    """Every check of the op, and of the kernel's op behind a differentiable one."""
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
+    if hasattr(OPS, f"{name}_forward"):
+        detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.library.opcheck(getattr(OPS, f"{name}_forward").default, detached)

@@ -56,3 +56,28 @@ def relayout(dense: torch.Tensor, layout: str) -> torch.Tensor:
 def matching_weight_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
     """What weight may be beside logits of this dtype."""
     return [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
+
+
+@st.composite
+def margin_cases(draw):
+    rows, classes = draw(st.integers(0, 20)), draw(st.sampled_from([2, 3, 10, 17, 49, 70]))
+    logits = draw(tensors(rows, classes, draw(dtypes), anything))
+    labels = st.integers(0, classes - 1) | st.just(-100)
+    target = torch.tensor(draw(st.lists(labels, min_size=rows, max_size=rows)), dtype=torch.int64)
+    return logits, target, draw(st.none() | st.floats(-80, 80))
+
+
+@st.composite
+def score_cases(draw, elements=anything):
+    rows, classes = draw(st.integers(0, 20)), draw(st.sampled_from([2, 3, 5, 18, 49, 70]))
+    columns = draw(st.sampled_from([0, 1, 3, 16, 21, 70]))
+    logits = draw(tensors(rows, classes, draw(dtypes), elements))
+    weight_dtype = draw(st.sampled_from(matching_weight_dtypes(logits.dtype)))
+    # Weights from a seed: thousands of drawn numbers would only slow the search down.
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    dense = torch.randint(-2, 3, (classes, columns), generator=random) * draw(
+        st.sampled_from([1.0, 1e-3, 7.25])
+    )
+    weight = relayout(dense.to(weight_dtype), draw(st.sampled_from(LAYOUTS)))
+    bias = torch.randn(classes, generator=random).to(weight_dtype)
+    return logits, weight, bias if draw(st.booleans()) else None

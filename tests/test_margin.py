@@ -1,6 +1,7 @@
 """classification_margin and minimal_margin_score: values, gradients, errors, compilation."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -13,11 +14,9 @@ from torchmetrics.functional.classification import multiclass_hinge_loss
 
 import brute_force
 import marginops
-from conftest import DTYPES, implementation
-from strategies import LAYOUTS, anything, dtypes, finite, matching_weight_dtypes, relayout, tensors
-
-IMPLEMENTATIONS = ["native", "reference"]
-OPS = torch.ops.marginops
+from conftest import DTYPES, IMPLEMENTATIONS, OPS, head, implementation, opcheck
+from marginops import _native
+from strategies import LAYOUTS, finite, margin_cases, relayout, score_cases
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -33,29 +32,9 @@ def assert_matches(result: torch.Tensor, expected: np.ndarray, dtype: torch.dtyp
     )
 
 
-@st.composite
-def margin_cases(draw):
-    rows, classes = draw(st.integers(0, 20)), draw(st.sampled_from([2, 3, 10, 17, 49, 70]))
-    logits = draw(tensors(rows, classes, draw(dtypes), anything))
-    labels = st.integers(0, classes - 1) | st.just(-100)
-    target = torch.tensor(draw(st.lists(labels, min_size=rows, max_size=rows)), dtype=torch.int64)
-    return logits, target, draw(st.none() | st.floats(-80, 80))
-
-
-@st.composite
-def score_cases(draw, elements=anything):
-    rows, classes = draw(st.integers(0, 20)), draw(st.sampled_from([2, 3, 5, 18, 49, 70]))
-    columns = draw(st.sampled_from([0, 1, 3, 16, 21, 70]))
-    logits = draw(tensors(rows, classes, draw(dtypes), elements))
-    weight_dtype = draw(st.sampled_from(matching_weight_dtypes(logits.dtype)))
-    # Weights from a seed: thousands of drawn numbers would only slow the search down.
-    random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    dense = torch.randint(-2, 3, (classes, columns), generator=random) * draw(
-        st.sampled_from([1.0, 1e-3, 7.25])
-    )
-    weight = relayout(dense.to(weight_dtype), draw(st.sampled_from(LAYOUTS)))
-    bias = torch.randn(classes, generator=random).to(weight_dtype)
-    return logits, weight, bias if draw(st.booleans()) else None
+@pytest.mark.skipif("MARGINOPS_DISABLE_JIT" in os.environ, reason="MARGINOPS_DISABLE_JIT is set")
+def test_native_kernels_are_under_test(device):
+    assert _native.load(torch.device(device).type)
 
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
@@ -216,11 +195,6 @@ def test_invariances_of_the_score(device):
     torch.testing.assert_close(turned, score)
 
 
-def head(device, dtype=torch.float64, rows=12, classes=6, columns=5):
-    tensors = torch.randn(rows, classes), torch.randn(classes, columns), torch.randn(classes)
-    return tuple(value.to(device, dtype).requires_grad_() for value in tensors)
-
-
 @pytest.mark.parametrize("rival", ["top2", "nearest"])
 @pytest.mark.parametrize("bias_in_norm", [False, True])
 def test_score_gradient(device, rival, bias_in_norm):
@@ -306,14 +280,6 @@ def test_second_derivative_of_the_score_is_an_error(device):
     (gradient,) = torch.autograd.grad(score, weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         gradient.sum().backward()
-
-
-def opcheck(name, *arguments):
-    """Every check of the op, and of the kernel's op behind a differentiable one."""
-    torch.library.opcheck(getattr(OPS, name).default, arguments)
-    if hasattr(OPS, f"{name}_forward"):
-        detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-        torch.library.opcheck(getattr(OPS, f"{name}_forward").default, detached)
 
 
 def test_opcheck(device):

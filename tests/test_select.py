@@ -9,9 +9,8 @@ from torch.autograd import gradcheck
 
 import brute_force
 import marginops
-from conftest import implementation
-from strategies import anything, dtypes
-from test_margin import IMPLEMENTATIONS, OPS, head, margin_cases, opcheck, score_cases
+from conftest import IMPLEMENTATIONS, OPS, head, implementation, opcheck
+from strategies import anything, dtypes, margin_cases, score_cases
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
