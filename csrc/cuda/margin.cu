@@ -7,6 +7,8 @@ namespace {
 // A table of all distances pays off for few classes and many rows.
 constexpr int64_t kTableClasses = 256;
 constexpr int64_t kTableRows = 16384;
+// The parts of split rows take at most 1 MiB.
+constexpr int64_t kMostParts = (1 << 20) / sizeof(Top2<double>);
 
 struct Plan {
   bool tile;          // tile_kernel; the rest is for rows_kernel
@@ -39,7 +41,7 @@ Plan plan_rows(const Matrix& logits, int64_t rows, bool whole_warps, bool neares
   }
   const int64_t loads = by_columns ? logits.cols / 4 : packs / plan.read_threads;
   while (plan.splits < 1024 && rows * plan.read_threads * plan.splits * 2 <= enough_threads &&
-         loads >= plan.splits * 8)
+         rows * plan.splits * 2 <= kMostParts && loads >= plan.splits * 8)
     plan.splits *= 2;
 
   plan.write_threads = kWarp;

@@ -43,7 +43,7 @@ def classification_margin(
             as in ``torch.nn.functional.cross_entropy``.
 
     Differentiable in ``logits`` (among tied rivals the lowest class takes the gradient) and
-    ``log_norm``. Deterministic. Reads the logits once; allocates the result only.
+    ``log_norm``. Deterministic. Reads the logits once; at most 1 MiB beside the result.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
@@ -95,7 +95,8 @@ def minimal_margin_score(
     constants, ties go to the lowest class, and where the distance is 0 the gradient is 0.
     Deterministic. Reads the logits once and two rows of ``weight`` per sample, or a table of all
     distances where that is cheaper; ``"nearest"`` reads further rows only where a bound cannot
-    exclude them. Allocates the result and at most 1 MiB.
+    exclude them. Beside the result O(N) scratch for the table, C + D values for ``"nearest"``,
+    and at most 1 MiB.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])

@@ -142,7 +142,7 @@ int main(int count, char** arguments) {
     const cudaError_t error = kLaunchers.at(next.op)(next);
     if (error != cudaSuccess) {
       fprintf(stderr, "the launch failed: %s\n", cudaGetErrorString(error));
-      return 1;
+      return 3;  // 1 is a sanitizer's
     }
     for (const std::string& name : next.outputs) {
       const Buffer& buffer = next.array(name).buffer;

@@ -163,7 +163,7 @@ def run_cases(
         result = execute(program, arguments, order, multiprocessors, timeout)
         if result.returncode:
             last = "case " + result.stderr.rpartition("\ncase ")[2].removeprefix("case ")
-            kind = LaunchError if result.returncode == 1 else RuntimeError
+            kind = LaunchError if result.returncode == 3 else RuntimeError
             raise kind(f"exit status {result.returncode}: {last[:6000]}")
         return _read(cases, paths[2].read_bytes())
 

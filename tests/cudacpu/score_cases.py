@@ -68,13 +68,15 @@ def heads(small: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None, bool, st
 def many_rows(small: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, bool, str]]:
     """So many rows that a table of all distances pays off: few rows, each many times."""
     count = 16400
-    heads = [(3, torch.bfloat16), (40, torch.float32), (100, torch.float16), (128, torch.float64)]
-    for seed, (classes, dtype) in enumerate(heads[:1] if small else heads):
-        for nearest in (False, True):
-            once = filled((97, classes), dtype, VALUES[seed], seed)
+    widths = [(3, torch.bfloat16), (40, torch.float32), (100, torch.float16), (128, torch.float64)]
+    widths += [(5, torch.float16), (70, torch.bfloat16), (7, torch.float32), (9, torch.float64)]
+    for seed, (classes, dtype) in enumerate(widths[:1] if small else widths):
+        for nearest in (False, True) if seed < 4 else (True,):
+            once = filled((97, classes), dtype, VALUES[seed % len(VALUES)], seed)
             which = torch.arange(count + seed) % 97
-            weight = weight_of(classes, 9, dtype, "normal", seed)
-            bias = filled((classes,), dtype, "normal", seed) if seed % 2 else None
+            wide = expected.result_dtype(dtype) if nearest else dtype
+            weight = weight_of(classes, 9, wide, "normal", seed)
+            bias = filled((classes,), wide, "normal", seed) if seed % 2 else None
             label = f"{dtype} [{count + seed}, {classes}] table nearest={nearest}"
             yield once, weight, bias, which, nearest, label
 
