@@ -1,6 +1,7 @@
 """Devices, dtypes and the two implementations that every test of an op runs on."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -9,10 +10,16 @@ import torch
 
 from marginops.ops import margin, select
 
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
-hypothesis.settings.load_profile("ci")
-
 DEVICES = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
+# Kernels to test instead of those of the CPU: the emulated ones of CUDA, see test_cudacpu.py.
+OTHER_LIBRARY = os.environ.get("MARGINOPS_TEST_LIBRARY")
+if OTHER_LIBRARY:
+    torch.ops.load_library(OTHER_LIBRARY)
+
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("few", deadline=None, derandomize=True, max_examples=12)
+hypothesis.settings.load_profile("few" if OTHER_LIBRARY else "ci")
+
 IMPLEMENTATIONS = ["native", "reference"]
 OPS = torch.ops.marginops
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

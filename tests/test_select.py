@@ -241,7 +241,7 @@ def test_wrong_k_of_fused_selections(k):
         OPS.select_smallest(torch.randn(4), k)
 
 
-def test_wrong_targets_of_the_fused_selection():
+def test_wrong_target_values_of_the_fused_selection():
     logits = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match=r"target: expected classes in \[0, 3\).*got 9"):
         marginops.select_smallest_margin(logits, torch.tensor([0, 1, 2, 9]), 2)

@@ -78,7 +78,7 @@ def build(name: str, tool: str) -> Path:
     digest = hashlib.sha256(repr(command).encode())
     for folder in (HERE, SOURCES):
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
+            if path.suffix in (".h", ".cu", ".cuh") or path.name == f"{name}.cpp":
                 digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"marginops-cudacpu-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)

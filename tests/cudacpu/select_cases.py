@@ -15,15 +15,14 @@ def selection_scores(small: bool) -> Iterator[tuple[Tensor, int, str]]:
     """Scores of all dtypes, layouts and kinds, how many to select, and a label."""
     counts = [1, 2, 3, 31, 32, 33, 100, 255, 256, 257, 1000, 1023, 1024, 1025, 4096, 5000, 20011]
     counts = [1, 33, 257, 4097] if small else [*counts, 70001]
-    layouts, values = itertools.cycle(LAYOUTS[:4]), itertools.cycle(VALUES)
-    dtypes = itertools.cycle(DTYPES)
-    for seed, n in enumerate(counts):
+    number = itertools.count()
+    for n in counts:
         shares = {1, n // 2} if small else {0, 1, min(n, 33), n // 10, n // 2, n - 1, n}
         for k in sorted(shares):
-            dtype, layout, kind = next(dtypes), next(layouts), next(values)
-            if k == n:
-                next(dtypes)
-            scores = laid_out(filled((n,), dtype, kind, seed + k), layout)
+            seed = next(number)
+            dtype, layout = DTYPES[seed % 4], LAYOUTS[seed // 4 % 4]
+            kind = VALUES[(seed + seed // 7) % 7]
+            scores = laid_out(filled((n,), dtype, kind, seed), layout)
             yield scores, k, f"{dtype} [{n}] k={k} {layout} {kind}"
 
 

@@ -105,13 +105,9 @@ def shapes(small: bool) -> Iterator[tuple[int, int]]:
 
 def logits_of(small: bool) -> Iterator[tuple[Tensor, str, int]]:
     """Logits of all dtypes, shapes, layouts and kinds of values, a label, and a seed."""
-    layouts, values = itertools.cycle(LAYOUTS), itertools.cycle(VALUES)
-    dtypes = itertools.cycle(DTYPES)
-    for seed, ((rows, cols), turn) in enumerate(
-        itertools.product(shapes(small), range(1 if small else len(DTYPES)))
-    ):
-        dtype, layout, kind = next(dtypes), next(layouts), next(values)
-        if turn == 0:
-            next(dtypes)
+    turns = range(1 if small else len(DTYPES))
+    for seed, ((rows, cols), _) in enumerate(itertools.product(shapes(small), turns)):
+        dtype = DTYPES[(seed + seed // len(DTYPES)) % len(DTYPES)]
+        layout, kind = LAYOUTS[seed % len(LAYOUTS)], VALUES[seed % len(VALUES)]
         label = f"{dtype} [{rows}, {cols}] {layout} {kind}"
         yield laid_out(filled((rows, cols), dtype, kind, seed), layout), label, seed

@@ -87,7 +87,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // Launchers share out work by it, so a small number makes small inputs take the ways of large ones.
+  // Launchers share out work by it: with few, small inputs take the ways of large ones.
   const char* multiprocessors = getenv("CUDACPU_MULTIPROCESSORS");
   if (attribute != cudaDevAttrMultiProcessorCount) return cudacpu::remember(cudaErrorInvalidValue);
   *value = multiprocessors ? atoi(multiprocessors) : 132;
