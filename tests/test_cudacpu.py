@@ -1,5 +1,9 @@
 """The CUDA kernels, run on the CPU (see cudacpu/README.md) and compared with brute force."""
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -231,3 +235,19 @@ def _any_case(draw: st.DrawFn) -> Checked:
 @given(checked=st.lists(_any_case(), min_size=1, max_size=12), order=st.sampled_from(("7", "8")))
 def test_random_cases(program: Program, checked: list[Checked], order: str) -> None:
     _check(program("driver", "asan"), checked, order)
+
+
+def test_ops_through_the_binding() -> None:
+    """The tests of the ops themselves, on the CUDA library's binding and the emulated kernels.
+
+    Left out: references, which have no kernels; wrong targets, which are assertions of the
+    device; and what only takes long here.
+    """
+    here = Path(__file__).resolve().parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "not reference and not wrong_target and not 32_bit and not 300000"]
+    command += [str(here / "test_margin.py"), str(here / "test_select.py")]
+    environment = os.environ | {"MARGINOPS_TEST_LIBRARY": str(harness.build_binding())}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 200

@@ -19,8 +19,8 @@ constexpr int64_t kWideDigits = 8192;     // from here digits of 11 bits beat di
 
 template <class Key, class Index>
 struct Entry {
-  Key key;
   Index index;
+  Key key;
 
   bool operator<(const Entry& other) const {
     if constexpr (sizeof(Key) == 4 && sizeof(Index) == 4) {  // one comparison, no branch
@@ -84,6 +84,10 @@ class Selector {
     const int64_t parts = std::clamp<int64_t>(size_ / kGrain, 1, torch::stable::get_num_threads());
     const auto begin_of = [&](int64_t part) { return size_ * part / parts; };
     entries_ = uninitialized<Entries>(size_);
+    if (parts == 1) {
+      count_ = collect(0, size_, bound, entries_.get());
+      return;
+    }
     std::vector<int64_t> counts(static_cast<size_t>(parts));
     parallel(parts, 1, [&](int64_t from, int64_t to) {
       for (int64_t part = from; part < to; ++part) {
@@ -99,20 +103,20 @@ class Selector {
   }
 
   int64_t collect(int64_t from, int64_t to, Score bound, Entries* entries) const {
-    constexpr int64_t kBlock = 64;
-    int64_t count = 0;
-    for (int64_t begin = from; begin < to; begin += kBlock) {
-      const int64_t end = std::min(begin + kBlock, to);
-      int hits = 0;
-      for (int64_t i = begin; i < end; ++i) hits |= !(scores_[i] > bound);
-      if (!hits) continue;
-      for (int64_t i = begin; i < end; ++i) {  // written in any case, kept by counting it
-        entries[count] = {sort_key(scores_[i]), static_cast<Index>(i)};
-        count += !(scores_[i] > bound);
-      }
+    constexpr int kLanes = Simd<Score>::kLanes;
+    constexpr unsigned kAll = (1u << kLanes) - 1;
+    int64_t count = 0, i = from;
+    for (; i + kLanes <= to; i += kLanes) {
+      unsigned hits = kAll & ~lane_bits(load(scores_ + i) > bound);
+      for (; hits != 0; hits &= hits - 1) entries[count++] = entry(i + __builtin_ctz(hits));
+    }
+    for (; i < to; ++i) {
+      if (!(scores_[i] > bound)) entries[count++] = entry(i);
     }
     return count;
   }
+
+  Entries entry(int64_t i) const { return {static_cast<Index>(i), sort_key(scores_[i])}; }
 
   // Keeps the k smallest entries, in some order that is by index among equals: radix select.
   void narrow() {

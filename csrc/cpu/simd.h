@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace marginops::cpu {
 
 using bfloat16 = torch::headeronly::BFloat16;
@@ -109,6 +113,30 @@ inline typename Simd<Value>::Index lane_numbers() {
   typename Simd<Value>::Index lanes;
   for (int lane = 0; lane < Simd<Value>::kLanes; ++lane) lanes[lane] = lane;
   return lanes;
+}
+
+// A bit for each lane in which a comparison holds, the first lane's the lowest.
+inline unsigned lane_bits(Simd<float>::Index holds) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(holds));
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(holds)));
+#else
+  unsigned bits = 0;
+  for (int lane = 0; lane < Simd<float>::kLanes; ++lane) bits |= (holds[lane] & 1u) << lane;
+  return bits;
+#endif
+}
+inline unsigned lane_bits(Simd<double>::Index holds) {
+#if defined(__AVX512F__)
+  return _mm512_movepi64_mask(reinterpret_cast<__m512i>(holds));
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_pd(reinterpret_cast<__m256d>(holds)));
+#else
+  unsigned bits = 0;
+  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) bits |= (holds[lane] & 1u) << lane;
+  return bits;
+#endif
 }
 
 // Folds a reduction over the lanes: calls step(fold) log2(lanes) times, where fold(vector) turns

@@ -61,8 +61,8 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) 
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle tensor;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), shape,
-                                                         strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+                                                  strides, dtype, aoti_torch_device_type_cpu(), 0,
+                                                  &tensor));
   return Tensor(tensor);
 }
 

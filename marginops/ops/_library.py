@@ -41,10 +41,9 @@ def define(
     )
 
     def call(*arguments: Any) -> Any:
-        if torch.is_grad_enabled():
-            for argument in arguments:
-                if isinstance(argument, torch.Tensor) and argument.requires_grad:
-                    return differentiable(*arguments)
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                return (differentiable if torch.is_grad_enabled() else forward)(*arguments)
         return forward(*arguments)
 
     return call

@@ -1,5 +1,5 @@
-// The CUDA library as a whole on the CPU: its kernels by emulation, and its binding registered for CPU
-// tensors, so that the tests of the ops run through both.
+// The CUDA library as a whole on the CPU: its kernels by emulation, and its binding registered for
+// CPU tensors, so that the tests of the ops run through both.
 #define USE_CUDA
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

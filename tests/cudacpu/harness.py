@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
+
+from marginops._native import recipe
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
@@ -71,10 +74,20 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def build(name: str, tool: str) -> Path:
+def build_binding() -> Path:
+    """The CUDA library for CPU tensors: a library to load with ``torch.ops.load_library``."""
+    # The stable ABI's target is that of the packaged build; -Bsymbolic is for the stubs.
+    flags = ["-shared", "-fPIC", "-fno-extern-tls-init", "-Wl,-Bsymbolic", recipe.STABLE_ABI]
+    for folder in cpp_extension.include_paths():
+        flags += ["-isystem", folder]
+    flags += [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    return build("binding", "plain", [*flags, "-ltorch", "-ltorch_cpu", "-lc10"])
+
+
+def build(name: str, tool: str, flags: Sequence[str] = ()) -> Path:
     """Compile ``<name>.cpp`` for one of ``TOOLS``, once for each state of the sources."""
     command = [compiler(), *FLAGS, *TOOLS[tool], f"-I{HERE / 'include'}", f"-I{SOURCES}"]
-    command += ["-isystem", f"{toolkit()}/include", str(HERE / f"{name}.cpp")]
+    command += ["-isystem", f"{toolkit()}/include", str(HERE / f"{name}.cpp"), *flags]
     digest = hashlib.sha256(repr(command).encode())
     for folder in (HERE, SOURCES):
         for path in sorted(folder.rglob("*")):
