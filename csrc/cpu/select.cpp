@@ -64,7 +64,7 @@ class Selector {
  private:
   // A score that probably at least k scores do not exceed, and few more than k.
   Score bound() const {
-    const int64_t samples = std::clamp<int64_t>(size_ / 16, 64, 4096);
+    const int64_t samples = std::clamp<int64_t>(std::max(size_ / 16, k_ / 4), 64, 4096);
     const double share = static_cast<double>(k_) / static_cast<double>(size_);
     const double deviation = std::sqrt(share * (1 - share) * static_cast<double>(samples));
     const auto rank =
