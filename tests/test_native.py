@@ -22,7 +22,7 @@ from marginops._native.loader import Loader
 from marginops._native.loader import _obstacle as obstacle
 from native_sources import write_tiny
 
-ROOT = Path(marginops.__file__).resolve().parents[1]
+INSTALLED = Path(marginops.__file__).resolve().parents[1]
 LOAD = """
 import sys
 from pathlib import Path
@@ -61,7 +61,7 @@ if not children:
 
 
 def python(code: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(INSTALLED), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": path} | variables,
@@ -449,5 +449,5 @@ print(*_native.loader.outcome("cuda").build_info["families"])
 """
     archs = {} if torch.cuda.is_available() else {"MARGINOPS_CUDA_ARCH_LIST": "9.0"}
     output, errors = python(code, **archs).communicate(timeout=500)
-    families = " ".join(recipe.families(ROOT / "csrc", "cuda"))
+    families = " ".join(recipe.families(plan.csrc_folder(), "cuda"))
     assert output.splitlines() == ["True", families], errors
