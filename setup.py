@@ -59,12 +59,12 @@ def ahead_of_time() -> dict[str, Any]:
 
     def extension(kind: Any, device_type: str, instruction_set: str, flags: list[str]) -> Any:
         definitions = recipe.definitions(
+            CSRC,
             version=version,
             torch_version=str(torch.__version__),
             device_type=device_type,
             instruction_set=instruction_set,
             archs=archs if device_type == "cuda" else [],
-            families=recipe.families(CSRC, device_type),
         )
         arguments = {"cxx": [*recipe.COMPILER_FLAGS, "-g0", *flags, *definitions]}
         if device_type == "cuda":
@@ -85,15 +85,21 @@ def ahead_of_time() -> dict[str, Any]:
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 
+build = os.environ.get("MARGINOPS_BUILD") or "jit"
+if build not in ("jit", "aot"):
+    sys.exit(f"MARGINOPS_BUILD={build} is unknown: use jit (the same as unset) or aot")
+
 csrc_packages = ["marginops.csrc"]
 csrc_packages += [f"marginops.csrc.{path.name}" for path in sorted(CSRC.iterdir()) if path.is_dir()]
 
 setup(
+    # Here because no form of it in pyproject.toml suits both old and new versions of setuptools.
+    license="BSD-3-Clause",
     packages=[*find_packages(include=["marginops", "marginops.*"]), *csrc_packages],
     package_dir={"marginops.csrc": "csrc"},
     package_data={
         "marginops": ["py.typed"],
         **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in csrc_packages},
     },
-    **(ahead_of_time() if os.environ.get("MARGINOPS_BUILD") == "aot" else {}),
+    **(ahead_of_time() if build == "aot" else {}),
 )

@@ -22,6 +22,7 @@ step() {  # step NAME COMMAND...: runs it, notes the outcome and the time
   fi
 }
 
+mkdir -p "$(dirname "$report")"
 "$python" - >"$report" <<'PROGRAM' || exit 1
 import torch
 

@@ -1,6 +1,7 @@
 """Run all benchmarks: writes results/<device>.csv and the README's tables from it.
 
 python benchmarks/run.py            # run, then write both
+python benchmarks/run.py -k margin  # run a part, by arguments of pytest; writes nothing
 python benchmarks/run.py --readme   # only write the README's tables from the results
 python benchmarks/run.py --check    # fail if the README's tables are not those of the results
 """
@@ -15,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 FIELDS = [
     *("device", "threads", "torch", "marginops", "commit", "date"),
@@ -37,12 +40,29 @@ def device_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def run(pytest_arguments: list[str]) -> Path:
-    """Run the benchmarks and write their results."""
+def commit() -> str:
+    """What of the repository is checked out; nothing where that cannot be told."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def measure(pytest_arguments: list[str]) -> list[dict[str, Any]]:
+    """Run the benchmarks; a row for each."""
     import torch
 
     import marginops
 
+    common = {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "marginops": marginops.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-p", "no:cacheprovider"]
@@ -50,17 +70,6 @@ def run(pytest_arguments: list[str]) -> Path:
         command += ["--benchmark-warmup=on", "--benchmark-disable-gc", "--benchmark-columns=median"]
         subprocess.run([*command, f"--benchmark-json={report}", *pytest_arguments], check=True)
         benchmarks = json.loads(report.read_text())["benchmarks"]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
-    common = {
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "marginops": marginops.__version__,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
     rows = []
     for benchmark in benchmarks:
         what, stats = dict(benchmark["extra_info"]), benchmark["stats"]
@@ -73,8 +82,13 @@ def run(pytest_arguments: list[str]) -> Path:
             "gb_per_s": f"{rate:.3g}",
         }
         rows.append(common | what | figures)
-    stem = re.sub(r"[^a-z0-9]+", "-", common["device"].lower()).strip("-")
-    path = HERE / "results" / f"{stem}.csv"
+    return rows
+
+
+def write_results(rows: list[dict[str, Any]]) -> Path:
+    """Write the results of a whole run in the place of those of this device."""
+    stem = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
+    path = RESULTS / f"{stem}.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
@@ -88,40 +102,43 @@ def tables(path: Path) -> str:
         rows = list(csv.DictReader(file))
     first = rows[0]
     threads = "" if "NVIDIA" in first["device"] else f", {first['threads']} threads"
+    commit = f", commit {first['commit']}" if first["commit"] else ""
     lines = [
-        f"{first['device']}{threads}, torch {first['torch']}, commit {first['commit']}, "
+        f"{first['device']}{threads}, torch {first['torch']}{commit}, "
         f"{first['date']}; medians, in brackets the interquartile range."
     ]
-    groups: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
+    groups: dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]] = {}
     for row in rows:
-        key = row["op"], row["dtype"], row["shape"]
-        groups.setdefault(key, {})[row["provider"]] = row
-    previous = None
-    for (op, dtype, shape), providers in groups.items():
-        others = [provider for provider in providers if provider not in ("marginops", "floor")]
-        has_floor = "floor" in providers
-        if (op, dtype) != previous:
-            previous = op, dtype
-            header = [f"`{op}`, {dtype}", "marginops", "GB/s"]
-            header += [f"faster than {NAMES[other]}" for other in others]
-            header += ["time over the floor"] * has_floor
-            lines += [
-                "",
-                "| " + " | ".join(header) + " |",
-                "|---" + "|---:" * (len(header) - 1) + "|",
-            ]
-        ours = providers["marginops"]
-        time = float(ours["median_ms"])
-        cells = [shape, f"{milliseconds(time)} ({milliseconds(float(ours['iqr_ms']))})"]
-        cells += [ours["gb_per_s"]]
-        cells += [times(float(providers[other]["median_ms"]) / time) for other in others]
-        if has_floor:
-            cells += [f"{time / float(providers['floor']['median_ms']):.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        shapes = groups.setdefault((row["op"], row["dtype"]), {})
+        shapes.setdefault(row["shape"], {})[row["provider"]] = row
+    for (op, dtype), shapes in groups.items():
+        measured = dict.fromkeys(provider for row in shapes.values() for provider in row)
+        others = [provider for provider in measured if provider not in ("marginops", "floor")]
+        header = [f"`{op}`, {dtype}", "marginops", "GB/s"]
+        header += [f"faster than {NAMES[other]}" for other in others]
+        header += ["time over the floor"] * ("floor" in measured)
+        lines += ["", markdown(header), "|---" + "|---:" * (len(header) - 1) + "|"]
+        for shape, providers in shapes.items():
+            cells = {"marginops": "-", "GB/s": "-"} | dict.fromkeys(measured, "-")
+            ours = providers.get("marginops")
+            if ours is not None:
+                time, spread = float(ours["median_ms"]), float(ours["iqr_ms"])
+                cells["marginops"] = f"{milliseconds(time)} ({milliseconds(spread)})"
+                cells["GB/s"] = ours["gb_per_s"]
+                for name in providers.keys() - {"marginops"}:
+                    ratio = float(providers[name]["median_ms"]) / time
+                    cells[name] = f"{1 / ratio:.2f}" if name == "floor" else times(ratio)
+            columns = ["marginops", "GB/s", *others, *["floor"] * ("floor" in measured)]
+            lines.append(markdown([shape, *(cells[column] for column in columns)]))
     return "\n".join(lines)
 
 
 NAMES = {"eager": "eager", "compile": "`torch.compile`", "topk": "`torch.topk`"}
+
+
+def markdown(cells: list[str]) -> str:
+    """A row of a table."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def times(ratio: float) -> str:
@@ -136,11 +153,10 @@ def milliseconds(time: float) -> str:
 
 def readme_with_tables() -> str:
     """The README with the tables of every result file between its markers."""
-    paths = sorted((HERE / "results").glob("*.csv"))
-    text = "\n\n".join(tables(path) for path in paths)
+    text = "\n\n".join(tables(path) for path in sorted(RESULTS.glob("*.csv")))
     begin, end = "<!-- benchmarks -->", "<!-- /benchmarks -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
-    return pattern.sub(lambda _: f"{begin}\n{text}\n{end}", README.read_text())
+    return pattern.sub(lambda _: "\n".join(filter(None, (begin, text, end))), README.read_text())
 
 
 def main() -> int:
@@ -155,7 +171,12 @@ def main() -> int:
             return 1
         return 0
     if not arguments.readme:
-        print(f"wrote {run(pytest_arguments)}")
+        RESULTS.mkdir(exist_ok=True)
+        rows = measure(pytest_arguments)
+        if pytest_arguments:
+            print("a run with arguments for pytest may be a part: results and README.md stay")
+            return 0
+        print(f"wrote {write_results(rows)}")
     README.write_text(readme_with_tables())
     return 0
 

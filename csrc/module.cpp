@@ -15,8 +15,8 @@ namespace {
 // The loader looks for this text in the file, to learn what a library was built for before it loads
 // it. The attribute keeps it whole: optimised code may hold a text in pieces.
 __attribute__((used)) constexpr char kBuiltFor[] =
-    "marginops kernels built for torch=" MARGINOPS_TEXT(MARGINOPS_TORCH) " archs=" MARGINOPS_TEXT(
-        MARGINOPS_ARCHS) ";";
+    "marginops kernels built for torch=" MARGINOPS_TEXT(MARGINOPS_TORCH) " sources=" MARGINOPS_TEXT(
+        MARGINOPS_SOURCES) " archs=" MARGINOPS_TEXT(MARGINOPS_ARCHS) ";";
 
 py::list split(const std::string& text) {
   py::list parts;
@@ -40,6 +40,7 @@ py::dict build_info() {
   info["instruction_set"] = MARGINOPS_TEXT(MARGINOPS_INSTRUCTION_SET);
   info["cuda_archs"] = split(MARGINOPS_TEXT(MARGINOPS_ARCHS));
   info["pybind11"] = MARGINOPS_TEXT(PYBIND11_VERSION_MAJOR.PYBIND11_VERSION_MINOR);
+  info["sources"] = MARGINOPS_TEXT(MARGINOPS_SOURCES);
   info["families"] = split(MARGINOPS_TEXT(MARGINOPS_FAMILIES));
   return info;
 }

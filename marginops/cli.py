@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import signal
 from collections.abc import Sequence
 
-from . import _native
+from . import _native, demo
 from ._native import doctor
 from ._version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="marginops", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -26,17 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.set_defaults(run=_doctor)
 
     command = commands.add_parser("demo", help="train with and without selection on real data")
-    if arguments[:1] == ["demo"]:
-        # Only now, since its packages are an extra.
-        try:
-            from . import demo
-        except ModuleNotFoundError as error:
-            parser.error(f"the demo needs {error.name}: pip install 'marginops[demo]'")
-        demo.add_arguments(command)
-        command.set_defaults(run=demo.run)
+    demo.add_arguments(command)
+    command.set_defaults(run=demo.run)
 
     options = parser.parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        # As a shell reports a program that the signal has ended.
+        return 128 + signal.SIGINT
     return status
 
 

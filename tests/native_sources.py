@@ -1,8 +1,14 @@
-"""A native library of a few lines, which compiles in about a second, to test building itself."""
+"""A native library of a few lines, which compiles in about a second, and what to expect of it."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+
+import pytest
+
+from marginops._native import NativeUnavailableWarning
+from marginops._native.loader import Loader
 
 MODULE = """
 #include <Python.h>
@@ -34,3 +40,20 @@ def write_tiny(folder: Path, *, kernel: str = "int tiny() { return 0; }") -> Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     return folder
+
+
+def new_loader(csrc: Path) -> Loader:
+    """A loader as in a new process, and without libraries built ahead of time."""
+    return Loader(csrc, installed=csrc)
+
+
+def expect_reference(loader: Loader, reason: str) -> None:
+    """One warning, which gives the reason, at the first call only."""
+    with pytest.warns(NativeUnavailableWarning, match=reason) as caught:
+        assert not loader.load("cpu")
+    assert len(caught) == 1
+    assert "marginops doctor" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not loader.load("cpu")
+    assert loader.outcome("cpu").implementation == "reference"

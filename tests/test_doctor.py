@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marginops import __version__, cli
+from marginops import __version__, cli, demo
 from marginops._native import doctor, toolchain
 from marginops._native.loader import Loader
 from native_sources import write_tiny
@@ -89,6 +89,17 @@ def test_command_prints_json(
     assert {"margin", "select"} <= set(report["kernels"]["cpu"]["op families"])
     assert cli.main(["doctor", "--no-build"]) == 0
     assert "op families:" in capsys.readouterr().out
+
+
+def test_command_ends_quietly_when_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert cli.main(("demo", "--quiet")) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_architectures_come_from_the_environment_first(monkeypatch: pytest.MonkeyPatch) -> None:

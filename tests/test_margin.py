@@ -16,6 +16,7 @@ import brute_force
 import marginops
 from conftest import DTYPES, IMPLEMENTATIONS, OPS, OTHER_LIBRARY, head, implementation, opcheck
 from marginops import _native
+from marginops.ops._library import define
 from strategies import LAYOUTS, finite, margin_cases, relayout, score_cases
 
 
@@ -355,6 +356,7 @@ LOGITS, WEIGHT, TARGET = torch.randn(4, 3), torch.randn(3, 2), torch.tensor([0, 
         ((LOGITS, [0, 1, 2, 0]), TypeError, "target: expected a tensor"),
         ((LOGITS, TARGET[:3]), ValueError, r"target: expected shape \[4\].*got \[3\]"),
         ((LOGITS, TARGET.view(2, 2)), ValueError, "target: expected shape"),
+        ((LOGITS, TARGET.to_sparse()), TypeError, "target: expected a dense .* torch.sparse_coo"),
         ((LOGITS, TARGET.to("meta")), ValueError, "target: expected device cpu .* got meta"),
     ],
 )
@@ -376,6 +378,7 @@ def test_wrong_target_values(which, step, wrong):
     ("log_norm", "error", "message"),
     [
         ("1", TypeError, "log_norm: expected a float or a 0-d tensor, got str"),
+        (True, TypeError, "log_norm: expected a float or a 0-d tensor, got bool"),
         (torch.ones(2), ValueError, r"log_norm: expected shape \[\] \(0-d\), got \[2\]"),
         (torch.tensor(1), TypeError, "log_norm: expected dtype .* got torch.int64"),
         (torch.tensor(1.0, device="meta"), ValueError, "log_norm: expected device cpu"),
@@ -395,6 +398,8 @@ def test_wrong_log_norm(log_norm, error, message):
         ((LOGITS, WEIGHT.double()), {}, TypeError, "weight: expected dtype torch.float32 beside"),
         ((LOGITS.half(), WEIGHT.bfloat16()), {}, TypeError, "torch.float16 or torch.float32"),
         ((LOGITS, WEIGHT.to("meta")), {}, ValueError, "weight: expected device cpu"),
+        ((LOGITS, WEIGHT, [1, 2, 3]), {}, TypeError, "bias: expected a tensor .* got list"),
+        ((LOGITS, WEIGHT, torch.ones(3).to("meta")), {}, ValueError, "bias: expected device cpu"),
         ((LOGITS, WEIGHT, torch.ones(2)), {}, ValueError, r"bias: expected shape \[3\]"),
         ((LOGITS, WEIGHT, torch.ones(3).half()), {}, TypeError, "bias: expected dtype"),
         ((LOGITS, WEIGHT), {"bias_in_norm": True}, ValueError, "bias: expected a tensor"),
@@ -404,6 +409,12 @@ def test_wrong_log_norm(log_norm, error, message):
 def test_wrong_arguments_of_the_score(arguments, options, error, message):
     with pytest.raises(error, match=message):
         marginops.minimal_margin_score(*arguments, **options)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 1.5, True])
+def test_wrong_ignore_index(ignore_index):
+    with pytest.raises(TypeError, match="ignore_index: expected an int, got"):
+        marginops.classification_margin(LOGITS, TARGET, ignore_index=ignore_index)
 
 
 @pytest.mark.parametrize("op", ["classification_margin", "minimal_margin_score"])
@@ -434,3 +445,100 @@ def test_gradient_touches_one_pair_of_classes(device, case):
     marginops.minimal_margin_score(logits, weight).sum().backward()
     assert ((logits.grad != 0).sum(1) <= 2).all()
     assert not logits.grad.sum(1).any()
+
+
+@pytest.mark.parametrize("classes", [2049, 2063, 4097, 4100])
+@pytest.mark.parametrize("rival", ["top2", "nearest"])
+def test_ties_across_the_pieces_of_long_rows(device, dtype, classes, rival):
+    logits = torch.randint(-3, 4, (60, classes)).to(dtype)
+    logits[:, 5:] -= 4  # few candidates, so that ties decide
+    logits[::2, -1] = logits[::2].amax(1)
+    logits[::3, 2047] = logits[::3].amax(1)
+    weight = torch.randn(classes, 3).to(dtype)
+    pair, _ = marginops.ops.margin._minimal_margin_pair(
+        logits.to(device), weight.to(device), None, None, rival == "nearest"
+    )
+    expected, _ = brute_force.minimal_margin_pair(logits, weight, rival=rival)
+    assert pair[:, 0].tolist() == [first for first, _ in expected]
+    if rival == "top2":
+        assert pair.tolist() == [list(classes) for classes in expected]
+
+
+def test_half_precision_subnormals_where_the_processor_flushes_its_own():
+    logits = torch.full((4, 64), 6e-8, dtype=torch.half)
+    logits[1:, 3] = 1e-7
+    flushes = torch.set_flush_denormal(True)
+    try:
+        pair, _ = marginops.ops.margin._minimal_margin_pair(
+            logits, torch.eye(64).half(), None, None, False
+        )
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushes
+    assert pair.tolist() == [[0, 1], [3, 0], [3, 0], [3, 0]]
+
+
+def test_nearest_boundary_in_many_dimensions(device):
+    weight = torch.full((3, 1_000_000), 0.074)
+    weight[:, 0] = 1
+    weight[1] *= -1
+    weight[2] = 0
+    logits = torch.tensor([[0.0, -2.0, -0.998]])
+    score = marginops.minimal_margin_score(
+        logits.to(device), weight.to(device), rival="nearest"
+    ).cpu()
+    _, expected = brute_force.minimal_margin_pair(logits, weight, rival="nearest")
+    # A float32 sum of a million squares is good to 1e-4; the next class is 3e-3 farther.
+    np.testing.assert_allclose(score.numpy(), expected, rtol=5e-4)
+
+
+def test_forward_mode_is_an_error_and_not_zero(device):
+    logits, weight, _ = (value.detach() for value in head(device))
+    with pytest.raises(NotImplementedError, match="minimal_margin_score: no forward-mode"):
+        torch.func.jvp(
+            lambda logits: marginops.minimal_margin_score(logits, weight), (logits,), (logits,)
+        )
+
+
+def test_second_derivative_in_logits(device):
+    logits, weight, _ = head(device)
+    weight = weight.detach()
+    assert gradgradcheck(lambda logits: marginops.minimal_margin_score(logits, weight), (logits,))
+
+
+def test_vectorized_jacobian(device):
+    logits, weight, _ = (value.detach() for value in head(device))
+    target = torch.randint(6, (12,), device=device)
+    for function in (
+        lambda logits: marginops.classification_margin(logits, target),
+        lambda logits: marginops.minimal_margin_score(logits, weight),
+    ):
+        batched = torch.autograd.functional.jacobian(function, logits, vectorize=True)
+        assert torch.equal(batched, torch.autograd.functional.jacobian(function, logits))
+
+
+def test_results_may_be_changed_in_place(device):
+    logits, weight, _ = head(device)
+    target = torch.randint(6, (12,), device=device)
+    weight = weight.detach()
+    marginops.minimal_margin_score(logits, weight).clamp_(max=1).sum().backward()
+    marginops.classification_margin(logits, target).mul_(2).sum().backward()
+    marginops.select_minimal_margin(logits, weight, 3).scores.mul_(2).sum().backward()
+    marginops.select_smallest_margin(logits, target, 3).scores.mul_(2).sum().backward()
+    assert logits.grad.any()
+
+
+def test_an_op_without_a_native_kernel_runs_its_reference():
+    double = define("brand_new_op(Tensor x) -> Tensor", lambda x: 2 * x, torch.empty_like)
+    assert double(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_direct_calls_of_the_pair_gradient_with_wrong_keys():
+    weight, coefficient = torch.zeros(2, 2), torch.ones(3)
+    for key in ([0, 10**12, 3], [-1, 0, 1], [0, 1, 4]):
+        with pytest.raises(RuntimeError, match="key: expected sorted values"):
+            OPS.pair_gradient_forward(torch.tensor(key), coefficient, weight, None)
+    key = torch.tensor([0, 1, 3])
+    for bias in (torch.zeros(1), torch.zeros(2).double(), torch.zeros(2, 1)):
+        with pytest.raises(RuntimeError, match="bias: expected"):
+            OPS.pair_gradient_forward(key, coefficient, weight, bias)

@@ -109,6 +109,20 @@ def test_metadata_names_requirements_and_extras(metadata: Message) -> None:
     assert set(metadata.get_all("Provides-Extra") or []) == {"demo", "bench", "test", "dev"}
     assert metadata["Version"] == marginops.__version__
     assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License"] == "BSD-3-Clause"
+
+
+def test_unknown_kind_of_build_is_named(tree: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=tree,
+        env=os.environ | {"MARGINOPS_BUILD": "ahead"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "MARGINOPS_BUILD=ahead is unknown" in done.stderr
 
 
 def install(source: Path, folder: Path, **variables: str) -> None:
@@ -130,10 +144,17 @@ def test_editable_install_finds_its_sources(tree: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     run([sys.executable, "-m", "venv", "--without-pip", str(environment)], tmp_path)
     python = str(environment / "bin/python")
-    # The environment borrows the packages of the one that runs the tests.
-    site = run([python, "-c", "import site; print(site.getsitepackages()[0])"], tmp_path).strip()
-    folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    (Path(site) / "borrowed.pth").write_text("\n".join(folders) + "\n")
+    # The environment borrows the packages of the one that runs the tests, but for our own.
+    site = Path(
+        run([python, "-c", "import site; print(site.getsitepackages()[0])"], tmp_path).strip()
+    )
+    for folder in map(Path, reversed(sys.path)):
+        if folder.name not in ("site-packages", "dist-packages") or not folder.is_dir():
+            continue
+        for entry in folder.iterdir():
+            borrowed = site / entry.name
+            if "marginops" not in entry.name and not borrowed.exists():
+                borrowed.symlink_to(entry)
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--editable"]
     run([python, "-m", "pip", "install", *options, str(tree)], tmp_path)
     code = "import marginops; from marginops._native.plan import csrc_folder; print(csrc_folder())"
@@ -169,3 +190,8 @@ def test_ahead_of_time_build(tree: Path, tmp_path: Path) -> None:
         assert set(report["kernels"]["cpu"]["op families"].values()) == {"ahead-of-time"}
         if not capability:
             assert best == recipe.instruction_sets(torch.backends.cpu.get_cpu_capability())[0]
+
+    with (folder / "marginops/csrc/module.cpp").open("a") as source:
+        source.write("// changed\n")
+    *_, implementation = run([sys.executable, "-c", SELECT], tmp_path, **environment()).splitlines()
+    assert implementation == "reference"

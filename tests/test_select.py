@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 
 import brute_force
@@ -193,8 +194,9 @@ def test_compile_full_graph_with_dynamic_rows(device):
         return minimal, smallest, plain
 
     torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for rows in (6, 15, 40):
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (8, 15, 40, 63):  # not 6, the number of classes
         logits, weight, _ = head(device, rows=rows)
         target = torch.randint(6, (rows,), device=device)
         for actual, expected in zip(
@@ -208,6 +210,20 @@ def test_compile_full_graph_with_dynamic_rows(device):
             torch.autograd.grad(actual, (logits, weight)),
             torch.autograd.grad(expected, (logits, weight)),
         )
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("select", ["minimal", "smallest"])
+def test_wrong_arguments_of_the_fused_selections_are_those_of_their_scores(select):
+    logits, weight, target = torch.randn(4, 3), torch.randn(3, 2), torch.tensor([0, 1, 2, 0])
+    if select == "minimal":
+        for wrong in ((logits[0], weight), (logits, weight.T), (logits, weight.double())):
+            with pytest.raises((TypeError, ValueError), match=r"^(logits|weight): expected"):
+                marginops.select_minimal_margin(*wrong, 2)
+    else:
+        for wrong in ((logits[:, :1], target), (logits, target[:2]), (logits, target.int())):
+            with pytest.raises((TypeError, ValueError), match=r"^(logits|target): expected"):
+                marginops.select_smallest_margin(*wrong, 2)
 
 
 SCORES = torch.randn(5)
@@ -223,6 +239,7 @@ SCORES = torch.randn(5)
         (SCORES, 6, ValueError, "k: expected 0 <= k <= 5 .*, got 6"),
         (SCORES, 1.5, TypeError, "k: expected an int, got float"),
         (SCORES, None, TypeError, "k: expected an int, got NoneType"),
+        (SCORES, True, TypeError, "k: expected an int, got bool"),
     ],
 )
 def test_wrong_arguments(scores, k, error, message):

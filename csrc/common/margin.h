@@ -47,7 +47,8 @@ struct Top2 {
 };
 
 // margin * exp(-log_norm). Half the exponent goes into each factor and the factors stay finite, so
-// the result over- or underflows only where the product itself does, and 0 stays 0.
+// the result of a margin that is not subnormal over- or underflows only where the product does, and
+// 0 stays 0.
 template <class Value>
 MARGINOPS_FUNCTION Value half_scale(Value log_norm) {
   Value half = exp(-log_norm / 2);
@@ -64,6 +65,15 @@ MARGINOPS_FUNCTION Value normalize(Value margin, Value half) {
 template <class Value>
 MARGINOPS_FUNCTION Value boundary_distance(Value difference, Value distance) {
   return difference == 0 && distance == 0 ? Value{0} : difference / distance;
+}
+
+// Whether class a's boundary takes the place of class b's as the nearest: a smaller score, NaN
+// before all so that it is seen, and the lower class among equals.
+template <class Value>
+MARGINOPS_FUNCTION bool is_nearer(Value a, int64_t class_a, Value b, int64_t class_b) {
+  const bool a_nan = a != a, b_nan = b != b;
+  if (a_nan || b_nan) return a_nan && (!b_nan || class_a < class_b);
+  return a < b || (a == b && class_a < class_b);
 }
 
 // Whether a sum of squares is far enough from over- and underflow to take its root; if not, the

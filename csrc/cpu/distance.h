@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "../common/margin.h"
 #include "tensor.h"
 
 namespace marginops::cpu {
@@ -47,6 +48,7 @@ class Distances {
 
   int64_t classes = 0;
   int64_t columns = 0;
+  bool tabled = false;  // whether a distance costs no more than reading it
 };
 
 template <class T>
@@ -62,14 +64,13 @@ class WeightDistances final : public Distances<ValueOf<T>> {
 
   Value operator()(int64_t i, int64_t j) const override {
     Value square = 0;
+    int64_t d = 0;
     if (weight_.column_stride == 1) {
       square = squared_distance(weight_.row(i), weight_.row(j), weight_.columns);
-      for (int64_t d = weight_.columns; d < this->columns; ++d) {
-        square += difference(i, j, d) * difference(i, j, d);
-      }
-      if (is_safe_square(square)) return std::sqrt(square);
+      d = weight_.columns;
     }
-    return scaled_distance(i, j);
+    for (; d < this->columns; ++d) square += difference(i, j, d) * difference(i, j, d);
+    return is_safe_square(square) ? std::sqrt(square) : scaled_distance(i, j);
   }
 
   void copy_row(int64_t i, Value* row) const override {
@@ -110,7 +111,8 @@ class DistanceTable final : public Distances<Value> {
         table_(static_cast<size_t>(distances_->classes * distances_->classes)) {
     const int64_t classes = this->classes = distances_->classes;
     this->columns = distances_->columns;
-    parallel(classes, 32768 / (classes * this->columns + 1), [&](int64_t begin, int64_t end) {
+    this->tabled = true;
+    parallel(classes, kGrain / (classes * this->columns + 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t j = 0; j < i; ++j) {
           table_[i * classes + j] = table_[j * classes + i] = (*distances_)(i, j);
@@ -146,29 +148,27 @@ std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
   return distances;
 }
 
-// ||w_j - centre|| of every class, around the mean of the rows: bounds for the distances.
+// ||w_j - centre|| of every class: bounds for the distances. Any centre will do, and one amid the
+// rows gives small radii, so it is the mean of some. Infinite where the square overflows.
 template <class Value>
 std::vector<Value> radii(const Distances<Value>& distances) {
   const int64_t classes = distances.classes, columns = distances.columns;
-  std::vector<Value> row(columns), centre(columns), radius(classes);
-  for (int64_t i = 0; i < classes; ++i) {
-    distances.copy_row(i, row.data());
-    for (int64_t d = 0; d < columns; ++d) centre[d] += row[d] / static_cast<Value>(classes);
+  const int64_t step = classes / 1024 + 1, count = (classes - 1) / step + 1;
+  std::vector<Value> centre(columns), sample(columns), radius(classes);
+  for (int64_t i = 0; i < count; ++i) {
+    distances.copy_row(i * step, sample.data());
+    for (int64_t d = 0; d < columns; ++d) centre[d] += sample[d] / static_cast<Value>(count);
   }
-  for (int64_t i = 0; i < classes; ++i) {
-    distances.copy_row(i, row.data());
-    Value largest = 0, square = 0;
-    for (int64_t d = 0; d < columns; ++d) {
-      const Value size = std::abs(row[d] - centre[d]);
-      if (size > largest || size != size) largest = size;
+  parallel(classes, kGrain / (columns + 1), [&](int64_t begin, int64_t end) {
+    std::vector<Value> row(columns);
+    for (int64_t i = begin; i < end; ++i) {
+      distances.copy_row(i, row.data());
+      const Value square = squared_distance(row.data(), centre.data(), columns);
+      radius[i] = square < std::numeric_limits<Value>::min() * Value(1e8)
+                      ? std::numeric_limits<Value>::infinity()  // perhaps underflown: no bound
+                      : std::sqrt(square);
     }
-    const Value scale = largest > 0 && std::isfinite(largest) ? largest : 1;
-    for (int64_t d = 0; d < columns; ++d) {
-      const Value step = (row[d] - centre[d]) / scale;
-      square += step * step;
-    }
-    radius[i] = scale * std::sqrt(square);
-  }
+  });
   return radius;
 }
 

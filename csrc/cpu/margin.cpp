@@ -8,30 +8,40 @@
 #include <tuple>
 
 #include "distance.h"
+#include "top2.h"
 
 namespace marginops::cpu {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // logits that are worth a thread
-
 void check_logits(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 2, "logits: expected shape [N, C >= 2]");
-  STD_TORCH_CHECK(logits.size(1) < Top2<float>::kNone, "logits: expected fewer than 2^31 classes");
+  STD_TORCH_CHECK(logits.dim() == 2, "logits: expected shape [N, C], got ", logits.dim(), "-d");
+  STD_TORCH_CHECK(2 <= logits.size(1) && logits.size(1) < Top2<float>::kNone,
+                  "logits: expected 2 <= C < 2**31 - 1 classes, got ", logits.size(1));
 }
 
 void check_target(const Tensor& target, const Tensor& logits) {
   STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target: expected dtype int64");
-  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == logits.size(0),
-                  "target: expected shape [N] for logits [N, C]");
+  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == logits.size(0), "target: expected shape [",
+                  logits.size(0), "] for the rows of logits, got ", target.numel(), " classes");
+}
+
+void check_bias(const std::optional<Tensor>& bias, const Tensor& weight) {
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
+                  "bias: expected shape [", weight.size(0), "] for the rows of weight");
+  STD_TORCH_CHECK(!bias || bias->scalar_type() == weight.scalar_type(),
+                  "bias: expected the dtype of weight");
 }
 
 void check_head(const Tensor& logits, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_logits(logits);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == logits.size(1),
-                  "weight: expected shape [C, D] for logits [N, C]");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) &&
-                            bias->scalar_type() == weight.scalar_type()),
-                  "bias: expected shape [C] and the dtype of weight");
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape [C, D], got ", weight.dim(), "-d");
+  STD_TORCH_CHECK(weight.size(0) == logits.size(1), "weight: expected ", logits.size(1),
+                  " rows for the classes of logits, got ", weight.size(0));
+  STD_TORCH_CHECK(
+      weight.scalar_type() == logits.scalar_type() ||
+          (weight.scalar_type() == ScalarType::Float && logits.scalar_type() != ScalarType::Double),
+      "weight: expected the dtype of logits, or float32 beside bfloat16 and float16");
+  check_bias(bias, weight);
 }
 
 // The rows of logits that results are wanted for: all of them, or those listed.
@@ -79,7 +89,7 @@ void for_each_top2(const Matrix<T>& logits, const Rows& rows, const Use& use) {
   });
 }
 
-// Targets, each checked as it is read; the first wrong one is reported once all threads are done.
+// Targets, each checked as it is read; a wrong one is reported once all threads are done.
 class Targets {
  public:
   Targets(const Tensor& target, int64_t classes, int64_t ignore_index)
@@ -90,19 +100,22 @@ class Targets {
   int64_t operator[](int64_t row) {
     const int64_t target = target_[row];
     if (target >= 0 && target < classes_) return target;
-    if (target != ignore_index_) wrong_.store(row, std::memory_order_relaxed);
+    if (target != ignore_index_) wrong_.store(true, std::memory_order_relaxed);
     return 0;
   }
   void check() const {
-    const int64_t row = wrong_.load();
-    STD_TORCH_CHECK(row < 0, "target: expected classes in [0, ", classes_, ") or ignore_index ",
-                    ignore_index_, ", got ", row < 0 ? 0 : target_[row]);
+    for (int64_t row = 0; wrong_ && row < target_.size; ++row) {  // the first, whoever saw it
+      const int64_t target = target_[row];
+      STD_TORCH_CHECK((target >= 0 && target < classes_) || target == ignore_index_,
+                      "target: expected classes in [0, ", classes_, ") or ignore_index ",
+                      ignore_index_, ", got ", target);
+    }
   }
 
  private:
   Vector<int64_t> target_;
   int64_t classes_, ignore_index_;
-  std::atomic<int64_t> wrong_{-1};
+  std::atomic<bool> wrong_{false};
 };
 
 Tensor classification_margin_rival(const Tensor& logits, const Tensor& target,
@@ -126,6 +139,7 @@ Tensor classification_margin_rival(const Tensor& logits, const Tensor& target,
 }
 
 // The class whose boundary with class top.first is nearest, and the distance of the two weights.
+// Without radii every class is looked at.
 template <class T>
 std::pair<int64_t, ValueOf<T>> nearest_boundary(const Matrix<T>& logits, int64_t row,
                                                 const Top2<ValueOf<T>>& top,
@@ -138,15 +152,15 @@ std::pair<int64_t, ValueOf<T>> nearest_boundary(const Matrix<T>& logits, int64_t
   Value best = boundary_distance(top.first_value - top.second_value, distance);
   for (int64_t j = 0; j < logits.columns; ++j) {
     const Value difference = top.first_value - value_of(logits.at(row, j));
-    if (j == first || !may_be_nearer(difference, radius[first] + radius[j], best)) continue;
+    if (j == first || j == nearest) continue;
+    if (!radius.empty() && !may_be_nearer(difference, radius[first] + radius[j], best)) continue;
     const Value candidate = distances(first, j);
     const Value score = boundary_distance(difference, candidate);
-    if (score < best || (score == best && j < nearest) || score != score) {
+    if (is_nearer(score, j, best, nearest)) {
       best = score;
       nearest = j;
       distance = candidate;
     }
-    if (best != best) break;
   }
   return {nearest, distance};
 }
@@ -159,7 +173,7 @@ void for_each_boundary(const Tensor& logits, const Tensor& weight,
                        const Use& use) {
   using Value = ValueOf<T>;
   const auto distances = make_distances<Value>(weight, bias, rows.count);
-  const auto radius = nearest ? radii(*distances) : std::vector<Value>{};
+  const auto radius = nearest && !distances->tabled ? radii(*distances) : std::vector<Value>{};
   const Matrix<T> view = matrix<T>(logits);
   for_each_top2<true>(view, rows, [&](int64_t r, int64_t row, const Top2<Value>& top) {
     if (top.nan) {
@@ -225,9 +239,11 @@ std::tuple<Tensor, Tensor> pair_gradient(const Tensor& key, const Tensor& coeffi
   const int64_t classes = weight.size(0), columns = weight.size(1);
   Tensor grad_weight = new_tensor({classes, columns}, weight.scalar_type());
   Tensor grad_bias = new_tensor({classes}, weight.scalar_type());
+  check_bias(bias, weight);
   const auto* keys = static_cast<const int64_t*>(key.const_data_ptr());
   const int64_t* keys_end = keys + key.size(0);
-  STD_TORCH_CHECK(keys == keys_end || (keys[0] >= 0 && keys_end[-1] < classes * classes),
+  STD_TORCH_CHECK(std::is_sorted(keys, keys_end) &&
+                      (keys == keys_end || (keys[0] >= 0 && keys_end[-1] < classes * classes)),
                   "key: expected sorted values in [0, C * C)");
   for_dtype("weight", weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -13,7 +13,6 @@
 namespace marginops::cpu {
 namespace {
 
-constexpr int64_t kGrain = 32768;         // scores that are worth a thread
 constexpr int64_t kComparisonSort = 256;  // up to here comparing beats counting
 constexpr int64_t kWideDigits = 8192;     // from here digits of 11 bits beat digits of 8
 
@@ -47,6 +46,7 @@ class Selector {
 
   // Writes the indices of the k smallest scores, in order.
   void run(int64_t* indices) {
+    entries_ = uninitialized<Entries>(size_);
     collect(bound());
     if (count_ < k_) collect(std::numeric_limits<Score>::infinity());
     if (count_ > std::max(2 * k_, kComparisonSort)) narrow();
@@ -83,7 +83,6 @@ class Selector {
   void collect(Score bound) {
     const int64_t parts = std::clamp<int64_t>(size_ / kGrain, 1, torch::stable::get_num_threads());
     const auto begin_of = [&](int64_t part) { return size_ * part / parts; };
-    entries_ = uninitialized<Entries>(size_);
     if (parts == 1) {
       count_ = collect(0, size_, bound, entries_.get());
       return;
@@ -107,7 +106,7 @@ class Selector {
     constexpr unsigned kAll = (1u << kLanes) - 1;
     int64_t count = 0, i = from;
     for (; i + kLanes <= to; i += kLanes) {
-      unsigned hits = kAll & ~lane_bits(load(scores_ + i) > bound);
+      unsigned hits = kAll & ~lane_bits<Score>(load(scores_ + i) > bound);
       for (; hits != 0; hits &= hits - 1) entries[count++] = entry(i + __builtin_ctz(hits));
     }
     for (; i < to; ++i) {
@@ -189,10 +188,15 @@ void select_indices(const Score* scores, int64_t size, int64_t k, int64_t* indic
   }
 }
 
-std::tuple<Tensor, Tensor> select_smallest(const Tensor& scores, int64_t k) {
-  STD_TORCH_CHECK(scores.dim() == 1, "scores: expected shape [N]");
-  const int64_t size = scores.size(0);
+void check_k(int64_t k, const Tensor& rows) {
+  const int64_t size = rows.dim() == 0 ? 0 : rows.size(0);
   STD_TORCH_CHECK(k >= 0 && k <= size, "k: expected 0 <= k <= ", size, ", got ", k);
+}
+
+std::tuple<Tensor, Tensor> select_smallest(const Tensor& scores, int64_t k) {
+  STD_TORCH_CHECK(scores.dim() == 1, "scores: expected shape [N], got ", scores.dim(), "-d");
+  check_k(k, scores);
+  const int64_t size = scores.size(0);
   Tensor chosen = new_tensor({k}, scores.scalar_type());
   Tensor indices = new_tensor({k}, ScalarType::Long);
   auto* index = static_cast<int64_t*>(indices.mutable_data_ptr());
@@ -218,12 +222,14 @@ std::tuple<Tensor, Tensor> select_smallest(const Tensor& scores, int64_t k) {
 std::tuple<Tensor, Tensor> select_minimal_margin(const Tensor& logits, const Tensor& weight,
                                                  const std::optional<Tensor>& bias, int64_t k,
                                                  bool nearest) {
+  check_k(k, logits);
   return select_smallest(minimal_margin_score(logits, weight, bias, nearest), k);
 }
 
 std::tuple<Tensor, Tensor> select_smallest_margin(const Tensor& logits, const Tensor& target,
                                                   const std::optional<Tensor>& log_norm, int64_t k,
                                                   int64_t ignore_index) {
+  check_k(k, logits);
   return select_smallest(classification_margin(logits, target, log_norm, ignore_index), k);
 }
 

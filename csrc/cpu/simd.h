@@ -90,12 +90,14 @@ inline VectorOf<float> load(const bfloat16* from) { return as_floats(load_bits(f
 inline VectorOf<float> load(const float16* from) {
   using Bits = Simd<float>::Bits;
   const Bits half = load_bits(from);
-  // Rebias the exponent by a product, which gets subnormals right; then infinity, NaN and sign.
-  const VectorOf<float> scaled = as_floats((half & 0x7fff) << 13) * 0x1p112f;
+  const Bits magnitude = half & 0x7fff, exponent = half & 0x7c00;
+  const Bits rebias = exponent == 0x7c00 ? Bits{} + (224u << 23) : Bits{} + (112u << 23);
+  // Subnormals as 0.5 + m - 0.5, so that they come out right where the machine flushes its own.
+  const VectorOf<float> small = as_floats(magnitude | 0x3f000000) - 0.5f;
   Bits bits;
-  memcpy(&bits, &scaled, sizeof bits);
-  const Bits special = (half & 0x7c00) == 0x7c00 ? Bits{} + 0x7f800000 : Bits{};
-  return as_floats(bits | special | (half & 0x8000) << 16);
+  memcpy(&bits, &small, sizeof bits);
+  bits = exponent == 0 ? bits : (magnitude << 13) + rebias;
+  return as_floats(bits | (half & 0x8000) << 16);
 }
 
 // Where either operand is NaN the second one is returned, as the machine's instruction does.
@@ -115,26 +117,19 @@ inline typename Simd<Value>::Index lane_numbers() {
   return lanes;
 }
 
-// A bit for each lane in which a comparison holds, the first lane's the lowest.
-inline unsigned lane_bits(Simd<float>::Index holds) {
+// A bit for each lane in which a comparison of Values holds, the first lane's the lowest.
+template <class Value, class Mask>
+inline unsigned lane_bits(const Mask& holds) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(holds));
+  const auto mask = reinterpret_cast<__m512i>(holds);
+  return sizeof(Value) == 4 ? _mm512_movepi32_mask(mask) : _mm512_movepi64_mask(mask);
 #elif defined(__AVX2__)
-  return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(holds)));
+  return static_cast<unsigned>(sizeof(Value) == 4
+                                   ? _mm256_movemask_ps(reinterpret_cast<__m256>(holds))
+                                   : _mm256_movemask_pd(reinterpret_cast<__m256d>(holds)));
 #else
   unsigned bits = 0;
-  for (int lane = 0; lane < Simd<float>::kLanes; ++lane) bits |= (holds[lane] & 1u) << lane;
-  return bits;
-#endif
-}
-inline unsigned lane_bits(Simd<double>::Index holds) {
-#if defined(__AVX512F__)
-  return _mm512_movepi64_mask(reinterpret_cast<__m512i>(holds));
-#elif defined(__AVX2__)
-  return static_cast<unsigned>(_mm256_movemask_pd(reinterpret_cast<__m256d>(holds)));
-#else
-  unsigned bits = 0;
-  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) bits |= (holds[lane] & 1u) << lane;
+  for (int lane = 0; lane < Simd<Value>::kLanes; ++lane) bits |= (holds[lane] & 1u) << lane;
   return bits;
 #endif
 }
@@ -148,7 +143,11 @@ inline void for_each_fold(const Step& step) {
 #pragma GCC unroll 8
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     const Index turned = (lane_numbers<Value>() + distance) & (kLanes - 1);
+#if defined(__clang__)
+    step([turned](auto vector) { return __builtin_shufflevector(vector, turned); });
+#else
     step([turned](auto vector) { return __builtin_shuffle(vector, turned); });
+#endif
   }
 }
 

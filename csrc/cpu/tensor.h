@@ -5,14 +5,28 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 
-#include "top2.h"
+#include "simd.h"
 
 namespace marginops::cpu {
 
+constexpr int64_t kGrain = 32768;  // numbers to read that are worth a thread
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t rows, columns, row_stride, column_stride;
+
+  const T* row(int64_t index) const { return data + index * row_stride; }
+  const T& at(int64_t row, int64_t column) const {
+    return data[row * row_stride + column * column_stride];
+  }
+};
 
 template <class T>
 struct Vector {

@@ -12,17 +12,6 @@
 
 namespace marginops::cpu {
 
-template <class T>
-struct Matrix {
-  const T* data;
-  int64_t rows, columns, row_stride, column_stride;
-
-  const T* row(int64_t index) const { return data + index * row_stride; }
-  const T& at(int64_t row, int64_t column) const {
-    return data[row * row_stride + column * column_stride];
-  }
-};
-
 constexpr int64_t kSegment = 2048;       // logits that are surely in cache for a second look
 constexpr int64_t kLongRow = 48;         // classes from which a row fills vectors of its own
 constexpr int64_t kTransposedTile = 64;  // classes copied at once for vectors across rows
@@ -66,9 +55,15 @@ struct LaneTop2 {
 template <class T>
 void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
   using Value = ValueOf<T>;
-  if (classes < Simd<Value>::kLanes) return;  // they are known
   using Index = typename Simd<Value>::Index;
   constexpr int kLanes = Simd<Value>::kLanes;
+  if (classes < kLanes) {
+    top = Top2<Value>{};
+    for (int64_t column = 0; column < classes; ++column) {
+      top.add(value_of(row[column]), static_cast<int32_t>(column));
+    }
+    return;
+  }
   const Index none = Index{} + Top2<Value>::kNone;
   Index first = none, second = none, index = lane_numbers<Value>();
   const auto look = [&](const VectorOf<Value>& value) {
@@ -87,22 +82,20 @@ void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
   });
   top.first = static_cast<int32_t>(first[0]);
   top.second = static_cast<int32_t>(second[0]);
-  if (top.first == top.second) {
+  if (top.first == top.second) {  // both values are equal, so the second is the next that has it
     do ++top.second;
-    while (value_of(row[top.second]) != top.second_value);
+    while (top.second < classes - 1 && value_of(row[top.second]) != top.second_value);
   }
 }
 
-// The two largest values only.
+// The two largest values only, without their classes.
 template <class T>
 Top2<ValueOf<T>> top2_values(const T* row, int64_t classes) {
   using Value = ValueOf<T>;
   constexpr int kLanes = Simd<Value>::kLanes;
   if (classes < kLanes) {
     Top2<Value> top;
-    for (int64_t column = 0; column < classes; ++column) {
-      top.add(value_of(row[column]), static_cast<int32_t>(column));
-    }
+    for (int64_t column = 0; column < classes; ++column) top.add(value_of(row[column]), top.kNone);
     return top;
   }
   LaneTop2<Value> even, odd;
@@ -125,7 +118,8 @@ Top2<ValueOf<T>> top2_values(const T* row, int64_t classes) {
   return even.reduced();
 }
 
-// With kClasses, the second look is only at segments that have one of the two largest so far.
+// With kClasses, the second look is only at segments that have one of the two largest so far; the
+// others keep no class, and merge() lets none of them win a tie.
 template <class T, bool kClasses>
 Top2<ValueOf<T>> top2_row(const T* row, int64_t classes) {
   Top2<ValueOf<T>> top;

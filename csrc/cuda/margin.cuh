@@ -65,11 +65,8 @@ struct Boundary {
   Number distance;
   int32_t other;
 
-  // The nearest first, NaN before all, the lowest class among equals.
   __device__ __forceinline__ bool before(const Boundary& than) const {
-    const bool nan = score != score, than_nan = than.score != than.score;
-    if (nan || than_nan) return nan && (!than_nan || other < than.other);
-    return score < than.score || (score == than.score && other < than.other);
+    return is_nearer(score, other, than.score, than.other);
   }
 };
 

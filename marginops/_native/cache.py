@@ -22,7 +22,7 @@ def cache_folder() -> Path:
     """``MARGINOPS_CACHE_DIR``, else ``marginops`` in the user's cache folder."""
     chosen = os.environ.get("MARGINOPS_CACHE_DIR")
     if chosen:
-        return Path(chosen).absolute()
+        return Path(os.path.expanduser(chosen)).absolute()
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home).absolute() / "marginops"
 
@@ -93,9 +93,15 @@ class Cache:
 
 def say(text: str) -> None:
     """Tells the user what takes so long."""
-    # In one piece, since several processes may speak at once.
-    sys.stderr.write(f"marginops: {text}\n")
-    sys.stderr.flush()
+    show(f"marginops: {text}\n")
+
+
+def show(text: str) -> None:
+    """Writes to standard error in one piece, since several processes may speak at once."""
+    # A process without a console has none, or a closed one; it needs its kernels all the same.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _fingerprint(content: bytes) -> dict[str, object]:

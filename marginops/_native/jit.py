@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from .cache import Cache, say
+from .cache import Cache, say, show
 from .plan import Plan, UnavailableError
 
 
@@ -57,25 +57,28 @@ def _run(plan: Plan, folder: Path) -> tuple[bool, str]:
     }
     job = json.dumps({"python_path": sys.path, "arguments": arguments})
     lines = []
-    # Leaving the block closes the child's standard input, which ends a child that still runs.
-    with subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("build.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=os.environ | plan.environment,
-        start_new_session=True,
-        text=True,
-        errors="replace",
-    ) as child:
-        assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(job + "\n")
-        child.stdin.flush()
-        for line in child.stdout:
-            lines.append(line)
-            if is_set("MARGINOPS_VERBOSE"):
-                sys.stderr.write(line)
-        child.wait()
+    try:
+        # Leaving the block closes the child's standard input, which ends a child that still runs.
+        with subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("build.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | plan.environment,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        ) as child:
+            assert child.stdin is not None and child.stdout is not None
+            child.stdin.write(job + "\n")
+            child.stdin.flush()
+            for line in child.stdout:
+                lines.append(line)
+                if is_set("MARGINOPS_VERBOSE"):
+                    show(line)
+            child.wait()
+    except OSError as error:
+        raise UnavailableError(f"{sys.executable} cannot run the build: {error}") from error
     return child.returncode != 0, "".join(lines)
 
 

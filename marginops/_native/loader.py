@@ -112,7 +112,7 @@ class Loader:
                 library = self.installed / f"{name}{suffix}"
                 if not library.is_file():
                     continue
-                obstacle = _obstacle(library)
+                obstacle = _obstacle(library, device_type, self.csrc)
                 if obstacle is None:
                     try:
                         return outcome.accept("ahead-of-time", name, library)
@@ -153,19 +153,21 @@ class Loader:
             ) from error
 
 
-def _obstacle(library: Path) -> str | None:
+def _obstacle(library: Path, device_type: str, csrc: Path) -> str | None:
     """Why a library built ahead of time cannot be used here.
 
     Read from the file, because loading a library made for another torch may end the process.
     """
-    found = re.search(rb"built for torch=(.*?) archs=(.*?);", library.read_bytes())
+    found = re.search(rb"built for torch=(.*?) sources=(.*?) archs=(.*?);", library.read_bytes())
     if found is None:
         return "it does not say what it was built for"
-    built_for = found.group(1).decode()
+    built_for, sources, archs_text = (part.decode() for part in found.groups())
     release, running = torch_release(built_for), torch_release(torch.__version__)
     if not recipe.OLDEST_TORCH <= release <= running:
         return f"built for torch {built_for}, running with torch {torch.__version__}"
-    archs = [arch for arch in found.group(2).decode().split(",") if arch]
+    if sources != recipe.fingerprint(csrc, device_type):
+        return f"built from other sources than those in {csrc}"
+    archs = [arch for arch in archs_text.split(",") if arch]
     if archs:
         for capability in toolchain.visible_capabilities():
             if not toolchain.runs_on(archs, capability):

@@ -106,12 +106,12 @@ def _plan(device_type: str, csrc: Path) -> Plan:
         instruction_set = recipe.instruction_sets(torch.backends.cpu.get_cpu_capability())[0]
         target_flags, label = [*recipe.INSTRUCTION_SETS[instruction_set]], instruction_set
     definitions = recipe.definitions(
+        csrc,
         version=__version__,
         torch_version=str(torch.__version__),
         device_type=device_type,
         instruction_set=instruction_set,
         archs=archs,
-        families=recipe.families(csrc, device_type),
     )
     compiler_flags = [*recipe.COMPILER_FLAGS, *target_flags, *definitions]
     nvcc_flags = [*recipe.NVCC_FLAGS]
@@ -119,10 +119,7 @@ def _plan(device_type: str, csrc: Path) -> Plan:
     if len(sources) == 1:
         raise UnavailableError(f"there are no {device_type} sources in {csrc}")
     inputs |= {
-        "files": {
-            str(file.relative_to(csrc)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in [*sources, *recipe.headers(csrc)]
-        },
+        "files": recipe.content_hashes(csrc, device_type),
         "flags": [compiler_flags, nvcc_flags],
         "compiler": [compiler.command, compiler.path, compiler.version],
         "torch": [torch_release(torch.__version__), torch.version.cuda],

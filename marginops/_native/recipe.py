@@ -5,6 +5,8 @@ Needs the standard library only, because ``setup.py`` loads this file by its pat
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,19 +65,33 @@ def headers(csrc: Path) -> list[Path]:
     return sorted(path for path in csrc.rglob("*") if path.suffix in HEADER_SUFFIXES)
 
 
+def content_hashes(csrc: Path, device_type: str) -> dict[str, str]:
+    """The SHA-256 of each file that a build may read, by its path below ``csrc``."""
+    return {
+        file.relative_to(csrc).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in [*sources(csrc, device_type), *headers(csrc)]
+    }
+
+
+def fingerprint(csrc: Path, device_type: str) -> str:
+    """One short text for the names and contents of the files that a build may read."""
+    hashes = json.dumps(content_hashes(csrc, device_type), sort_keys=True)
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+
+
 def families(csrc: Path, device_type: str) -> list[str]:
     """The op families that have kernels for a device type."""
     return sorted(path.stem for path in csrc.glob(KERNEL_PATTERNS[device_type]))
 
 
 def definitions(
+    csrc: Path,
     *,
     version: str,
     torch_version: str,
     device_type: str,
     instruction_set: str,
     archs: Iterable[str],
-    families: Iterable[str],
 ) -> list[str]:
     """Flags of the C++ compiler that tell ``build_info()`` what is built.
 
@@ -88,6 +104,7 @@ def definitions(
         "MARGINOPS_DEVICE": device_type,
         "MARGINOPS_INSTRUCTION_SET": instruction_set,
         "MARGINOPS_ARCHS": ",".join(archs),
-        "MARGINOPS_FAMILIES": ",".join(families),
+        "MARGINOPS_FAMILIES": ",".join(families(csrc, device_type)),
+        "MARGINOPS_SOURCES": fingerprint(csrc, device_type),
     }
     return [f"-D{name}={value}" for name, value in macros.items()]

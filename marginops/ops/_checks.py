@@ -44,6 +44,8 @@ def check_target(target: Any, logits: Tensor, ignore_index: Any) -> None:
     """[N] int64 class indices beside ``logits``, and an integer ``ignore_index``."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor [N], got {type(target).__name__}")
+    if target.layout != torch.strided:
+        raise TypeError(f"target: expected a dense (strided) tensor, got layout {target.layout}")
     if target.dtype != torch.int64:
         raise TypeError(f"target: expected dtype torch.int64 (class indices), got {target.dtype}")
     if target.dim() != 1 or target.shape[0] != logits.shape[0]:
@@ -88,11 +90,12 @@ def check_bias(bias: Any, weight: Tensor) -> None:
 
 
 def check_k(k: Any, count: int, counted: str) -> int:
-    """An integer in [0, count]."""
-    try:
-        k = operator.index(k)
-    except TypeError:
-        raise TypeError(f"k: expected an int, got {type(k).__name__}") from None
+    """An integer in [0, count]; the integers of compiled graphs stay symbolic."""
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        try:
+            k = operator.index(None if isinstance(k, bool) else k)
+        except TypeError:
+            raise TypeError(f"k: expected an int, got {type(k).__name__}") from None
     if k < 0 or k > count:
         raise ValueError(f"k: expected 0 <= k <= {count} (the number of {counted}), got {k}")
     return k

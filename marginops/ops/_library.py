@@ -1,13 +1,16 @@
 """The dispatcher library: how an op gets its schema, reference, fake and gradient."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from marginops import _native
 
 _library = torch.library.Library("marginops", "DEF")
+_loading = threading.local()
 
 
 def define(
@@ -41,6 +44,8 @@ def define(
     )
 
     def call(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, arguments)
         for argument in arguments:
             if isinstance(argument, torch.Tensor) and argument.requires_grad:
                 return (differentiable if torch.is_grad_enabled() else forward)(*arguments)
@@ -62,6 +67,13 @@ def _define(
     return op
 
 
+def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
+    """Without this, PyTorch would take the derivative for zero without a word."""
+    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(f"{name}: no forward-mode derivatives, only backward")
+
+
 def _load_or(reference: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that is reached only while no native one is registered.
 
@@ -71,9 +83,16 @@ def _load_or(reference: Callable[..., Any]) -> Callable[..., Any]:
 
     def make_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
         def kernel(*arguments: Any) -> Any:
-            if _native.load(arguments[0].device.type):
+            # Called by itself: the library has no kernel for this op or this kind of tensor.
+            if getattr(_loading, "op", None) is op:
+                return reference(*arguments)
+            if not _native.load(arguments[0].device.type):
+                return reference(*arguments)
+            _loading.op = op
+            try:
                 return op(*arguments)
-            return reference(*arguments)
+            finally:
+                _loading.op = None
 
         return kernel
 

@@ -92,11 +92,11 @@ def minimal_margin_score(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
 
     Differentiable in ``logits``, ``weight`` and, with ``bias_in_norm``, ``bias``; classes are
-    constants, ties go to the lowest class, and where the distance is 0 the gradient is 0.
-    Deterministic. Reads the logits once and two rows of ``weight`` per sample, or a table of all
-    distances where that is cheaper; ``"nearest"`` reads further rows only where a bound cannot
-    exclude them. Beside the result O(N) scratch for the table, C + D values for ``"nearest"``,
-    and at most 1 MiB.
+    constants, ties go to the lowest class, and where the distance is 0 the gradient is 0. Second
+    derivatives exist for ``logits`` only. Deterministic. Reads the logits once and two rows of
+    ``weight`` per sample, or a table of all distances where that is cheaper; ``"nearest"`` reads
+    further rows only where a bound cannot exclude them. Beside the result O(N) scratch for the
+    table, C + D values for ``"nearest"``, and at most 1 MiB.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
@@ -273,7 +273,7 @@ def _pair_gradient_fake(
 def _scatter_pair(value: Tensor, pair: Tensor, rows: Tensor | None, logits: Tensor) -> Tensor:
     """Zeros like ``logits`` but for +value and -value at the two classes of each row."""
     values = torch.stack((value, 0 - value), 1).to(logits.dtype)
-    zeros = logits.new_zeros(logits.shape)
+    zeros = values.new_zeros(logits.shape)
     if rows is None:
         return zeros.scatter_(1, pair, values)
     return zeros.index_put_((rows.unsqueeze(1), pair), values)
@@ -281,13 +281,16 @@ def _scatter_pair(value: Tensor, pair: Tensor, rows: Tensor | None, logits: Tens
 
 def margin_gradient(
     grad: Tensor,
-    margin: Tensor,
+    margin: Tensor | None,
     inputs: tuple[Tensor, Tensor, Tensor | None],
     rows: Tensor | None,
     ignore_index: int,
     needs_grad: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the margins of ``rows`` (all, if None) for logits and log_norm."""
+    """Gradients of the margins of ``rows`` (all, if None) for logits and log_norm.
+
+    The margins are needed only for log_norm.
+    """
     logits, target, log_norm = inputs
     label = target if rows is None else target[rows]
     ignored = label == ignore_index
@@ -298,27 +301,30 @@ def margin_gradient(
         # An ignored row's rival is class 0; with class 1 beside it no entry is written twice.
         pair = torch.stack((torch.where(ignored, 1, label), rival), 1)
         grad_logits = _scatter_pair(normalize(grad, log_norm), pair, rows, logits)
-    if needs_grad[1]:
+    if needs_grad[1] and margin is not None:
         grad_log_norm = -(grad * torch.where(ignored, 0, margin)).sum()
     return grad_logits, grad_log_norm
 
 
 def score_gradient(
     grad: Tensor,
-    score: Tensor,
+    score: Tensor | None,
     inputs: tuple[Tensor, Tensor, Tensor | None],
     rows: Tensor | None,
     nearest: bool,
     needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the scores of ``rows`` (all, if None) for logits, weight and bias."""
+    """Gradients of the scores of ``rows`` (all, if None) for logits, weight and bias.
+
+    The scores are needed only for weight and bias.
+    """
     logits, weight, bias = inputs
-    pair, distance = _minimal_margin_pair(logits, weight, bias, rows, nearest)
+    pair, distance = _minimal_margin_pair(logits.detach(), weight, bias, rows, nearest)
     slope = torch.where(distance == 0, 0, grad / distance)
     grad_logits = grad_weight = grad_bias = None
     if needs_grad[0]:
         grad_logits = _scatter_pair(slope, pair, rows, logits)
-    if needs_grad[1] or needs_grad[2]:
+    if (needs_grad[1] or needs_grad[2]) and score is not None:
         coefficient = torch.where(distance == 0, 0, -slope * score / distance)
         # Each pair counts for both of its classes; sorted by class, every class is one segment
         # that one worker sums in a fixed order.
@@ -347,7 +353,8 @@ def _margin_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _score_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.nearest = inputs
-    ctx.save_for_backward(*tensors, output)
+    needs_score = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(*tensors, output if needs_score else None)
 
 
 def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

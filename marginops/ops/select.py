@@ -176,7 +176,8 @@ def _minimal_margin_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> None:
     *tensors, _, ctx.nearest = inputs
-    ctx.save_for_backward(*tensors, *output)
+    needs_scores = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(*tensors, output[0] if needs_scores else None, output[1])
 
 
 def _minimal_margin_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -191,7 +192,8 @@ def _smallest_margin_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> None:
     *tensors, _, ctx.ignore_index = inputs
-    ctx.save_for_backward(*tensors, *output)
+    scores = output[0] if ctx.needs_input_grad[2] else None
+    ctx.save_for_backward(*tensors, scores, output[1])
 
 
 def _smallest_margin_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

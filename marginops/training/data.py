@@ -23,7 +23,7 @@ class DataError(ValueError):
     """A data file is missing or damaged; the message names it and says what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassificationData:
     """A classification data set in memory, split in two.
 

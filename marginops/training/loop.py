@@ -16,7 +16,7 @@ from .selection import evaluation_mode, last_linear, select_batch
 Sampling = Literal["uniform", "minimal_margin"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingHistory:
     """What a training run did and what came of it.
 
@@ -68,7 +68,8 @@ def train(
     another draw is left out.
 
     Args:
-        network: Maps inputs ``[B, ...]`` to logits ``[B, C]``; trained in place.
+        network: Maps inputs ``[B, ...]`` to logits ``[B, C]``; trained in place, every module in
+            the mode (training or evaluation) it is in.
         data: On the device of ``network``.
         optimizer: Over the parameters of ``network``.
         updates: Number of optimizer steps.
@@ -114,7 +115,6 @@ def train(
 
     margins_before = _margins(network, data, log_norm)
     curve = [(0, 0.0, _test_accuracy(network, data))]
-    network.train()
     seconds = 0.0
     started = time.perf_counter()
     for update in range(1, updates + 1):
