@@ -46,66 +46,65 @@ def make_logits(rows: int, classes: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, classes, device=DEVICE).to(dtype)
 
 
-@pytest.mark.parametrize("provider", [*PROVIDERS, "floor"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "classes", "columns"), SHAPES)
-def bench_select_minimal_margin(time_call, rows, classes, columns, dtype, provider):
-    logits = make_logits(rows, classes, dtype)
-    weight = torch.randn(classes, columns, device=DEVICE).to(dtype)
-    k = rows // 10
-    expected = exact_score(logits, weight).sort().values[:k]
-    select = {
-        "marginops": marginops.select_minimal_margin,
-        "eager": eager_select,
-        "compile": compiled(eager_select),
-    }.get(provider)
+def eager_select_margin(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return eager_margin(logits, target).topk(k, largest=False)
 
-    def check(result):
-        if provider != "floor":
-            rounding = 1e-4 if dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(
-                result[0].double(), expected, rtol=rounding, atol=rounding * 1e-2
-            )
 
-    time_call(
-        (lambda: select(logits, weight, k)) if select else (lambda: logits.amax(1)),
-        check,
-        op="select_minimal_margin",
-        shape=f"{rows} x {classes} x {columns}",
-        dtype=str(dtype).removeprefix("torch."),
-        provider=provider,
-        bytes_read=logits.numel() * logits.element_size(),
-    )
+# What each op replaces, and what its results are compared with.
+EAGER = {
+    "minimal_margin_score": eager_score,
+    "classification_margin": eager_margin,
+    "select_minimal_margin": eager_select,
+    "select_smallest_margin": eager_select_margin,
+}
+CASES = [
+    *(("select_minimal_margin", shape) for shape in SHAPES),
+    *(("minimal_margin_score", SHAPES[i]) for i in (0, 2, 5)),
+    *(
+        (op, shape)
+        for op in ("classification_margin", "select_smallest_margin")
+        for shape in ((1280, 10), (8192, 1000), (1_000_000, 100))
+    ),
+]
 
 
 @pytest.mark.parametrize("provider", [*PROVIDERS, "floor"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "classes"), [(1280, 10), (8192, 1000), (1_000_000, 100)])
-def bench_classification_margin(time_call, rows, classes, dtype, provider):
+@pytest.mark.parametrize(("op", "shape"), CASES)
+def bench_margin(time_call, op, shape, dtype, provider):
+    rows, classes, *columns = shape
     logits = make_logits(rows, classes, dtype)
-    target = torch.randint(classes, (rows,), device=DEVICE)
-    expected = torch.cat(
-        [
-            eager_margin(part.double(), label)
-            for part, label in zip(logits.split(100_000), target.split(100_000), strict=True)
-        ]
-    )
-    margin = {
-        "marginops": marginops.classification_margin,
-        "eager": eager_margin,
-        "compile": compiled(eager_margin),
-    }.get(provider)
+    if columns:
+        other = torch.randn(classes, *columns, device=DEVICE).to(dtype)
+        exact = exact_score(logits, other)
+    else:
+        other = torch.randint(classes, (rows,), device=DEVICE)
+        exact = eager_margin(logits.double(), other)
+    arguments = (logits, other, rows // 10) if op.startswith("select") else (logits, other)
+    rounding = 1e-4 if dtype == torch.float32 else 2e-2
 
     def check(result):
-        if provider != "floor":
-            rounding = 1e-5 if dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=rounding)
+        if provider == "floor":
+            return
+        if op.startswith("select"):  # the scores, and those of the indices
+            expected = exact.sort().values[: rows // 10]
+            pairs = [(result[0].double(), expected), (exact[result[1]], expected)]
+        else:
+            pairs = [(result.double(), exact)]
+        for value, expected in pairs:
+            torch.testing.assert_close(value, expected, rtol=rounding, atol=rounding * 1e-1)
 
+    call = {
+        "marginops": getattr(marginops, op),
+        "eager": EAGER[op],
+        "compile": compiled(EAGER[op]),
+        "floor": lambda logits, *_: logits.amax(1),
+    }[provider]
     time_call(
-        (lambda: margin(logits, target)) if margin else (lambda: logits.amax(1)),
+        lambda: call(*arguments),
         check,
-        op="classification_margin",
-        shape=f"{rows} x {classes}",
+        op=op,
+        shape=" x ".join(map(str, shape)),
         dtype=str(dtype).removeprefix("torch."),
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),

@@ -10,7 +10,7 @@ from pathlib import Path
 def test_gradients_and_registration_without_native_kernels():
     here = Path(__file__).resolve().parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-k", "gradient or opcheck or autocast or compile or derivative"]
+    command += ["-k", "not wrong and (gradient or opcheck or autocast or compile or derivative)"]
     command += [str(here / "test_margin.py"), str(here / "test_select.py")]
     environment = os.environ | {"MARGINOPS_DISABLE_JIT": "1"}
     environment.pop("MARGINOPS_TEST_LIBRARY", None)

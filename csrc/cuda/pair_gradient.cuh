@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kPairBlock)
     for (int64_t base = begin; base < end; base += kPairBlock) {
       const bool valid = entry < end;
       const int64_t partner = valid ? next_key - index * classes : -1;
+      MARGINOPS_DEVICE_ASSERT(partner >= -1 && partner < classes);  // keys are sorted
       Number run = next_coefficient;
       const int64_t before = __shfl_up_sync(kAllLanes, partner, 1);
       const unsigned heads = __ballot_sync(kAllLanes, lane == 0 || before != partner);

@@ -259,7 +259,10 @@ def _pair_gradient_reference(
         for part in torch.arange(len(key), device=key.device).split(4096):
             difference = rows[first[part]].to(dtype) - rows[second[part]].to(dtype)
             scaled = coefficient[part].reshape(-1, *[1] * (rows.dim() - 1)) * difference
-            total.index_put_((first[part],), scaled, accumulate=True)
+            if key.is_cuda:  # on each device the one that has a fixed order of summation
+                total.index_put_((first[part],), scaled, accumulate=True)
+            else:
+                total.index_add_(0, first[part], scaled)
         totals.append(total.to(weight.dtype))
     return totals[0], totals[1]
 
