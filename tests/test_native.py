@@ -28,6 +28,7 @@ PATIENCE = 300
 LOAD = """
 import sys
 from pathlib import Path
+from marginops._native.loader import Loader
 loader = Loader(Path(sys.argv[1]), Path(sys.argv[1]))
 loader.load("cpu")
 print(loader.outcome("cpu").implementation)
@@ -150,7 +151,7 @@ def test_killed_build_harms_nobody(tiny: Path, tmp_path: Path) -> None:
     )
     compiler.chmod(0o755)
     victim = python(LOAD, tiny, CXX=str(compiler))
-    wait_until(lambda: (started / "pid").exists())
+    wait_until(lambda: (started / "pid").exists() or victim.poll() is not None)
     victim.kill()
     victim.wait()
     left = list(Cache().folder.glob("building-*"))
@@ -254,6 +255,7 @@ def test_process_forked_during_a_build_does_not_hang(tiny: Path) -> None:
     code = """
 import os, sys, threading
 from pathlib import Path
+from marginops._native.loader import Loader
 loader = Loader(Path(sys.argv[1]), Path(sys.argv[1]))
 held = threading.Event()
 def hold():
@@ -311,7 +313,7 @@ def test_interrupted_build_is_tried_again(tiny: Path, tmp_path: Path) -> None:
     )
     compiler.chmod(0o755)
     process = python(LOAD, tiny, CXX=str(compiler))
-    wait_until((tmp_path / "on").exists)
+    wait_until(lambda: (tmp_path / "on").exists() or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert "KeyboardInterrupt" in errors

@@ -1,7 +1,7 @@
 """Argument checks: each names the argument, what was expected and what came."""
 
 import operator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -91,11 +91,10 @@ def check_bias(bias: Any, weight: Tensor) -> None:
 
 def check_k(k: Any, count: int, counted: str) -> int:
     """An integer in [0, count]; the integers of compiled graphs stay symbolic."""
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        try:
-            k = operator.index(None if isinstance(k, bool) else k)
-        except TypeError:
-            raise TypeError(f"k: expected an int, got {type(k).__name__}") from None
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt, SupportsIndex)):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    if not isinstance(k, (int, torch.SymInt)):
+        k = operator.index(k)
     if k < 0 or k > count:
         raise ValueError(f"k: expected 0 <= k <= {count} (the number of {counted}), got {k}")
     return k
