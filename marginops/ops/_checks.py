@@ -91,9 +91,9 @@ def check_bias(bias: Any, weight: Tensor) -> None:
 
 def check_k(k: Any, count: int, counted: str) -> int:
     """An integer in [0, count]; the integers of compiled graphs stay symbolic."""
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt, SupportsIndex)):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if not isinstance(k, (int, torch.SymInt)):
+    if type(k) is not int and not isinstance(k, torch.SymInt):
+        if isinstance(k, bool) or not isinstance(k, SupportsIndex):
+            raise TypeError(f"k: expected an int, got {type(k).__name__}")
         k = operator.index(k)
     if k < 0 or k > count:
         raise ValueError(f"k: expected 0 <= k <= {count} (the number of {counted}), got {k}")
