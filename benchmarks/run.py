@@ -67,7 +67,12 @@ def measure(pytest_arguments: list[str]) -> list[dict[str, Any]]:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-p", "no:cacheprovider"]
         command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
-        command += ["--benchmark-warmup=on", "--benchmark-disable-gc", "--benchmark-columns=median"]
+        command += [
+            "--benchmark-warmup=on",
+            "--benchmark-max-time=0.5",
+            "--benchmark-disable-gc",
+            "--benchmark-columns=median",
+        ]
         subprocess.run([*command, f"--benchmark-json={report}", *pytest_arguments], check=True)
         benchmarks = json.loads(report.read_text())["benchmarks"]
     rows = []

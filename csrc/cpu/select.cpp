@@ -47,9 +47,10 @@ class Selector {
   // Writes the indices of the k smallest scores, in order.
   void run(int64_t* indices) {
     entries_ = uninitialized<Entries>(size_);
-    collect(bound());
-    if (count_ < k_) collect(std::numeric_limits<Score>::infinity());
-    if (count_ > std::max(2 * k_, kComparisonSort)) narrow();
+    Score limit = bound();
+    collect(limit);
+    if (count_ < k_) collect(limit = std::numeric_limits<Score>::infinity());
+    if (count_ > std::max(2 * k_, kComparisonSort) && !cut_ties(sort_key(limit))) narrow();
     if (count_ <= kComparisonSort) {
       std::nth_element(entries_.get(), entries_.get() + k_ - 1, entries_.get() + count_);
       std::sort(entries_.get(), entries_.get() + k_);
@@ -116,6 +117,23 @@ class Selector {
   }
 
   Entries entry(int64_t i) const { return {static_cast<Index>(i), sort_key(scores_[i])}; }
+
+  // If the k-th smallest lies at the bound: keeps all below, and the first of its equals.
+  bool cut_ties(Key bound) {
+    int64_t below = 0, at = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      below += entries_[i].key < bound;
+      at += entries_[i].key == bound;
+    }
+    if (below > k_ || below + at < k_) return false;
+    int64_t kept = 0, missing = k_ - below;
+    for (int64_t i = 0; i < count_ && kept < k_; ++i) {
+      const Entries entry = entries_[i];
+      if (entry.key < bound || (entry.key == bound && missing-- > 0)) entries_[kept++] = entry;
+    }
+    count_ = k_;
+    return true;
+  }
 
   // Keeps the k smallest entries, in some order that is by index among equals: radix select.
   void narrow() {
