@@ -249,7 +249,8 @@ def test_ops_through_the_binding() -> None:
         "-k",
         "not reference and not wrong_target and not wrong_keys and not 32_bit and not 300000",
     ]
-    command += [str(here / "test_margin.py"), str(here / "test_select.py")]
+    names = ("test_margin.py", "test_margin_gradient.py", "test_select.py")
+    command += [str(here / name) for name in names]
     environment = os.environ | {"MARGINOPS_TEST_LIBRARY": str(harness.build_binding())}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:]

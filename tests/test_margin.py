@@ -9,7 +9,6 @@ import scipy.spatial
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.autograd import gradcheck, gradgradcheck
 from torchmetrics.functional.classification import multiclass_hinge_loss
 
 import brute_force
@@ -17,7 +16,7 @@ import marginops
 from conftest import DTYPES, IMPLEMENTATIONS, OPS, OTHER_LIBRARY, head, implementation, opcheck
 from marginops import _native
 from marginops.ops._library import define
-from strategies import LAYOUTS, finite, margin_cases, relayout, score_cases
+from strategies import LAYOUTS, margin_cases, relayout, score_cases
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -197,93 +196,6 @@ def test_invariances_of_the_score(device):
     torch.testing.assert_close(turned, score)
 
 
-@pytest.mark.parametrize("rival", ["top2", "nearest"])
-@pytest.mark.parametrize("bias_in_norm", [False, True])
-def test_score_gradient(device, rival, bias_in_norm):
-    def score(*inputs):
-        return marginops.minimal_margin_score(*inputs, rival=rival, bias_in_norm=bias_in_norm)
-
-    assert gradcheck(score, head(device))
-    logits, weight, bias = head(device)
-    with implementation("reference"):
-        expected = torch.autograd.grad(score(logits, weight, bias).sum(), (logits, weight))
-    actual = torch.autograd.grad(score(logits, weight, bias).sum(), (logits, weight))
-    torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("log_norm", [None, 0.7])
-def test_margin_gradient_and_its_gradient(device, log_norm):
-    logits, _, _ = head(device)
-    target = torch.randint(6, (12,), device=device)
-    target[3] = -100
-    kept = target != -100
-    norm = None if log_norm is None else torch.tensor(log_norm, dtype=torch.float64, device=device)
-    inputs = (logits,) if norm is None else (logits, norm.requires_grad_())
-
-    def margin(logits, log_norm=None):
-        return marginops.classification_margin(logits, target, log_norm=log_norm)[kept]
-
-    assert gradcheck(margin, inputs)
-    assert gradgradcheck(margin, inputs)
-
-
-@pytest.mark.parametrize("classes", [3, 64])
-def test_gradient_in_low_precision_is_that_of_float64(device, dtype, classes):
-    logits, weight, _ = (value.detach().to(dtype) for value in head(device, classes=classes))
-    inputs = logits.requires_grad_(), weight.requires_grad_()
-    exact = tuple(value.detach().double().requires_grad_() for value in inputs)
-    for values in (inputs, exact):
-        marginops.minimal_margin_score(*values).sum().backward()
-    for value, wanted in zip(inputs, exact, strict=True):
-        assert value.grad.dtype == dtype
-        epsilon = max(torch.finfo(dtype).eps, 1e-6 if dtype == torch.float32 else 0)
-        torch.testing.assert_close(
-            value.grad.double(), wanted.grad, rtol=8 * epsilon, atol=8 * epsilon
-        )
-
-
-def test_ties_and_ignored_samples_in_gradients(device):
-    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 0.0, 0.0], [5.0, 1.0, 1.0, 0.0]])
-    logits = logits.to(device).requires_grad_()
-    target = torch.tensor([0, 1, -100], device=device)
-    marginops.classification_margin(logits, target).sum().backward()
-    assert logits.grad.tolist() == [[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 0, 0]]
-    logits.grad = None
-    weight = torch.eye(4, device=device)
-    marginops.minimal_margin_score(logits, weight).sum().backward()
-    side = 1 / math.sqrt(2)
-    expected = [[0, side, -side, 0], [side, -side, 0, 0], [side, -side, 0, 0]]
-    torch.testing.assert_close(logits.grad.cpu(), torch.tensor(expected))
-
-
-def test_gradient_is_zero_where_the_boundary_has_no_direction(device):
-    logits = torch.tensor([[1.0, 0.5, 0.0]], device=device, requires_grad=True)
-    weight = torch.ones(3, 2, device=device, requires_grad=True)
-    score = marginops.minimal_margin_score(logits, weight)
-    assert score.tolist() == [math.inf]
-    score.backward()
-    assert not logits.grad.any() and not weight.grad.any()
-
-
-def test_weight_gradient_does_not_vary(device):
-    logits, weight, bias = head(device, torch.float32, rows=4000, classes=7, columns=65)
-    runs = set()
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        score = marginops.minimal_margin_score(logits, weight, bias, bias_in_norm=True)
-        gradients = torch.autograd.grad(score.square().sum(), (weight, bias))
-        runs.add(tuple(value.cpu().numpy().tobytes() for value in gradients))
-    assert len(runs) == 1
-
-
-def test_second_derivative_of_the_score_is_an_error(device):
-    logits, weight, _ = head(device)
-    score = marginops.minimal_margin_score(logits, weight).sum()
-    (gradient,) = torch.autograd.grad(score, weight, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        gradient.sum().backward()
-
-
 def test_opcheck(device):
     logits, weight, bias = head(device)
     target = torch.randint(6, (12,), device=device)
@@ -322,23 +234,6 @@ def test_compile_full_graph_with_dynamic_rows(device, rival):
         actual = torch.autograd.grad(compiled(logits, weight, target), (logits, weight))
         expected = torch.autograd.grad(step(logits, weight, target), (logits, weight))
         torch.testing.assert_close(actual, expected)
-
-
-def test_autocast_head(device):
-    kind = torch.device(device).type
-    layer = torch.nn.Linear(16, 10, device=device)
-    features = torch.randn(64, 16, device=device)
-    with torch.autocast(kind, dtype=torch.bfloat16):
-        logits = layer(features)
-        assert logits.dtype == torch.bfloat16
-        score = marginops.minimal_margin_score(logits, layer.weight, layer.bias, bias_in_norm=True)
-        score.sum().backward()
-    assert score.dtype == torch.float32
-    assert layer.weight.grad.dtype == torch.float32
-    expected = marginops.minimal_margin_score(
-        logits.float(), layer.weight, layer.bias, bias_in_norm=True
-    )
-    torch.testing.assert_close(score, expected)
 
 
 LOGITS, WEIGHT, TARGET = torch.randn(4, 3), torch.randn(3, 2), torch.tensor([0, 1, 2, 0])
@@ -438,15 +333,6 @@ def test_no_rows(device, which, dtype):
             assert marginops.minimal_margin_score(empty, weight, rival=rival).shape == (0,)
 
 
-@given(case=score_cases(finite))
-def test_gradient_touches_one_pair_of_classes(device, case):
-    logits, weight, _ = (value if value is None else value.to(device) for value in case)
-    logits = logits.detach().requires_grad_()
-    marginops.minimal_margin_score(logits, weight).sum().backward()
-    assert ((logits.grad != 0).sum(1) <= 2).all()
-    assert not logits.grad.sum(1).any()
-
-
 @pytest.mark.parametrize("classes", [2049, 2063, 4097, 4100])
 @pytest.mark.parametrize("rival", ["top2", "nearest"])
 def test_ties_across_the_pieces_of_long_rows(device, dtype, classes, rival):
@@ -492,53 +378,6 @@ def test_nearest_boundary_in_many_dimensions(device):
     np.testing.assert_allclose(score.numpy(), expected, rtol=5e-4)
 
 
-def test_forward_mode_is_an_error_and_not_zero(device):
-    logits, weight, _ = (value.detach() for value in head(device))
-    with pytest.raises(NotImplementedError, match="minimal_margin_score: no forward-mode"):
-        torch.func.jvp(
-            lambda logits: marginops.minimal_margin_score(logits, weight), (logits,), (logits,)
-        )
-
-
-def test_second_derivative_in_logits(device):
-    logits, weight, _ = head(device)
-    weight = weight.detach()
-    assert gradgradcheck(lambda logits: marginops.minimal_margin_score(logits, weight), (logits,))
-
-
-def test_vectorized_jacobian(device):
-    logits, weight, _ = (value.detach() for value in head(device))
-    target = torch.randint(6, (12,), device=device)
-    for function in (
-        lambda logits: marginops.classification_margin(logits, target),
-        lambda logits: marginops.minimal_margin_score(logits, weight),
-    ):
-        batched = torch.autograd.functional.jacobian(function, logits, vectorize=True)
-        assert torch.equal(batched, torch.autograd.functional.jacobian(function, logits))
-
-
-def test_results_may_be_changed_in_place(device):
-    logits, weight, _ = head(device)
-    target = torch.randint(6, (12,), device=device)
-    weight = weight.detach()
-    marginops.minimal_margin_score(logits, weight).clamp_(max=1).sum().backward()
-    marginops.classification_margin(logits, target).mul_(2).sum().backward()
-    marginops.select_minimal_margin(logits, weight, 3).scores.mul_(2).sum().backward()
-    marginops.select_smallest_margin(logits, target, 3).scores.mul_(2).sum().backward()
-    assert logits.grad.any()
-
-
 def test_an_op_without_a_native_kernel_runs_its_reference():
     double = define("brand_new_op(Tensor x) -> Tensor", lambda x: 2 * x, torch.empty_like)
     assert double(torch.ones(2)).tolist() == [2, 2]
-
-
-def test_direct_calls_of_the_pair_gradient_with_wrong_keys():
-    weight, coefficient = torch.zeros(2, 2), torch.ones(3)
-    for key in ([0, 10**12, 3], [-1, 0, 1], [0, 1, 4]):
-        with pytest.raises(RuntimeError, match="key: expected sorted values"):
-            OPS.pair_gradient_forward(torch.tensor(key), coefficient, weight, None)
-    key = torch.tensor([0, 1, 3])
-    for bias in (torch.zeros(1), torch.zeros(2).double(), torch.zeros(2, 1)):
-        with pytest.raises(RuntimeError, match="bias: expected"):
-            OPS.pair_gradient_forward(key, coefficient, weight, bias)

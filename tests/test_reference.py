@@ -11,7 +11,8 @@ def test_gradients_and_registration_without_native_kernels():
     here = Path(__file__).resolve().parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "not wrong and (gradient or opcheck or autocast or compile or derivative)"]
-    command += [str(here / "test_margin.py"), str(here / "test_select.py")]
+    names = ("test_margin.py", "test_margin_gradient.py", "test_select.py")
+    command += [str(here / name) for name in names]
     environment = os.environ | {"MARGINOPS_DISABLE_JIT": "1"}
     environment.pop("MARGINOPS_TEST_LIBRARY", None)
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
