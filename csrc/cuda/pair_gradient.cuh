@@ -6,7 +6,8 @@
 
 namespace marginops::cuda {
 
-constexpr int kPairBlock = 256;
+constexpr int kPairBlock =
+    256;  // three on a multiprocessor: left alone ptxas aims for more, and spills
 
 // First position in the sorted key whose entry is not less than bound.
 __device__ __forceinline__ int64_t lower_bound(const int64_t* key, int64_t size, int64_t bound) {
@@ -26,7 +27,7 @@ __device__ __forceinline__ int64_t lower_bound(const int64_t* key, int64_t size,
 // entries come in chunks of 256: each warp sums its entries of equal partner by a segmented scan,
 // then every thread walks over these pieces. No atomics: the order of summation is fixed.
 template <class Weight>
-__global__ void __launch_bounds__(kPairBlock)
+__global__ void __launch_bounds__(kPairBlock, 3)
     pair_gradient_kernel(const int64_t* __restrict__ key,
                          const Value<Weight>* __restrict__ coefficient, int64_t size,
                          HeadView<Weight> head, int64_t classes, Weight* grad_weight,

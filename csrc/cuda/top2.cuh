@@ -28,14 +28,12 @@ struct Logits {
   int64_t row_stride;
   int64_t col_stride;
   int32_t classes;
-  int64_t count;
-  IndexVector rows;
+  IndexVector rows;  // not checked: they come from our own selections
 
   __device__ __forceinline__ Row<Scalar> row(int64_t position) const {
     const bool active = position < rows.size;
     int64_t source = active ? position : 0;
     if (rows.data != nullptr && active) source = rows.data[position * rows.stride];
-    MARGINOPS_DEVICE_ASSERT(!active || (source >= 0 && source < count));
     return {data + source * row_stride, col_stride, classes, source, position, active};
   }
 };
