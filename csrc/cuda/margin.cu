@@ -80,7 +80,7 @@ cudaError_t write_rows(const Plan& plan, const Logits<Scalar>& logits, Top2<Valu
 template <class Scalar>
 Logits<Scalar> view(const Matrix& logits, const Rows& rows) {
   return {static_cast<const Scalar*>(logits.data), logits.row_stride, logits.col_stride,
-          static_cast<int32_t>(logits.cols),       logits.rows,       rows};
+          static_cast<int32_t>(logits.cols), rows};
 }
 
 template <class Weight>
