@@ -90,20 +90,33 @@ def measure(pytest_arguments: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def better(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of two runs of the same benchmarks, each one's lower median.
+def better(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The results of a file, each replaced by that of ``rows`` where its median is lower.
 
     A machine that others use changes its speed from minute to minute, which would otherwise
     show in the ratios of benchmarks that ran minutes apart.
     """
-    pairs = zip(first, second, strict=True)
-    return [min(pair, key=lambda row: float(row["median_ms"])) for pair in pairs]
+
+    def what(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("op", "shape", "dtype", "provider"))
+
+    with path.open(newline="") as file:
+        known = {what(row): row for row in csv.DictReader(file)}
+    for row in rows:
+        kept = known.setdefault(what(row), row)
+        if float(row["median_ms"]) < float(kept["median_ms"]):
+            known[what(row)] = row
+    return list(known.values())
+
+
+def result_file(device: str) -> Path:
+    """Where the results of a device are kept."""
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".csv")
 
 
 def write_results(rows: list[dict[str, Any]]) -> Path:
     """Write the results of a whole run in the place of those of this device."""
-    stem = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
-    path = RESULTS / f"{stem}.csv"
+    path = result_file(rows[0]["device"])
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
@@ -117,10 +130,10 @@ def tables(path: Path) -> str:
         rows = list(csv.DictReader(file))
     first = rows[0]
     threads = "" if "NVIDIA" in first["device"] else f", {first['threads']} threads"
-    commit = f", commit {first['commit']}" if first["commit"] else ""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows if row["commit"]))
     lines = [
-        f"{first['device']}{threads}, torch {first['torch']}{commit}, "
-        f"{first['date']}; the lower of two runs' medians, in brackets the interquartile range."
+        f"{first['device']}{threads}, torch {first['torch']}, commits {commits}, "
+        f"{first['date']}; the lowest median of several runs, in brackets its interquartile range."
     ]
     groups: dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]] = {}
     for row in rows:
@@ -178,6 +191,9 @@ def main() -> int:
     """Parse the command line and do as it says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--readme", action="store_true", help="only write the README's tables")
+    parser.add_argument(
+        "--merge", action="store_true", help="keep the lower of the new and the known medians"
+    )
     parser.add_argument("--check", action="store_true", help="only compare the README's tables")
     arguments, pytest_arguments = parser.parse_known_args()
     if arguments.check:
@@ -188,10 +204,12 @@ def main() -> int:
     if not arguments.readme:
         RESULTS.mkdir(exist_ok=True)
         rows = measure(pytest_arguments)
-        if pytest_arguments:
+        if arguments.merge:
+            rows = better(rows, result_file(rows[0]["device"]))
+        elif pytest_arguments:
             print("a run with arguments for pytest may be a part: results and README.md stay")
             return 0
-        print(f"wrote {write_results(better(rows, measure([])))}")
+        print(f"wrote {write_results(rows)}")
     README.write_text(readme_with_tables())
     return 0
 
