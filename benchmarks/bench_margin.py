@@ -50,7 +50,7 @@ def eager_select_margin(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor,
     return eager_margin(logits, target).topk(k, largest=False)
 
 
-# What each op replaces, and what its results are compared with.
+# What each op replaces.
 EAGER = {
     "minimal_margin_score": eager_score,
     "classification_margin": eager_margin,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in about ten minutes: installs offline, builds, runs the tests
-# on cuda:0, the four tools of compute-sanitizer over every kernel, and the benchmarks, whose
-# results go to benchmarks/results/. The exit status is 0 only if all of it passed.
+# Everything that only a GPU can show, meant for ten minutes on one: installs offline, builds, runs
+# the tests on cuda:0, the four tools of compute-sanitizer over every kernel, and the benchmarks,
+# whose results go to benchmarks/results/. The exit status is 0 only if all of it passed.
 #
 #     benchmarks/gpu_check.sh [report]     PYTHON=python3 chooses the interpreter
 set -uo pipefail

@@ -1,9 +1,10 @@
 // Selection of the k smallest scores on the CPU.
 //
 // A sample bounds the k-th score from above; one pass over all scores, on all threads, collects in
-// index order what does not lie above the bound. Far too many (ties): a radix select narrows them
-// down. Then they are sorted, stably, by the keys of common/order.h, so that ties stay in index
-// order. The sample decides how long this takes, never what is chosen.
+// index order what does not lie above the bound. If these are far too many, ties at the bound are
+// cut by index, or a radix select narrows them down. Then they are sorted, stably, by the keys of
+// common/order.h, so that ties stay in index order. The sample decides how long this takes, never
+// what is chosen.
 #include <array>
 #include <tuple>
 

@@ -22,7 +22,7 @@ from .plan import UnavailableError, csrc_folder, make_plan, torch_release
 
 
 class NativeUnavailableWarning(RuntimeWarning):
-    """The compiled kernels cannot be used; ops run in plain PyTorch, with the same results."""
+    """The compiled kernels cannot be used; ops run in plain PyTorch, more slowly."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Loader:
     def load(self, device_type: str) -> bool:
         """Whether compiled kernels are registered; the first call looks for them, or builds them.
 
-        Never raises: without kernels there is one warning that says why.
+        Without kernels there is one warning that says why, and no error.
         """
         outcome = self._outcomes.get(device_type)
         return (outcome or self.outcome(device_type)).native

@@ -62,10 +62,10 @@ def train(
 
     With ``sampling="minimal_margin"`` each update draws ``candidate_ratio * batch_size``
     candidates, keeps the ``batch_size`` closest to a decision boundary (:func:`select_batch`)
-    and takes a cross-entropy step on them in training mode: the scheme of Weinstein et al.
-    (2020). With ``"uniform"`` each update draws ``batch_size`` samples and trains on all. Either
-    way a sample is drawn once in an epoch of draws, and the rest of an epoch that does not fill
-    another draw is left out.
+    and takes a cross-entropy step on them: the scheme of Weinstein et al. (2020). With
+    ``"uniform"`` each update draws ``batch_size`` samples and trains on all. Either way a sample
+    is drawn once in an epoch of draws, and the rest of an epoch that does not fill another draw
+    is left out.
 
     Args:
         network: Maps inputs ``[B, ...]`` to logits ``[B, C]``; trained in place, every module in

@@ -1,5 +1,5 @@
 // Runs the launchers of csrc/cuda on the CPU: `driver CASES DATA RESULTS`. Cases and expected
-// results live in test_cudacpu.py; here is only the way from one to the other.
+// results live in the Python files beside it; here is only the way from one to the other.
 #include "cuda/margin.cu"
 #include "cuda/select.cu"
 
