@@ -1,6 +1,7 @@
 """How a provider's call is checked and timed; the figures go to pytest-benchmark's JSON."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,3 +35,23 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` by ``torch.compile``, for the shapes of one benchmark."""
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def peak_memory(call: Callable[[], Any]) -> float:
+    """MiB that a call needs beside what is there before, after one call that warms up."""
+    call()
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    call()
+    return (_resident("VmHWM") - before) / 2**10
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0])

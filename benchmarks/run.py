@@ -18,12 +18,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tables import tables
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 FIELDS = [
     *("device", "threads", "torch", "marginops", "commit", "date"),
-    *("op", "shape", "dtype", "provider", "median_ms", "iqr_ms", "min_ms", "rounds", "gb_per_s"),
+    *(
+        "op",
+        "shape",
+        "dtype",
+        "provider",
+        "median_ms",
+        "iqr_ms",
+        "min_ms",
+        "rounds",
+        "gb_per_s",
+        "peak_mib",
+    ),
 ]
 
 
@@ -70,6 +83,7 @@ def measure(pytest_arguments: list[str]) -> list[dict[str, Any]]:
         command += [
             "--benchmark-warmup=on",
             "--benchmark-max-time=0.25",
+            "--benchmark-min-rounds=3",
             "--benchmark-disable-gc",
             "--benchmark-columns=median",
         ]
@@ -86,6 +100,8 @@ def measure(pytest_arguments: list[str]) -> list[dict[str, Any]]:
             "rounds": stats["rounds"],
             "gb_per_s": f"{rate:.3g}",
         }
+        if "peak_mib" in what:
+            figures["peak_mib"] = f"{what.pop('peak_mib'):.1f}"
         rows.append(common | what | figures)
     return rows
 
@@ -124,67 +140,15 @@ def write_results(rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def tables(path: Path) -> str:
-    """Markdown tables of one result file: times of ours, and ratios to the others."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    first = rows[0]
-    threads = "" if "NVIDIA" in first["device"] else f", {first['threads']} threads"
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows if row["commit"]))
-    lines = [
-        f"{first['device']}{threads}, torch {first['torch']}, commits {commits}, "
-        f"{first['date']}; the lowest median of several runs, in brackets its interquartile range."
-    ]
-    groups: dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]] = {}
-    for row in rows:
-        shapes = groups.setdefault((row["op"], row["dtype"]), {})
-        shapes.setdefault(row["shape"], {})[row["provider"]] = row
-    for (op, dtype), shapes in groups.items():
-        measured = dict.fromkeys(provider for row in shapes.values() for provider in row)
-        others = [provider for provider in measured if provider not in ("marginops", "floor")]
-        header = [f"`{op}`, {dtype}", "marginops", "GB/s"]
-        header += [f"faster than {NAMES[other]}" for other in others]
-        header += ["time over the floor"] * ("floor" in measured)
-        lines += ["", markdown(header), "|---" + "|---:" * (len(header) - 1) + "|"]
-        for shape, providers in shapes.items():
-            cells = {"marginops": "-", "GB/s": "-"} | dict.fromkeys(measured, "-")
-            ours = providers.get("marginops")
-            if ours is not None:
-                time, spread = float(ours["median_ms"]), float(ours["iqr_ms"])
-                cells["marginops"] = f"{milliseconds(time)} ({milliseconds(spread)})"
-                cells["GB/s"] = ours["gb_per_s"]
-                for name in providers.keys() - {"marginops"}:
-                    ratio = float(providers[name]["median_ms"]) / time
-                    cells[name] = f"{1 / ratio:.2f}" if name == "floor" else times(ratio)
-            columns = ["marginops", "GB/s", *others, *["floor"] * ("floor" in measured)]
-            lines.append(markdown([shape, *(cells[column] for column in columns)]))
-    return "\n".join(lines)
-
-
-NAMES = {"eager": "eager", "compile": "`torch.compile`", "topk": "`torch.topk`"}
-
-
-def markdown(cells: list[str]) -> str:
-    """A row of a table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def times(ratio: float) -> str:
-    """One decimal for small ratios."""
-    return f"{ratio:.1f} x" if ratio < 10 else f"{ratio:.0f} x"
-
-
-def milliseconds(time: float) -> str:
-    """Three digits, in ms or us."""
-    return f"{time:.3g} ms" if time >= 1 else f"{time * 1e3:.3g} us"
-
-
 def readme_with_tables() -> str:
-    """The README with the tables of every result file between its markers."""
-    text = "\n\n".join(tables(path) for path in sorted(RESULTS.glob("*.csv")))
-    begin, end = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
-    return pattern.sub(lambda _: "\n".join(filter(None, (begin, text, end))), README.read_text())
+    """The README with the tables of every result file between their markers."""
+    readme = README.read_text()
+    for name, linear in (("benchmarks", False), ("benchmarks of the linear head", True)):
+        text = "\n\n".join(tables(path, linear) for path in sorted(RESULTS.glob("*.csv")))
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, after = readme.split(begin)[0], readme.split(end)[1]
+        readme = before + "\n".join((begin, text, end)) + after
+    return readme
 
 
 def main() -> int:

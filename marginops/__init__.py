@@ -2,6 +2,13 @@
 
 from ._native import NativeUnavailableWarning
 from ._version import __version__
+from .ops.linear import (
+    linear_classification_margin,
+    linear_minimal_margin_score,
+    linear_sample_statistics,
+    linear_select_minimal_margin,
+    linear_select_smallest_margin,
+)
 from .ops.margin import classification_margin, minimal_margin_score
 from .ops.select import (
     Selection,
@@ -9,13 +16,21 @@ from .ops.select import (
     select_smallest,
     select_smallest_margin,
 )
+from .ops.statistics import SampleStatistics, sample_statistics
 
 __all__ = [
     "NativeUnavailableWarning",
+    "SampleStatistics",
     "Selection",
     "__version__",
     "classification_margin",
+    "linear_classification_margin",
+    "linear_minimal_margin_score",
+    "linear_sample_statistics",
+    "linear_select_minimal_margin",
+    "linear_select_smallest_margin",
     "minimal_margin_score",
+    "sample_statistics",
     "select_minimal_margin",
     "select_smallest",
     "select_smallest_margin",

@@ -34,6 +34,96 @@ def classification_margin(logits, target, log_norm=0.0, ignore_index=-100) -> np
     return np.array(margins, dtype=np.float64)
 
 
+def rivals(logits, target, ignore_index=-100) -> list[int]:
+    """The largest class that is not the target, the lowest one in a row with a NaN."""
+    classes = []
+    for row, y in zip(logits.double().tolist(), target.tolist(), strict=True):
+        if y == ignore_index:
+            classes.append(0)
+        elif any(math.isnan(value) for value in row):
+            classes.append(int(y == 0))
+        else:
+            classes.append(next(c for c in largest_two(row) if c != y))
+    return classes
+
+
+def softmax_statistics(row: Sequence[float], y: int) -> dict[str, float]:
+    """Loss, confidence, entropy and EL2N; the leader's 1 stays out of sums so nothing cancels."""
+    first, _ = largest_two(row)
+    largest = row[first]
+    if not all(value < math.inf for value in row) or largest == -math.inf:
+        return dict.fromkeys(("loss", "confidence", "entropy", "el2n"), math.nan)
+    powers = [math.exp(value - largest) for value in row]
+    others = math.fsum(power for c, power in enumerate(powers) if c != first)
+    p = [power / (1 + others) for power in powers]
+    surprise = [math.log1p(others) + (largest - value) for value in row]
+    wrong = [p[c] for c in range(len(row)) if c != y]
+    return {
+        "loss": surprise[y],
+        "confidence": p[y],
+        "entropy": math.fsum(p[c] * surprise[c] for c in range(len(row)) if p[c] > 0),
+        "el2n": math.hypot(math.fsum(wrong), *wrong),
+    }
+
+
+def sample_statistics(
+    logits, target, input=None, log_norm=0.0, ignore_index=-100
+) -> dict[str, np.ndarray]:
+    """Every field of marginops.sample_statistics."""
+    learnt = {"loss": 0.0, "confidence": 1.0, "entropy": 0.0, "el2n": 0.0, "correct": True}
+    samples = []
+    for row, y in zip(logits.double().tolist(), target.tolist(), strict=True):
+        if y == ignore_index:
+            samples.append(learnt)
+        else:
+            correct = largest_two(row)[0] == y and not any(math.isnan(value) for value in row)
+            samples.append({**softmax_statistics(row, y), "correct": correct})
+    fields = {name: np.array([sample[name] for sample in samples]) for name in learnt}
+    fields["margin"] = classification_margin(logits, target, log_norm, ignore_index)
+    fields["rival"] = np.array(rivals(logits, target, ignore_index), dtype=np.int64)
+    if input is not None:
+        sizes = [math.hypot(1, *features) for features in input.double().tolist()]
+        fields["gradient_norm"] = fields["el2n"] * np.array(sizes)
+    return fields
+
+
+def shard_statistics(logits, target) -> tuple[list[list[float]], list[list[int]]]:
+    """The values and classes of marginops::shard_statistics, of rows without a NaN."""
+    values, classes = [], []
+    for row, y in zip(logits.double().tolist(), target.tolist(), strict=True):
+        first, second = largest_two(row) if len(row) > 1 else (0, -1)
+        steps = [value - row[first] for c, value in enumerate(row) if c != first]
+        steps = [step for step in steps if step > -math.inf]  # not NaN either: -inf - -inf
+        values.append(
+            [
+                row[first],
+                row[second] if second >= 0 else -math.inf,
+                row[y] if 0 <= y < len(row) else 0.0,
+                math.fsum(math.exp(step) for step in steps),
+                math.fsum(math.exp(step) * step for step in steps),
+                math.fsum(math.exp(step) ** 2 for step in steps),
+            ]
+        )
+        classes.append([first, second])
+    return values, classes
+
+
+def class_sum(key, coefficient, rows, classes) -> np.ndarray:
+    """[classes, D]: coefficient * row added to the class of each key, class * len(rows) + row."""
+    sums = np.zeros((classes, rows.shape[1]))
+    for k, value in zip(key.tolist(), coefficient.double().tolist(), strict=True):
+        sums[k // len(rows)] += value * rows[k % len(rows)].double().numpy()
+    return sums
+
+
+def pair_distance(weight, bias, pair) -> np.ndarray:
+    """The norm of the difference of two rows, the bias being one more column."""
+    rows = weight.double().numpy()
+    if bias is not None:
+        rows = np.concatenate([rows, bias.double().numpy()[:, None]], axis=1)
+    return np.array([np.linalg.norm(rows[i] - rows[j]) for i, j in pair.tolist()], dtype=np.float64)
+
+
 def minimal_margin_pair(logits, weight, bias=None, rival="top2") -> tuple[list, np.ndarray]:
     """The pair of classes of every row, and its score."""
     rows = weight.double().numpy()

@@ -3,12 +3,13 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-from marginops.ops import margin, select
+from marginops.ops._library import Op
 
 DEVICES = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
 # Kernels to test instead of those of the CPU: the emulated ones of CUDA, see test_cudacpu.py.
@@ -20,20 +21,15 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_
 hypothesis.settings.register_profile("few", deadline=None, derandomize=True, max_examples=12)
 hypothesis.settings.load_profile("few" if OTHER_LIBRARY else "ci")
 
+HERE = Path(__file__).resolve().parent
+OP_TESTS = [
+    str(path)
+    for family in ("margin", "select", "statistics", "linear")
+    for path in sorted(HERE.glob(f"test_{family}*.py"))
+]
 IMPLEMENTATIONS = ["native", "reference"]
 OPS = torch.ops.marginops
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-_REFERENCES = [
-    (margin, "_classification_margin", margin._margin_reference),
-    (margin, "_classification_margin_rival", margin._rival_reference),
-    (margin, "_minimal_margin_score", margin._score_reference),
-    (margin, "_minimal_margin_pair", margin._pair_reference),
-    (margin, "_pair_gradient", margin._pair_gradient_reference),
-    (select, "_select_smallest", select._smallest_reference),
-    (select, "_select_minimal_margin", select._minimal_margin_reference),
-    (select, "_select_smallest_margin", select._smallest_margin_reference),
-]
 
 
 @contextlib.contextmanager
@@ -41,8 +37,7 @@ def implementation(name: str) -> Iterator[None]:
     """Inside, public functions run the native kernels or, without autograd, the reference."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "reference":
-            for module, op, reference in _REFERENCES:
-                patch.setattr(module, op, reference)
+            patch.setattr(Op, "__call__", lambda op, *arguments: op.reference(*arguments))
         yield
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import marginops
-from conftest import DTYPES
+from conftest import DTYPES, OPS
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is false"
@@ -26,10 +26,18 @@ def make_inputs(rows: int = 1280, classes: int = 100, dtype: torch.dtype = torch
     return logits, weight, target, torch.tensor(0.5, device=DEVICE)
 
 
+def softmax_statistics(f: Tensor, y: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+    """What has a gradient beside the margin comes first."""
+    statistics = marginops.sample_statistics(f, y, input=f[:, :2], log_norm=n)
+    return (statistics.loss + statistics.entropy + statistics.confidence, *statistics)
+
+
 CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
     "margin": lambda f, w, y, n: (marginops.classification_margin(f, y, log_norm=n),),
     "score": lambda f, w, y, n: (marginops.minimal_margin_score(f, w),),
     "nearest": lambda f, w, y, n: (marginops.minimal_margin_score(f, w, rival="nearest"),),
+    "statistics": lambda f, w, y, n: softmax_statistics(f, y, n),
+    "shard": lambda f, w, y, n: OPS.shard_statistics(f, y),
     "select": lambda f, w, y, n: marginops.select_smallest(f[:, 0], len(f) // 10),
     "select margin": lambda f, w, y, n: marginops.select_smallest_margin(f, y, len(f) // 10),
     "select score": lambda f, w, y, n: marginops.select_minimal_margin(f, w, len(f) // 10),
@@ -58,11 +66,22 @@ def test_every_kernel(classes, dtype):
         for value, wanted in zip(actual, expected, strict=True):
             if not value.is_floating_point():
                 continue
-            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(value, wanted, rtol=3e-5, atol=1e-6)
         logits.requires_grad_()
         weight.requires_grad_()
-        for name in ("margin", "score", "nearest", "select margin", "select score"):
+        for name in ("margin", "score", "nearest", "statistics", "select margin", "select score"):
             CALLS[name](logits, weight, target, log_norm)[0].sum().backward()
+        pair = torch.randint(classes, (rows, 2), device=DEVICE)
+        distance = OPS.pair_distance(weight.detach(), None, pair)
+        wanted = OPS.pair_distance(weight.detach().cpu(), None, pair.cpu())
+        torch.testing.assert_close(distance.cpu(), wanted, rtol=1e-5, atol=1e-6)
+        sources = torch.randint(rows, (rows,), device=DEVICE)
+        key = (target * rows + sources).sort().values
+        coefficient = torch.ones_like(distance)
+        features = torch.randn(rows, 70, device=DEVICE).to(dtype)
+        total = OPS.class_sum_forward(key, coefficient, features, classes)
+        wanted = OPS.class_sum_forward(key.cpu(), coefficient.cpu(), features.cpu(), classes)
+        torch.testing.assert_close(total.cpu(), wanted, rtol=1e-4, atol=1e-3)
     large = torch.randn(200_000, device=DEVICE).to(dtype)
     chosen = marginops.select_smallest(large, 50_000)
     assert torch.equal(chosen.indices, torch.sort(large, stable=True).indices[:50_000])
@@ -107,13 +126,15 @@ def test_no_host_synchronisation(name, rows):
     CALLS[name](*inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        CALLS[name](*inputs)[0].sum().backward()
+        result = CALLS[name](*inputs)[0]
+        if result.requires_grad:
+            result.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000])
-@pytest.mark.parametrize("name", ["select margin", "select score"])
+@pytest.mark.parametrize("name", ["shard", "select margin", "select score"])
 def test_at_most_two_launches_for_a_batch(name, classes):
     inputs = make_inputs(1280, classes)
     CALLS[name](*inputs)

@@ -84,11 +84,15 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Kernel]]
         return dict(zip(FILES, pool.map(compiled, FILES), strict=True))
 
 
+def included(file: str) -> set[str]:
+    """The headers of device code that a file includes, and those that they include."""
+    found = set(re.findall(r'#include "(\w+\.cuh)"', (CUDA / file).read_text()))
+    return found.union(*map(included, found))
+
+
 def declared(file: str) -> set[str]:
-    """The names of the kernels in a file and the headers beside it that it includes."""
-    text = (CUDA / file).read_text()
-    for header in re.findall(r'#include "(\w+\.cuh)"', text):
-        text += (CUDA / header).read_text()
+    """The names of the kernels in a file and the headers that it includes."""
+    text = "".join((CUDA / name).read_text() for name in (file, *included(file)))
     return set(re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", text))
 
 
@@ -114,16 +118,17 @@ def test_registers_leave_room_for_other_blocks(kernels: dict[str, list[Kernel]],
     assert [k for k in kernels[file] if k.registers > MOST_REGISTERS] == []
 
 
-def test_binding_compiles_without_warnings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", sorted(path.name for path in CUDA.glob("*.cpp")))
+def test_binding_compiles_without_warnings(tmp_path: Path, file: str) -> None:
     toolkit = harness.toolkit()
     if toolkit is None:
         pytest.skip("there are no CUDA headers (CUDA_HOME, /usr/local/cuda, beside nvcc)")
     compiler = harness.compiler()
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no C++ compiler {compiler}")
-    command = [compiler, "-std=c++17", recipe.STABLE_ABI, *WARNINGS, f"-I{harness.SOURCES}"]
+    command = [compiler, *recipe.COMPILER_FLAGS, *WARNINGS, f"-I{harness.SOURCES}"]
     for folder in (*cpp_extension.include_paths(), f"{toolkit}/include"):
         command += ["-isystem", str(folder)]
-    command += ["-c", str(CUDA / "ops.cpp"), "-o", str(tmp_path / "ops.o")]
+    command += ["-c", str(CUDA / file), "-o", str(tmp_path / "binding.o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-6000:]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +14,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from cudacpu import expected, harness, margin_cases, score_cases, select_cases
+from conftest import OP_TESTS
+from cudacpu import (
+    expected,
+    gradient_cases,
+    harness,
+    margin_cases,
+    score_cases,
+    select_cases,
+    statistics_cases,
+)
 from cudacpu.harness import TOOLS, Case, LaunchError, execute, run_cases
-from cudacpu.tensors import DTYPES, LAYOUTS, VALUES, Checked, filled, laid_out
+from cudacpu.tensors import DTYPES, LAYOUTS, VALUES, Checked, assert_same, filled, laid_out
 
 pytestmark = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
 
@@ -124,7 +135,14 @@ CASES: dict[str, Callable[[bool, Path], Iterator[Checked]]] = {
     "classification_margin_rival": lambda small, _: margin_cases.classification_margin_rival(small),
     "minimal_margin_score": lambda small, _: score_cases.minimal_margin_score(small),
     "minimal_margin_pair": lambda small, _: score_cases.minimal_margin_pair(small),
-    "pair_gradient": lambda small, _: score_cases.pair_gradient(small),
+    "pair_gradient": lambda small, _: gradient_cases.pair_gradient(small),
+    "pair_distance": lambda small, _: gradient_cases.pair_distance(small),
+    "class_sum": lambda small, _: gradient_cases.class_sum(small),
+    "sample_statistics": lambda small, _: statistics_cases.sample_statistics(small),
+    "sample_statistics_gradient": (
+        lambda small, _: statistics_cases.sample_statistics_gradient(small)
+    ),
+    "shard_statistics": lambda small, _: statistics_cases.shard_statistics(small),
     "select_sorted": _select_sorted,
     "select_unsorted": lambda small, _: select_cases.select_unsorted(small),
 }
@@ -141,8 +159,9 @@ def _check(
             raise AssertionError(f"{one.case.op} {one.label}: {error}") from error
 
 
-# select_sorted is one block whatever the device.
-WAYS = [(n, op) for n in (132, 2) for op in CASES if (n, op) != (2, "select_sorted")]
+# The others' launches do not depend on the device.
+SHARED_OUT = set(CASES) - {"select_sorted", "pair_gradient", "pair_distance", "class_sum"}
+WAYS = [(n, op) for n in (132, 2) for op in CASES if n == 132 or op in SHARED_OUT]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, where inf - inf is NaN
@@ -175,15 +194,80 @@ def test_bad_target_fails_the_launch_by_name(program: Program, wrong: int) -> No
         run_cases(program("driver", "asan"), [case])
 
 
+@pytest.mark.parametrize("wrong", [-1, 7, 2**40])
+@pytest.mark.parametrize("op", ["sample_statistics", "sample_statistics_gradient"])
+def test_bad_target_fails_the_statistics(program: Program, op: str, wrong: int) -> None:
+    logits, right = filled((3, 7), torch.float32, "normal", 0), torch.tensor([0, 6, 3])
+    case = statistics_cases.statistics_case(logits, right, None, None, "").case
+    if op == "sample_statistics_gradient":
+        case = statistics_cases.gradient_case(logits, right, ("grad_loss",), None, 1, "").case
+    inputs = {**case.inputs, "target": torch.tensor([0, wrong, 3])}
+    with pytest.raises(LaunchError, match=rf"case 0: {op}\n[\s\S]*assertion failed"):
+        run_cases(program("driver", "asan"), [replace(case, inputs=inputs)])
+
+
+@pytest.mark.parametrize("wrong", [-1, 20, 2**40])
+def test_bad_keys_and_pairs_fail_the_launch(program: Program, wrong: int) -> None:
+    rows, last = torch.ones(5, 3), torch.tensor([0, 7, wrong])
+    cases = [
+        gradient_cases.sum_case(last.sort().values, torch.ones(3), rows, 4, "").case,
+        gradient_cases.distance_case(
+            rows, None, torch.stack((last, last[:1].expand(3)), 1), ""
+        ).case,
+    ]
+    for case in cases:
+        with pytest.raises(LaunchError, match=rf"case 0: {case.op}[\s\S]*assertion failed"):
+            run_cases(program("driver", "asan"), [case])
+
+
+@pytest.mark.parametrize("rows", [50, 16400])  # distances one by one, and from a table
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pair_distance_has_the_bits_of_the_pair(
+    program: Program, dtype: torch.dtype, rows: int
+) -> None:
+    logits = filled((rows, 12), dtype, "normal", 3)
+    weight = laid_out(filled((12, 70), dtype, "normal", 4), "padded")
+    bias = filled((12,), dtype, "normal", 5)
+    driver = program("driver", "plain")
+    case = score_cases.pair_case(logits, weight, bias, None, True, "").case
+    (of_rows,) = run_cases(driver, [case])
+    case = gradient_cases.distance_case(weight, bias, of_rows["pair"], "").case
+    (of_pairs,) = run_cases(driver, [case])
+    assert torch.equal(of_rows["distance"], of_pairs["distance"])
+
+
+def test_statistics_have_the_bits_of_the_margin(program: Program) -> None:
+    driver = program("driver", "plain")
+    for logits, label, seed in statistics_cases.statistics_logits(True):
+        target = margin_cases.target_for(logits, seed, "contiguous")
+        checked = [
+            margin_cases.margin_case(logits, target, 3.5, False, ""),
+            margin_cases.rival_case(logits, target, None, 3.5, ""),
+            statistics_cases.statistics_case(logits, target, None, 3.5, ""),
+        ]
+        margin, rival, every = run_cases(driver, [one.case for one in checked])
+        for outputs in (rival, every):
+            assert_same(outputs["margin"], margin["margin"])
+        assert torch.equal(rival["rival"], every["rival"]), label
+
+
 def test_no_rows(program: Program) -> None:
     logits = torch.empty(0, 5)
     none = torch.empty(0, dtype=torch.int64)
-    weight = torch.ones(5, 3)
+    weight, two, labels = torch.ones(5, 3), torch.ones(2, 5), torch.tensor([1, 2])
     checked = [
         margin_cases.margin_case(logits, none, None, False, ""),
-        margin_cases.rival_case(torch.ones(2, 5), torch.tensor([1, 2]), none, ""),
+        margin_cases.rival_case(two, labels, none, None, ""),
         score_cases.score_case(logits, weight, None, True, ""),
-        score_cases.pair_case(torch.ones(2, 5), weight, None, none, False, ""),
+        score_cases.pair_case(two, weight, None, none, False, ""),
+        gradient_cases.distance_case(weight, None, none.reshape(0, 2), ""),
+        gradient_cases.sum_case(none, torch.empty(0), weight, 4, ""),
+        gradient_cases.sum_case(none, torch.empty(0), weight[:0], 4, ""),
+        gradient_cases.sum_case(none, torch.empty(0), weight, 0, ""),
+        gradient_cases.sum_case(torch.tensor([3]), torch.ones(1), weight[:, :0], 1, ""),
+        statistics_cases.statistics_case(logits, none, None, None, ""),
+        statistics_cases.gradient_case(logits, none, ("grad_loss",), None, 1, ""),
+        statistics_cases.shard_case(logits, none, ""),
     ]
     _check(program("driver", "asan"), checked)
 
@@ -191,6 +275,17 @@ def test_no_rows(program: Program) -> None:
 def test_fits_one_block(program: Program) -> None:
     pairs = [(1, 1), (1000, 64), (10**8, 5), (10**5, 10**5)]
     assert _fits(program("driver", "plain"), pairs) == [True, True, False, False]
+
+
+def _any_statistics(
+    draw: st.DrawFn, logits: Tensor, target: Tensor, seed: int, label: str
+) -> Checked:
+    if draw(st.booleans()):
+        return statistics_cases.shard_case(logits[:, draw(st.integers(0, 1)) :], target, label)
+    if draw(st.booleans()):
+        return statistics_cases.statistics_case(logits, target, None, None, label)
+    given = tuple(sorted(draw(st.sets(st.sampled_from(("grad_margin", *statistics_cases.DENSE))))))
+    return statistics_cases.gradient_case(logits, target, given, None, seed, f"{label} {given}")
 
 
 @st.composite
@@ -209,7 +304,9 @@ def _any_case(draw: st.DrawFn) -> Checked:
         target = margin_cases.target_for(logits, seed, layout)
         if draw(st.booleans()):
             some = margin_cases.rows_for(logits, seed, layout)
-            return margin_cases.rival_case(logits, target, some, label)
+            return margin_cases.rival_case(logits, target, some, None, label)
+        if draw(st.booleans()):
+            return _any_statistics(draw, logits, target, seed, label)
         norm = draw(st.none() | st.floats(-3000, 3000))
         on_device = norm is not None and draw(st.booleans())
         return margin_cases.margin_case(logits, target, norm, on_device, f"{label} {norm}")
@@ -241,16 +338,13 @@ def test_ops_through_the_binding() -> None:
     """The tests of the ops themselves, on the CUDA library's binding and the emulated kernels.
 
     Left out: references, which have no kernels; wrong targets and keys, which are assertions of
-    the device; and what only takes long here.
+    the device; and what only takes long here, as several processes do.
     """
-    here = Path(__file__).resolve().parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [
-        "-k",
-        "not reference and not wrong_target and not wrong_keys and not 32_bit and not 300000",
-    ]
-    names = ("test_margin.py", "test_margin_gradient.py", "test_select.py")
-    command += [str(here / name) for name in names]
+    command += [path for path in OP_TESTS if "sharded" not in path]
+    left_out = ("reference", "wrong_target", "wrong_keys", "32_bit", "300000")
+    left_out += ("(wrong_direct_calls_of_the_gradient and 12)",)
+    command += ["-k", " and ".join(f"not {name}" for name in left_out)]
     environment = os.environ | {"MARGINOPS_TEST_LIBRARY": str(harness.build_binding())}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:]

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import marginops
+import marginops.ops.linear
 import marginops.ops.margin
 import marginops.ops.select
+import marginops.ops.statistics
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -48,7 +50,15 @@ def test_operator_table_has_every_op_with_its_signature():
         assert f"({parameters})" == expected.replace("'", '"')
 
 
-@pytest.mark.parametrize("module", [marginops.ops.margin, marginops.ops.select])
+@pytest.mark.parametrize(
+    "module",
+    [
+        marginops.ops.linear,
+        marginops.ops.margin,
+        marginops.ops.select,
+        marginops.ops.statistics,
+    ],
+)
 def test_docstring_examples(module):
     names = {"torch": torch, "marginops": marginops}
     failed, attempted = doctest.testmod(module, extraglobs=names)

@@ -15,7 +15,8 @@ import brute_force
 import marginops
 from conftest import DTYPES, IMPLEMENTATIONS, OPS, OTHER_LIBRARY, head, implementation, opcheck
 from marginops import _native
-from marginops.ops._library import define
+from marginops.ops import margin_pair
+from marginops.ops._library import define, result_dtype
 from strategies import LAYOUTS, margin_cases, relayout, score_cases
 
 
@@ -68,32 +69,29 @@ def test_score_matches_brute_force(device, which, rival, case):
 def test_pair_is_that_of_brute_force(device, which, case):
     logits, weight, bias = (value if value is None else value.to(device) for value in case)
     with implementation(which):
-        pair, _ = marginops.ops.margin._minimal_margin_pair(logits, weight, bias, None, False)
+        pair, _ = margin_pair.minimal_margin_pair(logits, weight, bias, None, False)
     expected, _ = brute_force.minimal_margin_pair(*case)
     assert pair.tolist() == [list(classes) for classes in expected]
 
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @given(case=margin_cases(), data=st.data())
-def test_rival_of_listed_rows(device, which, case, data):
-    logits, target, _ = case
+def test_margin_and_rival_of_listed_rows(device, which, case, data):
+    logits, target, log_norm = case
     indices = st.integers(0, len(logits) - 1) if len(logits) else st.nothing()
     listed = data.draw(st.lists(indices, max_size=5 if len(logits) else 0))
     rows = torch.tensor(listed, dtype=torch.int64)
+    there, norm = (logits.to(device), target.to(device)), None
+    if log_norm is not None:
+        norm = torch.tensor(log_norm, device=device, dtype=result_dtype(logits.dtype))
     with implementation(which):
-        rival = marginops.ops.margin._classification_margin_rival(
-            logits.to(device), target.to(device), rows.to(device), -100
-        )
-    expected = []
-    for row in listed:
-        y, values = int(target[row]), logits[row].double().tolist()
-        if y == -100:
-            expected.append(0)
-        elif any(math.isnan(value) for value in values):
-            expected.append(int(y == 0))
-        else:
-            expected.append(next(c for c in brute_force.largest_two(values) if c != y))
-    assert rival.tolist() == expected
+        whole = marginops.classification_margin(*there, log_norm=log_norm)
+        for chosen in (slice(None), rows):
+            some = None if chosen is not rows else rows.to(device)
+            margin, rival = margin_pair.classification_margin_rival(*there, norm, some, -100)
+            expected = whole[chosen if some is None else some]
+            torch.testing.assert_close(margin, expected, rtol=0, atol=0, equal_nan=True)
+            assert rival.tolist() == brute_force.rivals(logits[chosen], target[chosen])
 
 
 @pytest.mark.parametrize("classes", [2, 10, 48, 49, 100, 1000, 8191, 8192, 8193, 20001])
@@ -206,8 +204,8 @@ def test_opcheck(device):
     coefficient = torch.randn(4, dtype=torch.float64, device=device)
     opcheck("classification_margin", logits, target, None, -1)
     opcheck("classification_margin", logits, target, log_norm, -1)
-    opcheck("classification_margin_rival", logits.detach(), target, None, -1)
-    opcheck("classification_margin_rival", logits.detach(), target, rows, -1)
+    opcheck("classification_margin_rival", logits.detach(), target, None, None, -1)
+    opcheck("classification_margin_rival", logits.detach(), target, None, rows, -1)
     for nearest in (False, True):
         for norm_bias in (None, bias):
             opcheck("minimal_margin_score", logits, weight, norm_bias, nearest)
@@ -341,7 +339,7 @@ def test_ties_across_the_pieces_of_long_rows(device, dtype, classes, rival):
     logits[::2, -1] = logits[::2].amax(1)
     logits[::3, 2047] = logits[::3].amax(1)
     weight = torch.randn(classes, 3).to(dtype)
-    pair, _ = marginops.ops.margin._minimal_margin_pair(
+    pair, _ = margin_pair.minimal_margin_pair(
         logits.to(device), weight.to(device), None, None, rival == "nearest"
     )
     expected, _ = brute_force.minimal_margin_pair(logits, weight, rival=rival)
@@ -355,9 +353,7 @@ def test_half_precision_subnormals_where_the_processor_flushes_its_own():
     logits[1:, 3] = 1e-7
     flushes = torch.set_flush_denormal(True)
     try:
-        pair, _ = marginops.ops.margin._minimal_margin_pair(
-            logits, torch.eye(64).half(), None, None, False
-        )
+        pair, _ = margin_pair.minimal_margin_pair(logits, torch.eye(64).half(), None, None, False)
     finally:
         torch.set_flush_denormal(False)
     assert flushes

@@ -2,14 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from torch.autograd import gradcheck, gradgradcheck
 
+import brute_force
 import marginops
-from conftest import OPS, head, implementation
-from strategies import finite, score_cases
+from conftest import IMPLEMENTATIONS, OPS, head, implementation, opcheck
+from marginops.ops import margin_gradient, margin_pair
+from strategies import class_sum_cases, finite, score_cases
 
 
 @pytest.mark.parametrize("rival", ["top2", "nearest"])
@@ -170,3 +173,99 @@ def test_direct_calls_of_the_pair_gradient_with_wrong_keys():
     for bias in (torch.zeros(1), torch.zeros(2).double(), torch.zeros(2, 1)):
         with pytest.raises(RuntimeError, match="bias: expected"):
             OPS.pair_gradient_forward(key, coefficient, weight, bias)
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+@given(case=class_sum_cases())
+def test_class_sum_gradient_matches_brute_force(device, which, case):
+    *tensors, classes = case
+    key, coefficient, rows = (value.to(device) for value in tensors)
+    with implementation(which):
+        result = margin_gradient.class_sum(key, coefficient, rows, classes)
+    assert result.dtype == coefficient.dtype
+    # At most 40 terms of a few units.
+    absolute = 100 * torch.finfo(result.dtype).eps
+    expected = brute_force.class_sum(*case)
+    np.testing.assert_allclose(result.double().cpu().numpy(), expected, rtol=0, atol=absolute)
+
+
+def test_class_sum_in_order_whatever_the_threads(device):
+    rows = torch.randn(300, 65, device=device)
+    key = torch.randint(20 * 300, (100_000,)).sort().values
+    coefficient = torch.randn(100_000)
+    expected = torch.zeros(20, 65)
+    expected.index_add_(0, key // 300, coefficient.unsqueeze(1) * rows.cpu()[key % 300])
+    sums = set()
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        result = OPS.class_sum(key.to(device), coefficient.to(device), rows, 20)
+        sums.add(result.cpu().numpy().tobytes())
+        # 5000 terms a class in the same order; a kernel may contract multiplications.
+        torch.testing.assert_close(result.cpu(), expected, rtol=1e-5, atol=2e-4)
+    assert len(sums) == 1
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+@given(case=score_cases(finite))
+def test_pair_distance_is_that_of_the_pair(device, which, case):
+    logits, weight, bias = (value if value is None else value.to(device) for value in case)
+    with implementation(which):
+        pair, distance = margin_pair.minimal_margin_pair(logits, weight, bias, None, False)
+        swapped = pair.repeat(1, 2)[:, 1:3]
+        for classes in (pair, pair.T.contiguous().T, swapped):
+            result = margin_pair.pair_distance(weight, bias, classes)
+            assert torch.equal(result.to(distance.dtype), distance)
+    expected = brute_force.pair_distance(case[1], case[2], pair.cpu())
+    tolerance = 1e-12 if weight.dtype == torch.float64 else 2e-6
+    np.testing.assert_allclose(result.double().cpu().numpy(), expected, rtol=tolerance)
+
+
+def test_opcheck_of_what_gradients_consist_of(device):
+    rows = torch.randn(4, 3, dtype=torch.float64, device=device)
+    key = torch.tensor([0, 3, 3, 11, 19], device=device)
+    coefficient = torch.randn(5, dtype=torch.float64, device=device)
+    opcheck("class_sum", key, coefficient, rows, 5)
+    opcheck("class_sum", key[:0], coefficient[:0].float(), rows.half(), 2)
+    pair = torch.tensor([[0, 1], [3, 3], [2, 0]], device=device)
+    for bias in (None, rows[:, 0]):
+        opcheck("pair_distance", rows, bias, pair)
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+def test_empty_class_sums(device, which):
+    key = torch.empty(0, dtype=torch.int64, device=device)
+    for count, columns, classes in ((0, 3, 2), (4, 0, 2), (4, 3, 0), (4, 3, 2), (0, 0, 0)):
+        rows = torch.randn(count, columns, device=device)
+        with implementation(which):
+            result = margin_gradient.class_sum(key, torch.empty(0, device=device), rows, classes)
+        assert torch.equal(result, torch.zeros(classes, columns, device=device))
+
+
+def test_direct_calls_of_the_class_sum_with_wrong_keys():
+    rows, coefficient = torch.zeros(2, 5), torch.ones(3)
+    for key in ([0, 10**12, 3], [-1, 0, 1], [0, 1, 6], [2, 1, 0]):
+        with pytest.raises(RuntimeError, match="key: expected sorted values"):
+            OPS.class_sum_forward(torch.tensor(key), coefficient, rows, 3)
+    key = torch.tensor([0, 1, 3])
+    for wrong in (torch.ones(2), torch.ones(3).double(), torch.ones(3, 1), torch.ones(6)[::2]):
+        with pytest.raises(RuntimeError, match="expected"):
+            OPS.class_sum_forward(key, wrong, rows, 3)
+    with pytest.raises(RuntimeError, match="expected"):
+        OPS.class_sum_forward(key.int(), coefficient, rows, 3)
+    for wrong in (rows[0], rows.long(), rows[:0]):
+        with pytest.raises(RuntimeError, match="expected"):
+            OPS.class_sum_forward(key, coefficient, wrong, 3)
+
+
+def test_direct_calls_of_the_pair_distance_with_wrong_keys():
+    weight = torch.zeros(3, 2)
+    for pair in ([[0, 3]], [[-1, 0]], [[0, 1], [10**12, 2]]):
+        with pytest.raises(RuntimeError, match="pair: expected"):
+            OPS.pair_distance(weight, None, torch.tensor(pair))
+    pair = torch.tensor([[0, 1]])
+    for wrong in (pair[0], pair.int(), torch.tensor([[0, 1, 2]])):
+        with pytest.raises(RuntimeError, match="pair: expected"):
+            OPS.pair_distance(weight, None, wrong)
+    for bias in (torch.zeros(1), torch.zeros(3).double(), torch.zeros(3, 1)):
+        with pytest.raises(RuntimeError, match="bias: expected"):
+            OPS.pair_distance(weight, bias, pair)

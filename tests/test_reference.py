@@ -4,15 +4,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+
+from conftest import OP_TESTS
 
 
 def test_gradients_and_registration_without_native_kernels():
-    here = Path(__file__).resolve().parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "not wrong and (gradient or opcheck or autocast or compile or derivative)"]
-    names = ("test_margin.py", "test_margin_gradient.py", "test_select.py")
-    command += [str(here / name) for name in names]
+    command += OP_TESTS
     environment = os.environ | {"MARGINOPS_DISABLE_JIT": "1"}
     environment.pop("MARGINOPS_TEST_LIBRARY", None)
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

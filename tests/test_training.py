@@ -190,9 +190,23 @@ def test_head_is_found_by_its_width() -> None:
     assert last_linear(network, 4) is network[4], "one layer under two names is one layer"
 
 
+def test_the_fused_head_chooses_as_the_logits_do() -> None:
+    class Whole(nn.Sequential):
+        """Might do more than its modules, so that it is run as a whole."""
+
+    network, inputs = network_with_state(), torch.randn(40, 6)
+    whole = Whole(*network)
+    with torch.no_grad():
+        logits = network.eval()(inputs)
+    expected = expected_choice(logits, network[-1].weight, 7)
+    assert torch.equal(select_batch(network, inputs, 7), expected)
+    assert torch.equal(select_batch(network, inputs, 7, head=network[-1]), expected)
+    assert torch.equal(select_batch(whole, inputs, 7), expected)
+
+
 def test_errors_name_what_to_pass() -> None:
     inputs = torch.randn(40, 6)
-    twins = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4))
+    twins = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4), nn.Identity())
     with pytest.raises(ValueError, match=r"several .* 4 outputs \(0, 2\); pass head="):
         select_batch(twins, inputs, 5)
     chosen = select_batch(twins, inputs, 5, head=twins[2])

@@ -10,6 +10,13 @@
 
 namespace marginops::cpu {
 
+inline void check_bias(const std::optional<Tensor>& bias, const Tensor& weight) {
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
+                  "bias: expected shape [", weight.size(0), "] for the rows of weight");
+  STD_TORCH_CHECK(!bias || bias->scalar_type() == weight.scalar_type(),
+                  "bias: expected the dtype of weight");
+}
+
 template <class T>
 ValueOf<T> squared_distance(const T* a, const T* b, int64_t columns) {
   using Value = ValueOf<T>;

@@ -74,6 +74,8 @@ inline VectorOf<double> load(const double* from) {
   memcpy(&vector, from, sizeof vector);
   return vector;
 }
+inline void store(VectorOf<float> vector, float* to) { memcpy(to, &vector, sizeof vector); }
+inline void store(VectorOf<double> vector, double* to) { memcpy(to, &vector, sizeof vector); }
 template <class Half>
 inline Simd<float>::Bits load_bits(const Half* from) {
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));
@@ -98,6 +100,30 @@ inline VectorOf<float> load(const float16* from) {
   memcpy(&bits, &small, sizeof bits);
   bits = exponent == 0 ? bits : (magnitude << 13) + rebias;
   return as_floats(bits | (half & 0x8000) << 16);
+}
+
+// To the nearest, ties to even.
+inline void store(VectorOf<float> vector, bfloat16* to) {
+  typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));
+  Simd<float>::Bits bits;
+  memcpy(&bits, &vector, sizeof bits);
+  bits = vector != vector ? Simd<float>::Bits{} + 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const auto packed = __builtin_convertvector(bits, Packed);
+  memcpy(static_cast<void*>(to), &packed, sizeof packed);
+}
+inline void store(VectorOf<float> vector, float16* to) {
+#if defined(__AVX512F__)
+  // The form without a mask makes GCC 12 warn of its own header.
+  const auto packed = _mm512_maskz_cvtps_ph(0xffff, vector, _MM_FROUND_TO_NEAREST_INT);
+  memcpy(static_cast<void*>(to), &packed, sizeof packed);
+#elif defined(__AVX2__) && defined(__F16C__)
+  const auto packed = _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT);
+  memcpy(static_cast<void*>(to), &packed, sizeof packed);
+#else
+  for (int lane = 0; lane < Simd<float>::kLanes; ++lane) {
+    to[lane] = static_cast<float16>(vector[lane]);
+  }
+#endif
 }
 
 // Where either operand is NaN the second one is returned, as the machine's instruction does.

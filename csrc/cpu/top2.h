@@ -138,47 +138,69 @@ Top2<ValueOf<T>> top2_row(const T* row, int64_t classes) {
   return top;
 }
 
-// Up to kLanes rows at once, given by where they start.
-template <class T>
-void top2_across(const T* const* rows, int count, int64_t classes, int64_t column_stride,
-                 Top2<ValueOf<T>>* top) {
-  using Value = ValueOf<T>;
-  using Vector = VectorOf<Value>;
-  using Index = typename Simd<Value>::Index;
-  constexpr int kLanes = Simd<Value>::kLanes;
-  const Vector none = Vector{} - std::numeric_limits<Value>::infinity();
-  Vector first = none, second = none;
-  Index first_class = Index{} + Top2<Value>::kNone, second_class = first_class;
-  typename Simd<Value>::Bits magnitude{};
-  alignas(kVectorBytes) Value tile[kTransposedTile][kLanes] = {};
-  for (int64_t from = 0; from < classes; from += kTransposedTile) {
-    const int64_t columns = std::min(kTransposedTile, classes - from);
+// Some classes of up to kLanes rows, a row per lane.
+template <class Value>
+struct Tile {
+  alignas(kVectorBytes) Value values[kTransposedTile][Simd<Value>::kLanes] = {};
+
+  // Copies the classes [from, from + columns) of rows that are given by where they start.
+  template <class T>
+  void read(const T* const* rows, int count, int64_t from, int64_t columns, int64_t column_stride) {
     for (int lane = 0; lane < count; ++lane) {
       const T* row = rows[lane] + from * column_stride;
       for (int64_t column = 0; column < columns; ++column) {
-        tile[column][lane] = value_of(row[column * column_stride]);
+        values[column][lane] = value_of(row[column * column_stride]);
       }
     }
+  }
+};
+
+// The two largest logits, and their classes, of the row in each lane.
+template <class Value>
+struct RowPerLaneTop2 {
+  using Vector = VectorOf<Value>;
+  using Index = typename Simd<Value>::Index;
+  Vector first = Vector{} - std::numeric_limits<Value>::infinity();
+  Vector second = first;
+  Index first_class = Index{} + Top2<Value>::kNone, second_class = first_class;
+  typename Simd<Value>::Bits magnitude{};
+
+  // Classes come in ascending order, so only a larger value, or the first, takes a place.
+  void add(Vector value, int64_t column) {
+    const Index index = Index{} + static_cast<int32_t>(column);
+    magnitude = maximum(magnitude_bits<Value>(value), magnitude);
+    const auto leads = (value > first) | (first_class == Top2<Value>::kNone);
+    const auto follows = (value > second) | (second_class == Top2<Value>::kNone);
+    second_class = leads ? first_class : follows ? index : second_class;
+    second = leads ? first : follows ? value : second;
+    first_class = leads ? index : first_class;
+    first = leads ? value : first;
+  }
+  Top2<Value> operator[](int lane) const {
+    Top2<Value> top;
+    top.first_value = first[lane];
+    top.second_value = second[lane];
+    top.first = static_cast<int32_t>(first_class[lane]);
+    top.second = static_cast<int32_t>(second_class[lane]);
+    top.nan = magnitude[lane] > Simd<Value>::kInfinity;
+    return top;
+  }
+};
+
+// Up to kLanes rows at once, given by where they start.
+template <class T>
+RowPerLaneTop2<ValueOf<T>> top2_across(const T* const* rows, int count, int64_t classes,
+                                       int64_t column_stride) {
+  RowPerLaneTop2<ValueOf<T>> top;
+  Tile<ValueOf<T>> tile;
+  for (int64_t from = 0; from < classes; from += kTransposedTile) {
+    const int64_t columns = std::min(kTransposedTile, classes - from);
+    tile.read(rows, count, from, columns, column_stride);
     for (int64_t column = 0; column < columns; ++column) {
-      const Vector value = load(tile[column]);
-      const Index index = Index{} + static_cast<int32_t>(from + column);
-      magnitude = maximum(magnitude_bits<Value>(value), magnitude);
-      // Classes come in ascending order, so only a larger value, or the first, takes a place.
-      const auto leads = (value > first) | (first_class == Top2<Value>::kNone);
-      const auto follows = (value > second) | (second_class == Top2<Value>::kNone);
-      second_class = leads ? first_class : follows ? index : second_class;
-      second = leads ? first : follows ? value : second;
-      first_class = leads ? index : first_class;
-      first = leads ? value : first;
+      top.add(load(tile.values[column]), from + column);
     }
   }
-  for (int lane = 0; lane < count; ++lane) {
-    top[lane].first_value = first[lane];
-    top[lane].second_value = second[lane];
-    top[lane].first = static_cast<int32_t>(first_class[lane]);
-    top[lane].second = static_cast<int32_t>(second_class[lane]);
-    top[lane].nan = magnitude[lane] > Simd<Value>::kInfinity;
-  }
+  return top;
 }
 
 }  // namespace marginops::cpu

@@ -64,6 +64,26 @@ __device__ __forceinline__ Pack<Scalar> load_pack(const Scalar* aligned) {
   return pack;
 }
 
+template <class Scalar>
+__device__ __forceinline__ void store_pack(Scalar* aligned, const Pack<Scalar>& pack) {
+  uint4 raw;
+  memcpy(&raw, static_cast<const void*>(&pack), sizeof raw);
+  *reinterpret_cast<uint4*>(aligned) = raw;
+}
+
+// First position in the sorted key whose entry is not less than bound.
+__device__ __forceinline__ int64_t lower_bound(const int64_t* key, int64_t size, int64_t bound) {
+  int64_t begin = 0;
+  while (begin < size) {
+    const int64_t middle = begin + (size - begin) / 2;
+    if (__ldg(key + middle) < bound)
+      begin = middle + 1;
+    else
+      size = middle;
+  }
+  return begin;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int block, cudaStream_t stream,
                    Arguments... arguments) {

@@ -109,6 +109,24 @@ __device__ __forceinline__ Value<A> warp_distance(Point<A> a, Point<B> b, int64_
   return is_safe_square(sum) ? sqrt(sum) : scaled_distance(a, b, features);
 }
 
+// distance[k] = ||w_i - w_j|| of pair k, a warp a pair.
+template <class Weight>
+__global__ void __launch_bounds__(256, 3)
+    pair_distance_kernel(HeadView<Weight> head, int64_t classes, IndexMatrix pair,
+                         Value<Weight>* distance) {
+  const int warps = blockDim.x / kWarp;
+  for (int64_t k = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; k < pair.rows;
+       k += int64_t{gridDim.x} * warps) {
+    const int64_t i = __ldg(pair.data + k * pair.row_stride);
+    const int64_t j = __ldg(pair.data + k * pair.row_stride + pair.col_stride);
+    const bool valid = i >= 0 && i < classes && j >= 0 && j < classes;
+    MARGINOPS_DEVICE_ASSERT(valid);
+    Value<Weight> result = std::numeric_limits<Value<Weight>>::quiet_NaN();
+    if (valid) result = warp_distance(head.point(i), head.point(j), head.features, head.aligned);
+    if (threadIdx.x % kWarp == 0) distance[k] = result;
+  }
+}
+
 // table[i * classes + j] = ||w_i - w_j|| for i != j, a warp a pair.
 template <class Weight>
 __global__ void __launch_bounds__(256, 3)

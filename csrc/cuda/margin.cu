@@ -1,5 +1,9 @@
 #include "margin.cuh"
+
+#include "class_sum.cuh"
+#include "minimal_margin.cuh"
 #include "pair_gradient.cuh"
+#include "plan.cuh"
 
 namespace marginops::cuda {
 namespace {
@@ -7,82 +11,6 @@ namespace {
 // A table of all distances pays off for few classes and many rows.
 constexpr int64_t kTableClasses = 256;
 constexpr int64_t kTableRows = 16384;
-// The parts of split rows take at most 1 MiB.
-constexpr int64_t kMostParts = (1 << 20) / sizeof(Top2<double>);
-
-struct Plan {
-  bool tile;          // tile_kernel; the rest is for rows_kernel
-  bool whole;         // one launch
-  int read_threads;   // a row, or a part of it
-  int splits;         // parts of a row
-  int write_threads;  // a row, when its parts are merged
-};
-
-// whole_warps: the output needs at least a warp a row; it can use several if `nearest`.
-Plan plan_rows(const Matrix& logits, int64_t rows, bool whole_warps, bool nearest) {
-  const int64_t scalar = logits.dtype == Dtype::kFloat64   ? 8
-                         : logits.dtype == Dtype::kFloat32 ? 4
-                                                           : 2;
-  const int64_t packs = (logits.cols * scalar + 15) / 16;
-  // Enough to hide the latency of memory, each with up to four packs in flight.
-  const int64_t enough_threads = int64_t{512} * multiprocessors();
-  const bool by_columns =
-      logits.col_stride != 1 && std::abs(logits.row_stride) < std::abs(logits.col_stride);
-
-  Plan plan{false, true, 1, 1, 0};
-  plan.tile = !whole_warps && !by_columns && logits.cols * scalar <= kTileRowBytes;
-  if (plan.tile) return plan;
-  if (!by_columns) {
-    while (plan.read_threads < kWarp && plan.read_threads * 8 < packs) plan.read_threads *= 2;
-    if (whole_warps) plan.read_threads = kWarp;
-    while (plan.read_threads < kRowsBlock && packs >= plan.read_threads * 8 &&
-           (rows * plan.read_threads < enough_threads || packs > plan.read_threads * 32))
-      plan.read_threads *= 2;
-  }
-  const int64_t loads = by_columns ? logits.cols / 4 : packs / plan.read_threads;
-  while (plan.splits < 1024 && rows * plan.read_threads * plan.splits * 2 <= enough_threads &&
-         rows * plan.splits * 2 <= kMostParts && loads >= plan.splits * 8)
-    plan.splits *= 2;
-
-  plan.write_threads = kWarp;
-  while (nearest && plan.write_threads < kRowsBlock && logits.cols >= plan.write_threads * 8 &&
-         rows * plan.write_threads < enough_threads)
-    plan.write_threads *= 2;
-  plan.whole = plan.splits == 1 && !(whole_warps && plan.read_threads < kWarp);
-  if (plan.whole && nearest) plan.read_threads = std::max(plan.read_threads, plan.write_threads);
-  return plan;
-}
-
-template <class Scalar, class Output>
-cudaError_t write_rows(const Plan& plan, const Logits<Scalar>& logits, Top2<Value<Scalar>>* partial,
-                       const Output& output, cudaStream_t stream) {
-  const int64_t rows = logits.rows.size;
-  if (rows == 0) return cudaSuccess;
-  if constexpr (!Output::kWholeWarps) {
-    if (plan.tile) {
-      // An odd number of banks from row to row, or of bank pairs for float64.
-      constexpr int kUnit = sizeof(Scalar) < 4 ? 4 : sizeof(Scalar);
-      const int units = (logits.classes * int{sizeof(Scalar)} + kUnit - 1) / kUnit | 1;
-      return launch(tile_kernel<Scalar, Output>, blocks_for(rows, kTileRows), kTileRows, stream,
-                    logits, units * kUnit / int{sizeof(Scalar)}, output);
-    }
-  }
-  const auto run = [&](int threads, unsigned parts, Phase phase) {
-    const dim3 grid(blocks_for(rows, kRowsBlock / threads), parts);
-    return launch(rows_kernel<Scalar, Output>, grid, kRowsBlock, stream, logits, threads,
-                  plan.splits, phase, partial, output);
-  };
-  if (plan.whole) return run(plan.read_threads, 1, Phase::kWhole);
-  const cudaError_t error = run(plan.read_threads, plan.splits, Phase::kPart);
-  return error != cudaSuccess ? error : run(plan.write_threads, 1, Phase::kMerge);
-}
-
-template <class Scalar>
-Logits<Scalar> view(const Matrix& logits, const Rows& rows) {
-  return {static_cast<const Scalar*>(logits.data), logits.row_stride, logits.col_stride,
-          static_cast<int32_t>(logits.cols), rows};
-}
-
 template <class Weight>
 HeadView<Weight> view(const Head& head) {
   const Matrix& weight = head.weight;
@@ -106,11 +34,10 @@ cudaError_t write_target(const Matrix& logits, const Rows& rows, const Target& t
   const Plan plan = plan_rows(logits, rows.size, false, false);
   return with_scalar(logits.dtype, [&](auto scalar) {
     using Number = Value<decltype(scalar)>;
-    const TargetOutput<Number> output{target, static_cast<const Number*>(log_norm.device),
-                                      half_scale(static_cast<Number>(log_norm.host)),
+    const TargetOutput<Number> output{target, Normalizer<Number>(log_norm),
                                       static_cast<Number*>(margin), rival};
     return write_rows(plan, view<decltype(scalar)>(logits, rows),
-                      static_cast<Top2<Number>*>(workspace), output, stream);
+                      static_cast<TopAccumulator<Number>*>(workspace), output, stream);
   });
 }
 
@@ -122,7 +49,7 @@ bool use_table(const Matrix& logits, int64_t rows) {
 template <class Number>
 struct BoundaryWorkspace {
   Plan plan;
-  Top2<Number>* partial;
+  TopAccumulator<Number>* partial;
   Number* table;
   Number* centre;
   Number* radius;
@@ -134,7 +61,7 @@ struct BoundaryWorkspace {
                        nearest && !use_table(logits, rows.size))) {
     const bool tabled = use_table(logits, rows.size), radii = nearest && !tabled;
     Workspace workspace(memory);
-    partial = workspace.take<Top2<Number>>(plan.whole ? 0 : rows.size * plan.splits);
+    partial = workspace.take<TopAccumulator<Number>>(plan.parts(rows.size));
     table = workspace.take<Number>(tabled ? logits.cols * logits.cols : 0);
     centre = workspace.take<Number>(radii ? head.weight.cols + 1 : 0);
     radius = workspace.take<Number>(radii ? logits.cols : 0);
@@ -197,10 +124,9 @@ cudaError_t minimal_margin(const Matrix& logits, const Head& head, const Rows& r
 }  // namespace
 
 size_t classification_margin_workspace_bytes(const Matrix& logits, const Rows& rows) {
-  const Plan plan = plan_rows(logits, rows.size, false, false);
-  if (plan.whole) return 0;
-  const size_t part = logits.dtype == Dtype::kFloat64 ? sizeof(Top2<double>) : sizeof(Top2<float>);
-  return rows.size * plan.splits * part;
+  const int64_t parts = plan_rows(logits, rows.size, false, false).parts(rows.size);
+  return parts * (logits.dtype == Dtype::kFloat64 ? sizeof(TopAccumulator<double>)
+                                                  : sizeof(TopAccumulator<float>));
 }
 
 size_t minimal_margin_workspace_bytes(const Matrix& logits, const Head& head, const Rows& rows,
@@ -218,9 +144,9 @@ cudaError_t classification_margin(const Matrix& logits, const Target& target,
 }
 
 cudaError_t classification_margin_rival(const Matrix& logits, const Target& target,
-                                        const Rows& rows, int64_t* rival, void* workspace,
-                                        cudaStream_t stream) {
-  return write_target(logits, rows, target, {}, nullptr, rival, workspace, stream);
+                                        const LogNorm& log_norm, const Rows& rows, void* margin,
+                                        int64_t* rival, void* workspace, cudaStream_t stream) {
+  return write_target(logits, rows, target, log_norm, margin, rival, workspace, stream);
 }
 
 cudaError_t minimal_margin_score(const Matrix& logits, const Head& head, bool nearest, void* score,
@@ -246,6 +172,47 @@ cudaError_t pair_gradient(const int64_t* key, const void* coefficient, int64_t s
     return launch(pair_gradient_kernel<Weight>, blocks_for(classes * tiles, 1), kPairBlock, stream,
                   key, static_cast<const Value<Weight>*>(coefficient), size, weight, classes,
                   static_cast<Weight*>(grad_weight), static_cast<Weight*>(grad_bias));
+  });
+}
+
+cudaError_t pair_distance(const Head& head, const IndexMatrix& pair, void* distance,
+                          cudaStream_t stream) {
+  if (pair.rows == 0) return cudaSuccess;
+  return with_scalar(head.weight.dtype, [&](auto scalar) {
+    using Weight = decltype(scalar);
+    constexpr int kBlock = 256;
+    return launch(pair_distance_kernel<Weight>, blocks_for(pair.rows, kBlock / kWarp), kBlock,
+                  stream, view<Weight>(head), head.weight.rows, pair,
+                  static_cast<Value<Weight>*>(distance));
+  });
+}
+
+size_t class_sum_workspace_bytes(int64_t size, const Matrix& rows) {
+  if (size <= kSumEntries) return 0;
+  const size_t value = rows.dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float);
+  return size_t{2} * blocks_for(size, kSumEntries) * rows.cols * value;
+}
+
+cudaError_t class_sum(const int64_t* key, const void* coefficient, int64_t size, const Matrix& rows,
+                      int64_t classes, void* result, void* workspace, cudaStream_t stream) {
+  if (classes == 0 || rows.cols == 0) return cudaSuccess;
+  return with_scalar(rows.dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    using Number = Value<Scalar>;
+    const auto sums = static_cast<Number*>(result), pieces = static_cast<Number*>(workspace);
+    cudaError_t error = cudaMemsetAsync(sums, 0, classes * rows.cols * sizeof(Number), stream);
+    if (error != cudaSuccess || size == 0) return error;
+    const ClassSumEntries<Number> entries{key, static_cast<const Number*>(coefficient), size,
+                                          rows.rows, classes};
+    const int block = static_cast<int>(std::min<int64_t>((rows.cols + 31) / 32 * 32, kSumBlock));
+    const int64_t parts = blocks_for(size, kSumEntries), tiles = blocks_for(rows.cols, block);
+    const unsigned blocks = blocks_for(parts * tiles, 1);
+    error = launch(class_sum_kernel<Scalar>, blocks, block, stream, entries,
+                   static_cast<const Scalar*>(rows.data), rows.row_stride, rows.col_stride,
+                   rows.cols, sums, pieces);
+    if (error != cudaSuccess || size <= kSumEntries) return error;
+    return launch(class_join_kernel<Number>, blocks, block, stream, entries, rows.cols, pieces,
+                  sums);
   });
 }
 

@@ -32,9 +32,6 @@ struct Head {
   const Vector* bias;  // [C] of the dtype of weight, or null: one more coordinate of the norm
 };
 
-// The rows of the logits to work on; without data, the first `size`.
-using Rows = IndexVector;
-
 size_t classification_margin_workspace_bytes(const Matrix& logits, const Rows& rows);
 size_t minimal_margin_workspace_bytes(const Matrix& logits, const Head& head, const Rows& rows,
                                       bool nearest);
@@ -44,10 +41,10 @@ cudaError_t classification_margin(const Matrix& logits, const Target& target,
                                   const LogNorm& log_norm, void* margin, void* workspace,
                                   cudaStream_t stream);
 
-// rival [K]: the strongest wrong class of each of the K rows.
+// margin [K] of the result type and rival [K], the strongest wrong class, of each of the K rows.
 cudaError_t classification_margin_rival(const Matrix& logits, const Target& target,
-                                        const Rows& rows, int64_t* rival, void* workspace,
-                                        cudaStream_t stream);
+                                        const LogNorm& log_norm, const Rows& rows, void* margin,
+                                        int64_t* rival, void* workspace, cudaStream_t stream);
 
 // score [N] of the result type.
 cudaError_t minimal_margin_score(const Matrix& logits, const Head& head, bool nearest, void* score,
@@ -63,5 +60,16 @@ cudaError_t minimal_margin_pair(const Matrix& logits, const Head& head, const Ro
 cudaError_t pair_gradient(const int64_t* key, const void* coefficient, int64_t size,
                           const Head& head, void* grad_weight, void* grad_bias,
                           cudaStream_t stream);
+
+// distance [K], of the result type of weight: ||w_i - w_j|| of each pair [K, 2], the same bits as
+// minimal_margin_pair().
+cudaError_t pair_distance(const Head& head, const IndexMatrix& pair, void* distance,
+                          cudaStream_t stream);
+
+// key [M] sorted, key = c * R + r; coefficient [M] and result [classes, D] of the result type of
+// rows [R, D]: the sum of coefficient * row over the entries of each class.
+size_t class_sum_workspace_bytes(int64_t size, const Matrix& rows);
+cudaError_t class_sum(const int64_t* key, const void* coefficient, int64_t size, const Matrix& rows,
+                      int64_t classes, void* result, void* workspace, cudaStream_t stream);
 
 }  // namespace marginops::cuda

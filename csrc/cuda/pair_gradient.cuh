@@ -9,19 +9,6 @@ namespace marginops::cuda {
 constexpr int kPairBlock =
     256;  // three on a multiprocessor: left alone ptxas aims for more, and spills
 
-// First position in the sorted key whose entry is not less than bound.
-__device__ __forceinline__ int64_t lower_bound(const int64_t* key, int64_t size, int64_t bound) {
-  int64_t begin = 0;
-  while (begin < size) {
-    const int64_t middle = begin + (size - begin) / 2;
-    if (__ldg(key + middle) < bound)
-      begin = middle + 1;
-    else
-      size = middle;
-  }
-  return begin;
-}
-
 // grad[c] = sum over the entries of class c of coefficient * (w_c - w_partner), the bias as the
 // last coordinate. A block has one class and 256 coordinates, a thread one of them. The class'
 // entries come in chunks of 256: each warp sums its entries of equal partner by a segmented scan,

@@ -29,4 +29,14 @@ struct IndexVector {
   int64_t stride;
 };
 
+struct IndexMatrix {
+  const int64_t* data;
+  int64_t rows;
+  int64_t row_stride;
+  int64_t col_stride;
+};
+
+// The rows of a matrix to work on; without data, the first `size`.
+using Rows = IndexVector;
+
 }  // namespace marginops::cuda

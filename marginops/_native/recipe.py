@@ -80,8 +80,9 @@ def fingerprint(csrc: Path, device_type: str) -> str:
 
 
 def families(csrc: Path, device_type: str) -> list[str]:
-    """The op families that have kernels for a device type."""
-    return sorted(path.stem for path in csrc.glob(KERNEL_PATTERNS[device_type]))
+    """The op families that have kernels for a device type; a long one has several files."""
+    stems = (path.stem for path in csrc.glob(KERNEL_PATTERNS[device_type]))
+    return sorted({stem.partition("_")[0] for stem in stems})
 
 
 def definitions(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._library import result_dtype
+from .chunks import row_bytes
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATING_NAMES = "float32, float64, bfloat16 or float16"
@@ -40,7 +41,7 @@ def check_logits(logits: Any) -> None:
         raise ValueError(f"logits: expected at least 2 classes [N, C >= 2], got {[*logits.shape]}")
 
 
-def check_target(target: Any, logits: Tensor, ignore_index: Any) -> None:
+def check_target(target: Any, logits: Tensor, ignore_index: Any, beside: str = "logits") -> None:
     """[N] int64 class indices beside ``logits``, and an integer ``ignore_index``."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor [N], got {type(target).__name__}")
@@ -50,12 +51,23 @@ def check_target(target: Any, logits: Tensor, ignore_index: Any) -> None:
         raise TypeError(f"target: expected dtype torch.int64 (class indices), got {target.dtype}")
     if target.dim() != 1 or target.shape[0] != logits.shape[0]:
         raise ValueError(
-            f"target: expected shape [{logits.shape[0]}] for logits {list(logits.shape)}, "
+            f"target: expected shape [{logits.shape[0]}] for {beside} {list(logits.shape)}, "
             f"got {list(target.shape)}"
         )
-    check_device("target", target, logits, "logits")
+    check_device("target", target, logits, beside)
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+
+
+def check_features(input: Any, logits: Tensor) -> None:
+    """[N, D], a row for each of ``logits``."""
+    check_tensor("input", input, 2, "[N, D]")
+    if input.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"input: expected {logits.shape[0]} rows for logits {list(logits.shape)}, "
+            f"got shape {list(input.shape)}"
+        )
+    check_device("input", input, logits, "logits")
 
 
 def check_weight(weight: Any, logits: Tensor) -> None:
@@ -78,6 +90,13 @@ def check_weight(weight: Any, logits: Tensor) -> None:
 
 def check_bias(bias: Any, weight: Tensor) -> None:
     """[C] in the dtype of ``weight``."""
+    check_bias_shape(bias, weight)
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"bias: expected dtype {weight.dtype} as weight, got {bias.dtype}")
+
+
+def check_bias_shape(bias: Any, weight: Tensor) -> None:
+    """[C], beside ``weight``."""
     check_tensor("bias", bias, 1, "[C]")
     if bias.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -85,8 +104,6 @@ def check_bias(bias: Any, weight: Tensor) -> None:
             f"got {list(bias.shape)}"
         )
     check_device("bias", bias, weight, "weight")
-    if bias.dtype != weight.dtype:
-        raise TypeError(f"bias: expected dtype {weight.dtype} as weight, got {bias.dtype}")
 
 
 def check_k(k: Any, count: int, counted: str) -> int:
@@ -115,3 +132,51 @@ def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
     check_tensor("log_norm", log_norm, 0, "[] (0-d)")
     check_device("log_norm", log_norm, logits, "logits")
     return log_norm.to(dtype)
+
+
+def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
+    """Features [N, D] and the last layer [C, D], [C], as ``F.linear`` takes them.
+
+    Returns:
+        The dtype that autocast asks of the product; None without autocast.
+    """
+    check_tensor("input", input, 2, "[N, D]")
+    check_tensor("weight", weight, 2, "[C, D]")
+    if weight.shape[1] != input.shape[1]:
+        raise ValueError(
+            f"weight: expected {input.shape[1]} columns for input {list(input.shape)}, "
+            f"got shape {list(weight.shape)}"
+        )
+    check_device("weight", weight, input, "input")
+    if bias is not None:
+        check_bias_shape(bias, weight)
+    others = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, value in others:
+        # Autocast leaves float64 alone and casts the rest to one dtype.
+        same_kind = torch.float64 not in (value.dtype, input.dtype)
+        if value.dtype != input.dtype and not (autocast and same_kind):
+            raise TypeError(f"{name}: expected dtype {input.dtype} as input, got {value.dtype}")
+    if autocast and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
+    return None
+
+
+def check_classes(weight: Tensor) -> None:
+    """At least two rows."""
+    if weight.shape[0] < 2:
+        raise ValueError(f"weight: expected at least 2 classes [C >= 2, D], got {[*weight.shape]}")
+
+
+def check_chunk_bytes(chunk_bytes: Any, weight: Tensor, dtype: torch.dtype | None) -> None:
+    """None, or room for a row of logits."""
+    if chunk_bytes is None:
+        return
+    if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool):
+        raise TypeError(f"chunk_bytes: expected an int or None, got {type(chunk_bytes).__name__}")
+    least = row_bytes(weight, dtype)
+    if chunk_bytes < least:
+        raise ValueError(
+            f"chunk_bytes: expected at least {least}, one row of {weight.shape[0]} logits, "
+            f"got {chunk_bytes}"
+        )

@@ -13,6 +13,37 @@ _library = torch.library.Library("marginops", "DEF")
 _loading = threading.local()
 
 
+class Op:
+    """An op of the ``marginops`` namespace: call it, or its ``reference`` in pure PyTorch.
+
+    A differentiable op is two ops of the dispatcher: ``name`` has the gradient, and
+    ``name_forward`` the kernels. The gradient of ``torch.library`` is a detour through Python of
+    several microseconds, so calls that need none go to ``name_forward`` directly.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        forward: torch._ops.OpOverload,
+        differentiable: torch._ops.OpOverload | None,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self._forward = forward
+        self._differentiable = differentiable
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._differentiable is not None:
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(self.name, arguments)
+            if torch.is_grad_enabled():
+                for argument in arguments:
+                    if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                        return self._differentiable(*arguments)
+        return self._forward(*arguments)
+
+
 def define(
     schema: str,
     reference: Callable[..., Any],
@@ -20,12 +51,9 @@ def define(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
-) -> Callable[..., Any]:
-    """Register an op of the ``marginops`` namespace and return what calls it.
-
-    A differentiable op is two ops: ``name`` has the gradient, and ``name_forward`` the kernels.
-    The gradient of ``torch.library`` is a detour through Python of several microseconds, so
-    calls that need none go to ``name_forward`` directly.
+    native: bool = True,
+) -> Op:
+    """Register an op of the ``marginops`` namespace.
 
     Args:
         schema: The op's schema; its first argument is a tensor and decides the device.
@@ -33,25 +61,31 @@ def define(
         fake: Shapes and dtypes of the results, for tracing.
         backward: The gradient, in terms of differentiable PyTorch and other ops of ours.
         setup_context: What the gradient needs, see ``torch.library.register_autograd``.
+        native: Whether the native libraries may have kernels for it.
     """
-    if backward is None:
-        return _define(schema, _load_or(reference), fake)
+    make_kernel = _load_or(reference) if native else lambda _: reference
     name, signature = schema.split("(", 1)
-    forward = _define(f"{name}_forward({signature}", _load_or(reference), fake)
+    if backward is None:
+        return Op(name, reference, _define(schema, make_kernel, fake), None)
+    forward = _define(f"{name}_forward({signature}", make_kernel, fake)
     differentiable = _define(schema, lambda _: forward, fake)
     torch.library.register_autograd(
         f"marginops::{name}", backward, setup_context=setup_context, lib=_library
     )
+    return Op(name, reference, forward, differentiable)
 
-    def call(*arguments: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(name, arguments)
-        for argument in arguments:
-            if isinstance(argument, torch.Tensor) and argument.requires_grad:
-                return (differentiable if torch.is_grad_enabled() else forward)(*arguments)
-        return forward(*arguments)
 
-    return call
+def raise_no_second_derivative(name: str) -> Callable[..., Any]:
+    """A gradient for ops that compute gradients themselves."""
+
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise NotImplementedError(f"{name}: second derivatives are not implemented")
+
+    return backward
+
+
+def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The context of a gradient that only raises."""
 
 
 def _define(

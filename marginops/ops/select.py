@@ -9,6 +9,7 @@ from . import _checks as checks
 from . import margin
 from ._library import define, result_dtype
 from .margin import Rival
+from .margin_gradient import margin_gradient, score_gradient
 
 
 class Selection(NamedTuple):
@@ -43,7 +44,7 @@ def select_smallest(scores: Tensor, k: int) -> Selection:
         Selection(scores=tensor([1., 1., 2.]), indices=tensor([1, 3, 2]))
     """
     checks.check_tensor("scores", scores, 1, "[N]")
-    return Selection(*_select_smallest(scores, checks.check_k(k, scores.size(0), "scores")))
+    return Selection(*select_smallest_op(scores, checks.check_k(k, scores.size(0), "scores")))
 
 
 def select_minimal_margin(
@@ -182,7 +183,7 @@ def _minimal_margin_context(
 
 def _minimal_margin_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, scores, indices = ctx.saved_tensors
-    gradients = margin.score_gradient(
+    gradients = score_gradient(
         grad, scores, tuple(inputs), indices, ctx.nearest, ctx.needs_input_grad[:3]
     )
     return *gradients, None, None
@@ -199,13 +200,13 @@ def _smallest_margin_context(
 def _smallest_margin_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, scores, indices = ctx.saved_tensors
     needs_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    grad_logits, grad_log_norm = margin.margin_gradient(
+    grad_logits, grad_log_norm = margin_gradient(
         grad, scores, tuple(inputs), indices, ctx.ignore_index, needs_grad
     )
     return grad_logits, None, grad_log_norm, None, None
 
 
-_select_smallest = define(
+select_smallest_op = define(
     "select_smallest(Tensor scores, SymInt k) -> (Tensor, Tensor)",
     _smallest_reference,
     _smallest_fake,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.linear import linear_select_minimal_margin
 from ..ops.margin import Rival
 from ..ops.select import select_minimal_margin
 
@@ -23,9 +24,10 @@ def select_batch(
     """The k candidates closest to a decision boundary of the network.
 
     Runs the network on all candidates in evaluation mode and without gradient, then scores and
-    selects in one fused call (:func:`marginops.select_minimal_margin`). Train on the chosen
-    candidates with a second forward pass; with B candidates and k = B / 10 this is the batch
-    selection of Weinstein et al. (2020).
+    selects in one fused call: a :class:`torch.nn.Sequential` that ends with its head only up to
+    there, for :func:`marginops.linear_select_minimal_margin`; any other network as a whole, for
+    :func:`marginops.select_minimal_margin`. Train on the chosen candidates with a second forward
+    pass; with B candidates and k = B / 10 this is the batch selection of Weinstein et al. (2020).
 
     Args:
         network: Returns logits ``[B, C]``, C >= 2, as a tensor or in the attribute ``logits`` of
@@ -62,7 +64,13 @@ def select_batch(
     if head is not None and not isinstance(head, nn.Linear):
         raise TypeError(f"head: expected a torch.nn.Linear, got {type(head).__name__}")
     with evaluation_mode(network), torch.no_grad():
-        logits = _logits(network, inputs)
+        if parts := _body_and_head(network, head):
+            body, head = parts
+            features = _output(body, inputs, "features", "[B, D]")
+            return linear_select_minimal_margin(
+                features, head.weight, k, head.bias, rival=rival, bias_in_norm=bias_in_norm
+            ).indices
+        logits = _output(network, inputs, "logits", "[B, C]")
         head = head or last_linear(network, logits.shape[1])
         bias = head.bias if bias_in_norm else None
         return select_minimal_margin(
@@ -132,19 +140,31 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _logits(network: nn.Module, inputs: Any) -> Tensor:
+def _body_and_head(
+    network: nn.Module, head: nn.Linear | None
+) -> tuple[nn.Sequential, nn.Linear] | None:
+    """A network whose output is that of its head, in two; subclasses may do more than that."""
+    if type(network) is not nn.Sequential or len(network) < 2:
+        return None
+    last = network[-1]
+    if type(last) is not nn.Linear or head not in (None, last):
+        return None
+    return nn.Sequential(*list(network)[:-1]), last
+
+
+def _output(network: nn.Module, inputs: Any, name: str, shape: str) -> Tensor:
     if isinstance(inputs, Mapping):
         output = network(**inputs)
     elif isinstance(inputs, (tuple, list)):
         output = network(*inputs)
     else:
         output = network(inputs)
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
+    result = getattr(output, "logits", output)
+    if not isinstance(result, Tensor):
         raise TypeError(
-            "network: expected logits [B, C] as its output or as the attribute 'logits' of its "
+            f"network: expected {name} {shape} as its output or as the attribute 'logits' of its "
             f"output, got {type(output).__name__}"
         )
-    if logits.dim() != 2:
-        raise ValueError(f"network: expected logits of shape [B, C], got {list(logits.shape)}")
-    return logits
+    if result.dim() != 2:
+        raise ValueError(f"network: expected {name} of shape {shape}, got {list(result.shape)}")
+    return result

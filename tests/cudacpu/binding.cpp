@@ -27,5 +27,8 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
 #define CUDA CPU  // the dispatch key of the registration
 
 #include "cuda/margin.cu"
-#include "cuda/ops.cpp"
+#include "cuda/margin_ops.cpp"
 #include "cuda/select.cu"
+#include "cuda/select_ops.cpp"
+#include "cuda/statistics.cu"
+#include "cuda/statistics_ops.cpp"

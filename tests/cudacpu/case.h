@@ -43,7 +43,7 @@ struct Array {
 };
 
 inline size_t element_bytes(const std::string& dtype) {
-  return dtype.back() == '6' ? 2 : dtype.back() == '2' ? 4 : 8;
+  return dtype == "bool" ? 1 : dtype.back() == '6' ? 2 : dtype.back() == '2' ? 4 : 8;
 }
 
 struct Case {

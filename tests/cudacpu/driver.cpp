@@ -2,6 +2,7 @@
 // results live in the Python files beside it; here is only the way from one to the other.
 #include "cuda/margin.cu"
 #include "cuda/select.cu"
+#include "cuda/statistics.cu"
 
 #include <cstdio>
 #include <functional>
@@ -78,7 +79,8 @@ cudaError_t run_margin(const Case& from) {
 cudaError_t run_margin_rival(const Case& from) {
   const Arguments a(from);
   const Buffer workspace(classification_margin_workspace_bytes(a.logits, a.rows));
-  return classification_margin_rival(a.logits, a.target, a.rows, a.output<int64_t>("rival"),
+  return classification_margin_rival(a.logits, a.target, a.log_norm, a.rows,
+                                     a.output<void>("margin"), a.output<int64_t>("rival"),
                                      workspace.data(), nullptr);
 }
 
@@ -103,6 +105,71 @@ cudaError_t run_pair_gradient(const Case& from) {
                        a.output<void>("grad_weight"), a.output<void>("grad_bias"), nullptr);
 }
 
+cudaError_t run_pair_distance(const Case& from) {
+  const Arguments a(from);
+  const Array& pair = from.array("pair");
+  return pair_distance(a.head,
+                       {static_cast<const int64_t*>(pair.data()), pair.shape.at(0),
+                        pair.stride.at(0), pair.stride.at(1)},
+                       a.output<void>("distance"), nullptr);
+}
+
+cudaError_t run_class_sum(const Case& from) {
+  const IndexVector key = index_vector(from.array("key"));
+  const Matrix rows = matrix(from.array("rows"));
+  const Buffer workspace(class_sum_workspace_bytes(key.size, rows));
+  return class_sum(key.data, from.array("coefficient").data(), key.size, rows,
+                   from.ints.at("classes"), from.output<void>("result"), workspace.data(), nullptr);
+}
+
+// A vector of a case, for as long as a launcher needs it.
+struct OptionalVector {
+  OptionalVector(const Case& from, const char* name) : given(from.find(name) != nullptr) {
+    if (given) value = vector(from.array(name));
+  }
+  const Vector* get() const { return given ? &value : nullptr; }
+
+  bool given;
+  Vector value{};
+};
+
+cudaError_t run_statistics(const Case& from) {
+  const Arguments a(from);
+  const OptionalVector input_norm(from, "input_norm");
+  const Buffer workspace(statistics_workspace_bytes(a.logits));
+  const StatisticsResult result{a.output<void>("margin"),  a.output<int64_t>("rival"),
+                                a.output<void>("loss"),    a.output<void>("confidence"),
+                                a.output<void>("entropy"), a.output<bool>("correct"),
+                                a.output<void>("el2n"),    a.output<void>("gradient_norm"),
+                                a.output<void>("maximum"), a.output<void>("log_sum")};
+  return sample_statistics(a.logits, a.target, input_norm.get(), a.log_norm, result,
+                           workspace.data(), nullptr);
+}
+
+cudaError_t run_shard_statistics(const Case& from) {
+  const Arguments a(from);
+  const Buffer workspace(statistics_workspace_bytes(a.logits));
+  return shard_statistics(a.logits, a.target.index, a.output<void>("values"),
+                          a.output<int64_t>("classes"), workspace.data(), nullptr);
+}
+
+cudaError_t run_statistics_gradient(const Case& from) {
+  const Arguments a(from);
+  const OptionalVector margin(from, "grad_margin"), loss(from, "grad_loss");
+  const OptionalVector confidence(from, "grad_confidence"), entropy(from, "grad_entropy");
+  const StatisticsGradient gradient{index_vector(from.array("rival")),
+                                    vector(from.array("confidence")),
+                                    vector(from.array("entropy")),
+                                    vector(from.array("maximum")),
+                                    vector(from.array("log_sum")),
+                                    margin.get(),
+                                    loss.get(),
+                                    confidence.get(),
+                                    entropy.get()};
+  return sample_statistics_gradient(a.logits, a.target, a.log_norm, gradient,
+                                    a.output<void>("grad_logits"), nullptr);
+}
+
 cudaError_t run_select_sorted(const Case& from) {
   return select_sorted(vector(from.array("scores")), from.ints.at("k"), from.output<void>("values"),
                        from.output<int64_t>("index"), nullptr);
@@ -121,10 +188,19 @@ cudaError_t run_fits_one_block(const Case& from) {
 }
 
 const std::map<std::string, std::function<cudaError_t(const Case&)>> kLaunchers{
-    {"classification_margin", run_margin},    {"classification_margin_rival", run_margin_rival},
-    {"minimal_margin_score", run_score},      {"minimal_margin_pair", run_pair},
-    {"pair_gradient", run_pair_gradient},     {"select_sorted", run_select_sorted},
-    {"select_unsorted", run_select_unsorted}, {"fits_one_block", run_fits_one_block},
+    {"classification_margin", run_margin},
+    {"classification_margin_rival", run_margin_rival},
+    {"minimal_margin_score", run_score},
+    {"minimal_margin_pair", run_pair},
+    {"pair_gradient", run_pair_gradient},
+    {"pair_distance", run_pair_distance},
+    {"class_sum", run_class_sum},
+    {"sample_statistics", run_statistics},
+    {"shard_statistics", run_shard_statistics},
+    {"sample_statistics_gradient", run_statistics_gradient},
+    {"select_sorted", run_select_sorted},
+    {"select_unsorted", run_select_unsorted},
+    {"fits_one_block", run_fits_one_block},
 };
 
 }  // namespace

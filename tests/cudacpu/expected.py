@@ -4,6 +4,9 @@ Only differences of logits are rounded to the dtype of the results, where they m
 Unlike brute_force.py this takes all classes of a row at once, for rows of many classes.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,6 +20,11 @@ Floats = NDArray[np.float64]
 def as_float64(tensor: Tensor) -> Floats:
     """The values of a tensor, exactly."""
     return tensor.double().numpy()
+
+
+def floats(values: Sequence[float]) -> Floats:
+    """Numbers as an array."""
+    return np.array(values, dtype=np.float64)
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -121,4 +129,106 @@ def pair_gradients(
         c, p = divmod(pair, len(columns))
         total[c] += factor * (columns[c] - columns[p])
         magnitude[c] += np.abs(factor * (columns[c] - columns[p]))
+    return total, magnitude
+
+
+def class_sums(
+    key: Tensor, coefficient: Tensor, rows: Tensor, classes: int
+) -> tuple[Floats, Floats]:
+    """``sum of coefficient * row`` of each class, and the sum of the magnitudes."""
+    values = as_float64(rows)
+    total, magnitude = np.zeros((classes, rows.shape[1])), np.zeros((classes, rows.shape[1]))
+    for entry, factor in zip(key.tolist(), as_float64(coefficient), strict=True):
+        c, r = divmod(entry, len(rows))
+        total[c] += factor * values[r]
+        magnitude[c] += np.abs(factor * values[r])
+    return total, magnitude
+
+
+@dataclass
+class Softmax:
+    """What exact arithmetic says of each row and its label; NaN without a finite maximum."""
+
+    maximum: Floats
+    log_sum: Floats
+    loss: Floats
+    confidence: Floats
+    entropy: Floats
+    el2n: Floats
+    correct: list[bool]
+
+
+def softmax(logits: Tensor, target: Tensor, ignore_index: int) -> Softmax:
+    """Statistics of a softmax, in extended precision; ignored samples as learnt perfectly."""
+    every = []
+    for row, label in zip(as_float64(logits).astype(np.longdouble), target.tolist(), strict=True):
+        maximum = np.nan if np.isnan(row).any() else row.max()
+        first = int(np.argmax(row))
+        correct = label == ignore_index or (first == label and not np.isnan(maximum))
+        if label == ignore_index:
+            every.append((maximum, np.nan, 0, 1, 0, 0, correct))
+            continue
+        if not np.isfinite(maximum):
+            every.append((maximum, *5 * [np.nan], correct))
+            continue
+        step = row - maximum
+        others = np.delete(np.exp(step), first).sum()
+        log_sum = np.log1p(others)
+        log_p = step - log_sum
+        p = np.exp(log_p)
+        entropy = -(p * np.where(p > 0, log_p, 0)).sum()
+        wrong = np.delete(p, label)
+        el2n = np.sqrt((wrong**2).sum() + wrong.sum() ** 2)
+        every.append((maximum, log_sum, -log_p[label], p[label], entropy, el2n, correct))
+    fields = list(zip(*every, strict=True)) if every else [()] * 7
+    return Softmax(*(np.array(field, dtype=np.float64) for field in fields[:6]), list(fields[6]))
+
+
+def shard_sums(logits: Tensor) -> tuple[Floats, Floats]:
+    """The two largest logits [N, 2]; the sums of e, e * step and e * e over the others [N, 3]."""
+    largest, sums = [], []
+    for row in as_float64(logits).astype(np.longdouble):
+        maximum = np.nan if np.isnan(row).any() else row.max()
+        others = np.delete(row, strongest(row)) if np.isfinite(maximum) else row[:0]
+        step = others[others > -np.inf] - maximum
+        e = np.exp(step)
+        largest.append((maximum, others.max(initial=-np.inf)))
+        sums.append((e.sum(), (e * step).sum(), (e * e).sum()))
+    two, three = np.array(largest, dtype=np.float64), np.array(sums, dtype=np.float64)
+    return two.reshape(-1, 2), three.reshape(-1, 3)
+
+
+def statistics_gradients(
+    logits: Tensor,
+    label: Sequence[int | None],
+    rival: Sequence[int],
+    columns: dict[str, Floats | None],
+    scale: float,
+) -> tuple[Floats, Floats]:
+    """The gradient for the logits by its definition, and the magnitude of what is added.
+
+    ``columns`` are the op's arguments of one value a sample; a label of None is ignored.
+    """
+    values = as_float64(logits).astype(np.longdouble)
+    total, magnitude = np.zeros(values.shape), np.zeros(values.shape)
+    dense = any(columns[f"grad_{name}"] is not None for name in ("loss", "confidence", "entropy"))
+    for n, y in enumerate(label):
+        if y is None:
+            continue
+        at = {name: 0.0 if column is None else column[n] for name, column in columns.items()}
+        if dense:
+            log_p = values[n] - at["maximum"] - at["log_sum"]
+            p = np.exp(log_p)
+            own = at["grad_loss"] - at["grad_confidence"] * at["confidence"]
+            spread = np.where(p == 0, 0, at["grad_entropy"] * (log_p + at["entropy"]))
+            total[n] = p * (own - spread)
+            total[n, y] = np.expm1(log_p[y]) * own - p[y] * spread[y]
+            conditioning = 1 + np.where(p == 0, 0, np.abs(log_p) + at["entropy"])
+            parts = np.abs(at["grad_loss"]) + np.abs(at["grad_confidence"] * at["confidence"])
+            magnitude[n] = p * conditioning * (parts + np.abs(at["grad_entropy"]) * conditioning)
+            magnitude[n, y] += np.abs(np.expm1(log_p[y])) * parts
+        margin = at["grad_margin"] * scale
+        total[n, y] += margin
+        total[n, rival[n]] -= margin
+        magnitude[n, [y, rival[n]]] += np.abs(margin)
     return total, magnitude

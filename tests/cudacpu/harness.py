@@ -21,6 +21,7 @@ from marginops._native import recipe
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
+BOUND = tuple(path.name for path in (SOURCES / "cuda").glob("*.cpp"))
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
 TOOLS = {
     "plain": ("-O2",),
@@ -43,6 +44,7 @@ DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.int32: "int32",
     torch.int64: "int64",
+    torch.bool: "bool",
 }
 
 
@@ -78,6 +80,7 @@ def build_binding() -> Path:
     """The CUDA library for CPU tensors: a library to load with ``torch.ops.load_library``."""
     # The stable ABI's target is that of the packaged build; -Bsymbolic is for the stubs.
     flags = ["-shared", "-fPIC", "-fno-extern-tls-init", "-Wl,-Bsymbolic", recipe.STABLE_ABI]
+    flags.append("-fvisibility=hidden")  # as torch::stable is
     for folder in cpp_extension.include_paths():
         flags += ["-isystem", folder]
     flags += [f"-L{folder}" for folder in cpp_extension.library_paths()]
@@ -91,7 +94,7 @@ def build(name: str, tool: str, flags: Sequence[str] = ()) -> Path:
     digest = hashlib.sha256(repr(command).encode())
     for folder in (HERE, SOURCES):
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cu", ".cuh") or path.name == f"{name}.cpp":
+            if path.suffix in (".h", ".cu", ".cuh") or path.name in (f"{name}.cpp", *BOUND):
                 digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"marginops-cudacpu-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)

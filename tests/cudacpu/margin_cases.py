@@ -61,21 +61,31 @@ def margin_case(
 
 
 def classification_margin_rival(small: bool = False) -> Iterator[Checked]:
-    """The strongest wrong class of all rows, or of some."""
+    """The margin and the strongest wrong class of all rows, or of some."""
+    norms = itertools.cycle((None, -3.5, 90.0))
     for logits, label, seed in logits_of(small):
         target = target_for(logits, seed, LAYOUTS[seed % 4])
         rows = rows_for(logits, seed, LAYOUTS[seed % 3]) if seed % 2 else None
-        yield rival_case(logits, target, rows, label)
+        yield rival_case(logits, target, rows, next(norms), label)
 
 
-def rival_case(logits: Tensor, target: Tensor, rows: Tensor | None, label: str) -> Checked:
+def rival_case(
+    logits: Tensor, target: Tensor, rows: Tensor | None, norm: float | None, label: str
+) -> Checked:
     """One search for rivals."""
+    result = expected.result_dtype(logits.dtype)
+    numbers: dict[str, int | float] = {"ignore_index": IGNORE}
+    if norm is not None:
+        numbers["log_norm"] = norm
 
     def check(outputs: dict[str, Tensor]) -> None:
-        wanted = expected.rivals(logits, target, rows, IGNORE)
-        assert outputs["rival"].tolist() == wanted
+        wanted = expected.margins(logits, target, IGNORE, norm)
+        if rows is not None:
+            wanted = wanted[rows.numpy()]
+        assert_near(outputs["margin"], wanted, (0, 0) if norm is None else (2e-6, 1e-12))
+        assert outputs["rival"].tolist() == expected.rivals(logits, target, rows, IGNORE)
 
+    count = len(logits if rows is None else rows)
     inputs = {"logits": logits, "target": target, "rows": rows}
-    outputs = {"rival": (torch.int64, (len(logits if rows is None else rows),))}
-    numbers = {"ignore_index": IGNORE}
+    outputs = {"margin": (result, (count,)), "rival": (torch.int64, (count,))}
     return Checked(Case("classification_margin_rival", numbers, inputs, outputs), check, label)

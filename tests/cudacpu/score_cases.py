@@ -11,7 +11,6 @@ from cudacpu import expected
 from cudacpu.harness import Case
 from cudacpu.margin_cases import rows_for
 from cudacpu.tensors import (
-    DTYPES,
     LAYOUTS,
     VALUES,
     Checked,
@@ -155,47 +154,3 @@ def pair_case(
     outputs = {"pair": (torch.int64, (count, 2)), "distance": (result, (count,))}
     case = Case("minimal_margin_pair", {"nearest": int(nearest)}, inputs, outputs)
     return Checked(case, check, label)
-
-
-def pair_gradient(small: bool = False) -> Iterator[Checked]:
-    """Sums over sorted pairs: classes with many, with few and without any."""
-    sizes = [(0, 3), (1, 2), (2, 3), (31, 5), (33, 2), (600, 2), (300, 40), (1000, 7), (2000, 1000)]
-    layouts, dtypes, widths = itertools.cycle(LAYOUTS), itertools.cycle(DTYPES), (*FEATURES, 300)
-    for seed, ((size, classes), features) in enumerate(itertools.product(sizes, widths)):
-        if small and (size > 600 or seed % 3):
-            continue
-        generator = torch.Generator().manual_seed(seed)
-        dtype, layout = next(dtypes), next(layouts)
-        if seed % 4 == 3:
-            next(dtypes)
-        weight = laid_out(filled((classes, features), dtype, "normal", seed), layout)
-        bias = laid_out(filled((classes,), dtype, "normal", seed), LAYOUTS[seed % 4])
-        first = (torch.rand(size, generator=generator) ** 3 * classes).long()
-        second = torch.randint(classes, (size,), generator=generator)
-        key = (first * classes + second).sort().values
-        coefficient = filled((size,), expected.result_dtype(dtype), "normal", seed)
-        label = f"{dtype} [{size}] of [{classes}, {features}] {layout}"
-        yield gradient_case(key, coefficient, weight, bias if seed % 2 else None, label)
-
-
-def gradient_case(
-    key: Tensor, coefficient: Tensor, weight: Tensor, bias: Tensor | None, label: str
-) -> Checked:
-    """One gradient."""
-
-    def check(outputs: dict[str, Tensor]) -> None:
-        wanted, magnitude = expected.pair_gradients(key, coefficient, weight, bias)
-        parts = (outputs["grad_weight"], outputs["grad_bias"][:, None])
-        actual = expected.as_float64(torch.cat(parts, 1))
-        arithmetic = torch.finfo(coefficient.dtype).eps * 64
-        error = arithmetic * magnitude + torch.finfo(weight.dtype).eps * np.abs(wanted)
-        smallest = torch.finfo(weight.dtype).smallest_normal
-        wrong = np.abs(actual - wanted) > error + smallest
-        assert not wrong.any(), f"{actual[wrong][:5]}, not {wanted[wrong][:5]}"
-
-    inputs = {"key": key, "coefficient": coefficient, "weight": weight, "bias": bias}
-    outputs = {
-        "grad_weight": (weight.dtype, tuple(weight.shape)),
-        "grad_bias": (weight.dtype, (len(weight),)),
-    }
-    return Checked(Case("pair_gradient", {}, inputs, outputs), check, label)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from cudacpu.harness import Case
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "misaligned", "padded", "every_other", "column_major")
+STEEP_VALUES = ("steep", "confident")
 VALUES = ("normal", "ties", "infinite", "nan", "extreme", "ascending", "zeros")
 
 
@@ -46,7 +48,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 def filled(shape: tuple[int, ...], dtype: torch.dtype, values: str, seed: int) -> Tensor:
-    """Random numbers of one of the kinds of ``VALUES``."""
+    """Random numbers of one of the kinds of ``VALUES`` and ``STEEP_VALUES``."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
     coin = torch.rand(shape, generator=generator)
@@ -64,6 +66,10 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype, values: str, seed: int) -
         normal = normal.sign() * torch.finfo(dtype).max * (1 - coin.double() / 4)
     elif values == "ascending":
         normal = normal.sort(-1).values
+    elif values == "steep":  # probabilities of 0 and 1
+        normal = normal.sign() * 1e4 * coin.double().round(decimals=2)
+    elif values == "confident":  # probabilities close to 1
+        normal[..., -1] = 12 + 20 * coin[..., -1].double()
     elif values == "zeros":
         normal = torch.where(coin < 0.5, 0.0, -torch.zeros((), dtype=normal.dtype))
     return normal.to(dtype)
@@ -86,6 +92,15 @@ def assert_near(actual: Tensor, wanted: Floats, rtol: tuple[float, float]) -> No
         atol=2 * smallest,  # results that underflow
         equal_nan=True,
     )
+
+
+def assert_within(actual: Floats, wanted: Floats, error: Floats, dtype: torch.dtype) -> None:
+    """Equal but for an error and the rounding to ``dtype``; NaN and infinities at their places."""
+    finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(actual[~finite], wanted[~finite])
+    rounding = torch.finfo(dtype).eps * np.abs(wanted) + torch.finfo(dtype).smallest_normal
+    wrong = finite & ~(np.abs(actual - wanted) <= error + rounding)
+    assert not wrong.any(), f"{actual[wrong][:5]}, not {wanted[wrong][:5]}, at {wrong.nonzero()}"
 
 
 def shapes(small: bool) -> Iterator[tuple[int, int]]:

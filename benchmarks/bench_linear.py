@@ -1,0 +1,150 @@
+"""The linear head without logits, against the product and the ops one after the other.
+
+A shape is samples x features x classes.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import marginops
+from conftest import DEVICE, peak_memory
+
+LARGE, SMALL = (8192, 768, 32000), (8192, 512, 1000)
+CASES = [(LARGE, torch.float32), (LARGE, torch.bfloat16), (SMALL, torch.float32)]
+BACKWARD_CASES = [((2048, 768, 32000), torch.float32), (SMALL, torch.float32)]
+if DEVICE != "cpu":
+    CASES.append(((8192, 4096, 128000), torch.bfloat16))
+
+
+def make_head(
+    rows: int, columns: int, classes: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    features = torch.randn(rows, columns, device=DEVICE).to(dtype)
+    weight = (torch.randn(classes, columns, device=DEVICE) / columns**0.5).to(dtype)
+    return features, weight, torch.randint(classes, (rows,), device=DEVICE)
+
+
+def chunked_cross_entropy(
+    features: Tensor, weight: Tensor, target: Tensor, reduction: str
+) -> Tensor:
+    """PyTorch's own, with chunks; only the newest versions have it."""
+    if not hasattr(functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return functional.linear_cross_entropy(
+        features, weight, target, reduction=reduction, options=options
+    )
+
+
+def what(op: str, shape: tuple[int, ...], dtype: torch.dtype, provider: str) -> dict[str, object]:
+    rows, _, classes = shape
+    return {
+        "op": op,
+        "shape": " x ".join(map(str, shape)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "provider": provider,
+        "bytes_read": rows * classes * dtype.itemsize,
+    }
+
+
+def close(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    rounding = 1e-3 if dtype == torch.float32 else 6e-2
+    torch.testing.assert_close(result.double(), expected.double(), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("provider", ["marginops", "unfused", "product", "linear_cross_entropy"])
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def bench_linear_statistics(time_call, shape, dtype, provider):
+    features, weight, target = make_head(*shape, dtype)
+    some = slice(0, 64)
+    exact = marginops.sample_statistics(features[some].double() @ weight.double().t(), target[some])
+    buffer = features.new_empty((shape[0], shape[2]) if provider == "product" else 0)
+
+    def unfused() -> marginops.SampleStatistics:
+        logits = functional.linear(features, weight)
+        return marginops.sample_statistics(logits, target, input=features)
+
+    def check(result):
+        if provider == "product":
+            return
+        loss = result if provider == "linear_cross_entropy" else result.loss
+        close(loss[some], exact.loss, dtype)
+        if provider != "linear_cross_entropy":
+            close(result.margin[some], exact.margin, dtype)
+
+    call = {
+        "marginops": lambda: marginops.linear_sample_statistics(features, weight, target),
+        "unfused": unfused,
+        "product": lambda: torch.mm(features, weight.t(), out=buffer),
+        "linear_cross_entropy": lambda: chunked_cross_entropy(features, weight, target, "none"),
+    }[provider]
+    time_call(
+        call,
+        check,
+        peak_mib=peak_memory(call),
+        **what("linear_sample_statistics", shape, dtype, provider),
+    )
+
+
+@pytest.mark.parametrize("provider", ["marginops", "unfused", "product"])
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def bench_linear_selection(time_call, shape, dtype, provider):
+    features, weight, _ = make_head(*shape, dtype)
+    buffer = features.new_empty((shape[0], shape[2]) if provider == "product" else 0)
+    k = shape[0] // 10
+
+    def unfused() -> marginops.Selection:
+        return marginops.select_minimal_margin(functional.linear(features, weight), weight, k)
+
+    def check(result):
+        if provider == "product":
+            return
+        chosen = result.indices[:64]
+        logits = features[chosen].double() @ weight.double().t()
+        close(result.scores[:64], marginops.minimal_margin_score(logits, weight.double()), dtype)
+
+    call = {
+        "marginops": lambda: marginops.linear_select_minimal_margin(features, weight, k),
+        "unfused": unfused,
+        "product": lambda: torch.mm(features, weight.t(), out=buffer),
+    }[provider]
+    time_call(
+        call,
+        check,
+        peak_mib=peak_memory(call),
+        **what("linear_select_minimal_margin", shape, dtype, provider),
+    )
+
+
+@pytest.mark.parametrize("provider", ["marginops", "unfused", "linear_cross_entropy"])
+@pytest.mark.parametrize(("shape", "dtype"), BACKWARD_CASES, ids=str)
+def bench_linear_training(time_call, shape, dtype, provider):
+    """The mean loss and its gradients for features and weight."""
+    features, weight, target = make_head(*shape, dtype)
+    losses = {
+        "marginops": lambda f, w: marginops.linear_sample_statistics(f, w, target).loss.mean(),
+        "unfused": lambda f, w: functional.cross_entropy(functional.linear(f, w), target),
+        "linear_cross_entropy": lambda f, w: chunked_cross_entropy(f, w, target, "mean"),
+    }
+    features.requires_grad_()
+    weight.requires_grad_()
+
+    def gradients(provider: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(losses[provider](features, weight), (features, weight))
+
+    expected = gradients("unfused")
+
+    def check(result):
+        for value, exact in zip(result, expected, strict=True):
+            close(value / exact.abs().max(), exact / exact.abs().max(), dtype)
+
+    call = lambda: gradients(provider)  # noqa: E731
+    time_call(
+        call,
+        check,
+        peak_mib=peak_memory(call),
+        **what("linear_sample_statistics, loss and gradients", shape, dtype, provider),
+    )

@@ -1,0 +1,112 @@
+"""All statistics of a sample at once, against the same fields in PyTorch and one loss alone."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import marginops
+from bench_margin import DTYPES, make_logits
+from conftest import DEVICE, compiled
+
+SHAPES = [(8192, 10), (8192, 1000), (1024, 32000)]
+COLUMNS = 256
+
+
+def eager_statistics(logits: Tensor, target: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+    index = target.unsqueeze(1)
+    log_p = logits.log_softmax(1, dtype=torch.float32)
+    p = log_p.exp()
+    rival_value, rival = logits.scatter(1, index, -torch.inf).max(1)
+    margin = logits.gather(1, index).squeeze(1) - rival_value
+    loss = -log_p.gather(1, index).squeeze(1)
+    entropy = -(p * log_p).sum(1)
+    confidence = p.gather(1, index).squeeze(1)
+    el2n = p.scatter_add(1, index, p.new_full(index.shape, -1)).norm(dim=1)
+    gradient_norm = el2n * (1 + features.square().sum(1)).sqrt()
+    correct = logits.argmax(1) == target
+    return margin, rival, loss, confidence, entropy, correct, el2n, gradient_norm
+
+
+def make_case(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    logits = make_logits(rows, classes, dtype)
+    target = torch.randint(classes, (rows,), device=DEVICE)
+    return logits, target, torch.randn(rows, COLUMNS, device=DEVICE).to(dtype)
+
+
+def fused(logits: Tensor, target: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+    return marginops.sample_statistics(logits, target, input=features)
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("provider", ["marginops", "eager", "compile", "cross_entropy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_statistics(time_call, shape, dtype, provider):
+    logits, target, features = make_case(*shape, dtype)
+    expected = eager_statistics(logits.double(), target, features.double())
+    rounding = 1e-4 if dtype == torch.float32 else 2e-2
+
+    def check(result):
+        pairs = [(result, expected[2])]
+        if provider != "cross_entropy":
+            pairs = list(zip(result, expected, strict=True))
+        for value, exact in pairs:
+            torch.testing.assert_close(value.double(), exact.double(), rtol=rounding, atol=rounding)
+
+    call = {
+        "marginops": fused,
+        "eager": eager_statistics,
+        "compile": compiled(eager_statistics),
+        "cross_entropy": lambda logits, target, _: cross_entropy(logits, target, reduction="none"),
+    }[provider]
+    time_call(
+        lambda: call(logits, target, features),
+        check,
+        op="sample_statistics",
+        shape=" x ".join(map(str, shape)),
+        dtype=name(dtype),
+        provider=provider,
+        bytes_read=logits.numel() * logits.element_size(),
+    )
+
+
+@pytest.mark.parametrize("provider", ["marginops", "eager", "cross_entropy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_statistics_backward(time_call, shape, dtype, provider):
+    """The gradients of loss and margin together; of the loss alone for cross_entropy."""
+    logits, target, features = make_case(*shape, dtype)
+    weights = torch.randn(2, shape[0], device=DEVICE)
+
+    def results(provider: str, logits: Tensor) -> tuple[Tensor, ...]:
+        if provider == "cross_entropy":
+            return (cross_entropy(logits, target, reduction="none"),)
+        fields = {"marginops": fused, "eager": eager_statistics}[provider]
+        margin, _, loss, *_ = fields(logits, target, features)
+        return loss, margin
+
+    def gradient(outputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        grads = [weight.to(output.dtype) for weight, output in zip(weights, outputs, strict=False)]
+        return torch.autograd.grad(outputs, logits, grads, retain_graph=True)[0]
+
+    exact_logits = logits.double().requires_grad_()
+    reference = "cross_entropy" if provider == "cross_entropy" else "eager"
+    expected = gradient(results(reference, exact_logits), exact_logits)
+    rounding = 1e-4 if dtype == torch.float32 else 2e-2
+    logits.requires_grad_()
+    outputs = results(provider, logits)
+    time_call(
+        lambda: gradient(outputs, logits),
+        lambda result: torch.testing.assert_close(
+            result.double(), expected, rtol=rounding, atol=rounding
+        ),
+        op="sample_statistics backward",
+        shape=" x ".join(map(str, shape)),
+        dtype=name(dtype),
+        provider=provider,
+        bytes_read=logits.numel() * logits.element_size(),
+    )

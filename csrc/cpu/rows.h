@@ -1,0 +1,143 @@
+// What the kernels of several families do with the rows of logits: check them, find each row's two
+// largest, and turn these and the target into a margin.
+#pragma once
+
+#include <atomic>
+
+#include "tensor.h"
+#include "top2.h"
+
+namespace marginops::cpu {
+
+inline void check_logits(const Tensor& logits, int64_t least_classes = 2) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits: expected shape [N, C], got ", logits.dim(), "-d");
+  STD_TORCH_CHECK(least_classes <= logits.size(1) && logits.size(1) < Top2<float>::kNone,
+                  "logits: expected ", least_classes, " <= C < 2**31 - 1 classes, got ",
+                  logits.size(1));
+}
+
+inline void check_target(const Tensor& target, const Tensor& logits) {
+  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target: expected dtype int64");
+  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == logits.size(0), "target: expected shape [",
+                  logits.size(0), "] for the rows of logits, got ", target.numel(), " classes");
+}
+
+inline void check_log_norm(const std::optional<Tensor>& log_norm, const Tensor& logits) {
+  STD_TORCH_CHECK(!log_norm || (log_norm->numel() == 1 && log_norm->is_cpu() &&
+                                log_norm->scalar_type() == result_type(logits)),
+                  "log_norm: expected one value of the result dtype");
+}
+
+inline void check_class(const char* name, int64_t value, int64_t classes) {
+  STD_TORCH_CHECK(value >= 0 && value < classes, name, ": expected classes in [0, ", classes,
+                  "), got ", value);
+}
+
+template <class Value>
+Value half_scale_of(const std::optional<Tensor>& log_norm) {
+  return log_norm ? half_scale(*static_cast<const Value*>(log_norm->const_data_ptr())) : Value{1};
+}
+
+// `own` is the logit of the label.
+template <class Value>
+Value margin_of(const Top2<Value>& top, Value own, Value half) {
+  if (top.nan) return std::numeric_limits<Value>::quiet_NaN();
+  return normalize(own - (own == top.first_value ? top.second_value : top.first_value), half);
+}
+
+template <class Value>
+int64_t rival_of(const Top2<Value>& top, int64_t label) {
+  if (top.nan) return label == 0 ? 1 : 0;
+  return top.first == label ? top.second : top.first;
+}
+
+// The rows of logits that results are wanted for: all of them, or those listed.
+class Rows {
+ public:
+  Rows(const Tensor& logits, const std::optional<Tensor>& listed)
+      : count(listed ? listed->size(0) : logits.size(0)) {
+    if (!listed) return;
+    STD_TORCH_CHECK(listed->dim() == 1 && listed->scalar_type() == ScalarType::Long,
+                    "rows: expected int64 [K]");
+    listed_ = vector<int64_t>(*listed);
+    for (int64_t r = 0; r < count; ++r) {
+      STD_TORCH_CHECK(listed_[r] >= 0 && listed_[r] < logits.size(0),
+                      "rows: expected indices in [0, N), got ", listed_[r]);
+    }
+  }
+  int64_t operator[](int64_t result) const { return listed_.data ? listed_[result] : result; }
+
+  const int64_t count;
+
+ private:
+  Vector<int64_t> listed_{};
+};
+
+// Whether rows are long enough to be vectorised along the classes.
+template <class T>
+bool is_along_classes(const Matrix<T>& logits, int64_t long_row) {
+  return logits.columns > long_row && logits.column_stride == 1;
+}
+
+// Calls read(begin, count, starts) for up to kLanes neighbouring results at once, with where their
+// rows start.
+template <class T, class Read>
+void for_each_group(const Matrix<T>& logits, const Rows& rows, int64_t begin, int64_t end,
+                    const Read& read) {
+  constexpr int kLanes = Simd<ValueOf<T>>::kLanes;
+  const T* starts[kLanes];
+  for (int64_t r = begin; r < end; r += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, end - r));
+    for (int lane = 0; lane < count; ++lane) starts[lane] = logits.row(rows[r + lane]);
+    read(r, count, starts);
+  }
+}
+
+// Calls use(result, row, top) for each of the rows; kClasses says whether the classes are needed.
+template <bool kClasses, class T, class Use>
+void for_each_top2(const Matrix<T>& logits, const Rows& rows, const Use& use) {
+  const int64_t classes = logits.columns;
+  parallel(rows.count, kGrain / classes, [&](int64_t begin, int64_t end) {
+    if (is_along_classes(logits, kLongRow)) {
+      for (int64_t r = begin; r < end; ++r) {
+        use(r, rows[r], top2_row<T, kClasses>(logits.row(rows[r]), classes));
+      }
+    } else {
+      for_each_group(logits, rows, begin, end, [&](int64_t r, int count, const T* const* starts) {
+        const auto top = top2_across(starts, count, classes, logits.column_stride);
+        for (int lane = 0; lane < count; ++lane) use(r + lane, rows[r + lane], top[lane]);
+      });
+    }
+  });
+}
+
+// Targets, each checked as it is read; a wrong one is reported once all threads are done.
+class Targets {
+ public:
+  Targets(const Tensor& target, int64_t classes, int64_t ignore_index)
+      : target_(vector<int64_t>(target)), classes_(classes), ignore_index_(ignore_index) {}
+
+  bool ignored(int64_t row) const { return target_[row] == ignore_index_; }
+  // A class that is safe to read, whatever the target.
+  int64_t operator[](int64_t row) {
+    const int64_t target = target_[row];
+    if (target >= 0 && target < classes_) return target;
+    if (target != ignore_index_) wrong_.store(true, std::memory_order_relaxed);
+    return 0;
+  }
+  void check() const {
+    for (int64_t row = 0; wrong_ && row < target_.size; ++row) {  // the first, whoever saw it
+      const int64_t target = target_[row];
+      STD_TORCH_CHECK((target >= 0 && target < classes_) || target == ignore_index_,
+                      "target: expected classes in [0, ", classes_, ") or ignore_index ",
+                      ignore_index_, ", got ", target);
+    }
+  }
+
+ private:
+  Vector<int64_t> target_;
+  int64_t classes_, ignore_index_;
+  std::atomic<bool> wrong_{false};
+};
+
+}  // namespace marginops::cpu

@@ -1,0 +1,223 @@
+// The statistics of every sample's softmax, and their gradient, on the CPU.
+//
+// Rows are independent and spread over threads, so results do not depend on the number of threads.
+#include <tuple>
+
+#include "row_sums.h"
+
+namespace marginops::cpu {
+namespace {
+
+// A vector [N] of results, or of what is given for each of them; nothing if it is not given.
+template <class Value>
+Vector<Value> optional_vector(const std::optional<Tensor>& tensor) {
+  return tensor ? vector<Value>(*tensor) : Vector<Value>{};
+}
+
+void check_values(const char* name, const std::optional<Tensor>& values, const Tensor& logits) {
+  STD_TORCH_CHECK(!values || (values->dim() == 1 && values->size(0) == logits.size(0) &&
+                              values->scalar_type() == result_type(logits)),
+                  name, ": expected a value of the result dtype for each row of logits");
+}
+
+using Fields =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Fields sample_statistics(const Tensor& logits, const Tensor& target,
+                         const std::optional<Tensor>& input_norm,
+                         const std::optional<Tensor>& log_norm, int64_t ignore_index) {
+  check_logits(logits);
+  check_target(target, logits);
+  check_values("input_norm", input_norm, logits);
+  check_log_norm(log_norm, logits);
+  const int64_t count = logits.size(0);
+  const auto field = [&](ScalarType type) { return new_tensor({count}, type); };
+  const ScalarType type = result_type(logits);
+  Tensor margin = field(type), rival = field(ScalarType::Long), loss = field(type),
+         confidence = field(type), entropy = field(type), correct = field(ScalarType::Bool),
+         el2n = field(type), gradient_norm = new_tensor({input_norm ? count : 0}, type),
+         maximum = field(type), log_sum = field(type);
+  Targets targets(target, logits.size(1), ignore_index);
+  for_dtype("logits", logits, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    using Value = ValueOf<T>;
+    const Matrix<T> view = matrix<T>(logits);
+    const Vector<Value> norms = optional_vector<Value>(input_norm);
+    const Value half = half_scale_of<Value>(log_norm);
+    const auto values = [](Tensor& tensor) {
+      return static_cast<Value*>(tensor.mutable_data_ptr());
+    };
+    Value *margins = values(margin), *losses = values(loss), *confidences = values(confidence),
+          *entropies = values(entropy), *el2ns = values(el2n),
+          *gradient_norms = values(gradient_norm), *maxima = values(maximum),
+          *log_sums = values(log_sum);
+    auto* rivals = static_cast<int64_t*>(rival.mutable_data_ptr());
+    auto* corrects = static_cast<bool*>(correct.mutable_data_ptr());
+    for_each_sums<T>(logits, [&](int64_t r, const RowSums<Value>& row) {
+      const int64_t label = targets[r];
+      const bool ignored = targets.ignored(r);
+      const Value own = value_of(view.at(r, label));
+      const auto softmax =
+          ignored ? ignored_statistics<Value>() : softmax_statistics(row.sums, own, row.top.nan);
+      margins[r] = ignored ? std::numeric_limits<Value>::infinity() : margin_of(row.top, own, half);
+      rivals[r] = ignored ? 0 : rival_of(row.top, label);
+      corrects[r] = ignored || (row.top.first == label && !row.top.nan);
+      losses[r] = softmax.loss;
+      confidences[r] = softmax.confidence;
+      entropies[r] = softmax.entropy;
+      el2ns[r] = softmax.el2n;
+      if (norms.data) {
+        gradient_norms[r] = ignored ? 0 : last_layer_gradient_norm(softmax.el2n, norms[r]);
+      }
+      maxima[r] = softmax.maximum;
+      log_sums[r] = softmax.log_sum;
+    });
+  });
+  targets.check();
+  return {margin, rival, loss, confidence, entropy, correct, el2n, gradient_norm, maximum, log_sum};
+}
+
+// Writes the dense part of a row's gradient. Whole vectors are read up to `readable` and written up
+// to `writable`, which may lie behind the row: what is written there is written again.
+template <class T>
+void write_dense(const SoftmaxGradient<ValueOf<T>>& gradient, const T* logits, int64_t classes,
+                 int64_t stride, const T* readable, T* result, const T* writable) {
+  using Value = ValueOf<T>;
+  constexpr int kLanes = Simd<Value>::kLanes;
+  const VectorOf<Value> lowest = VectorOf<Value>{} + ExpConstants<Value>::kLowest;
+  const Value constant = gradient.grad_loss - gradient.grad_confidence * gradient.confidence -
+                         gradient.grad_entropy * gradient.entropy;
+  for (int64_t from = 0; from < classes; from += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, classes - from);
+    VectorOf<Value> logit;
+    if (stride == 1 && readable - (logits + from) >= kLanes) {
+      logit = load(logits + from);
+    } else {
+      alignas(kVectorBytes) Value part[kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) part[i] = value_of(logits[(from + i) * stride]);
+      logit = load(part);
+    }
+    const auto log_p = logit - gradient.maximum - gradient.log_sum;
+    const auto dense =
+        exp<Value>(log_p) * (constant - gradient.grad_entropy * maximum(lowest, log_p));
+    if (writable - (result + from) >= kLanes) {
+      store(dense, result + from);
+    } else {
+      T part[kLanes];
+      store(dense, part);
+      std::copy_n(part, count, result + from);
+    }
+  }
+}
+
+// Labels and rivals that are not among these classes belong to another shard of the logits.
+Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, const Tensor& rival,
+                                  const Tensor& confidence, const Tensor& entropy,
+                                  const Tensor& maximum, const Tensor& log_sum,
+                                  const std::optional<Tensor>& log_norm,
+                                  const std::optional<Tensor>& grad_margin,
+                                  const std::optional<Tensor>& grad_loss,
+                                  const std::optional<Tensor>& grad_confidence,
+                                  const std::optional<Tensor>& grad_entropy, int64_t ignore_index) {
+  check_logits(logits, 1);
+  check_target(target, logits);
+  STD_TORCH_CHECK(rival.dim() == 1 && rival.size(0) == logits.size(0) &&
+                      rival.scalar_type() == ScalarType::Long,
+                  "rival: expected int64 [N]");
+  check_values("confidence", confidence, logits);
+  check_values("entropy", entropy, logits);
+  check_values("maximum", maximum, logits);
+  check_values("log_sum", log_sum, logits);
+  check_values("grad_margin", grad_margin, logits);
+  check_values("grad_loss", grad_loss, logits);
+  check_values("grad_confidence", grad_confidence, logits);
+  check_values("grad_entropy", grad_entropy, logits);
+  check_log_norm(log_norm, logits);
+  const int64_t count = logits.size(0), classes = logits.size(1);
+  const auto targets = vector<int64_t>(target), rivals = vector<int64_t>(rival);
+  const bool has_dense = grad_loss || grad_confidence || grad_entropy;
+  Tensor grad_logits = new_tensor({count, classes}, logits.scalar_type());
+  for_dtype("logits", logits, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    using Value = ValueOf<T>;
+    const Matrix<T> view = matrix<T>(logits);
+    const auto confidences = vector<Value>(confidence), entropies = vector<Value>(entropy),
+               maxima = vector<Value>(maximum), log_sums = vector<Value>(log_sum);
+    const auto of_margin = optional_vector<Value>(grad_margin),
+               of_loss = optional_vector<Value>(grad_loss),
+               of_confidence = optional_vector<Value>(grad_confidence),
+               of_entropy = optional_vector<Value>(grad_entropy);
+    const auto given = [](const Vector<Value>& values, int64_t r) {
+      return values.data ? values[r] : Value{0};
+    };
+    const Value half = half_scale_of<Value>(log_norm);
+    const T* readable = count > 0 ? view.row(count - 1) + classes : nullptr;
+    auto* result = static_cast<T*>(grad_logits.mutable_data_ptr());
+    parallel(count, kGrain / (4 * classes), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* row = result + r * classes;
+        const int64_t label = targets[r], other = rivals[r];
+        const bool has_label = 0 <= label && label < classes;
+        const bool has_other = 0 <= other && other < classes && other != label;
+        Value own = 0, opposite = 0;
+        if (has_dense && label != ignore_index) {
+          const SoftmaxGradient<Value> gradient{maxima[r],           log_sums[r],
+                                                confidences[r],      entropies[r],
+                                                given(of_loss, r),   given(of_confidence, r),
+                                                given(of_entropy, r)};
+          write_dense(gradient, view.row(r), classes, view.column_stride, readable, row,
+                      result + end * classes);
+          if (has_label) own = gradient.label(value_of(view.at(r, label)));
+          if (has_other) opposite = gradient.dense(value_of(view.at(r, other)));
+        } else {
+          std::fill(row, row + classes, T(0));
+          if (label == ignore_index) continue;
+        }
+        const Value slope = normalize(given(of_margin, r), half);
+        if (has_label) row[label] = static_cast<T>(own + slope);
+        if (has_other) row[other] = static_cast<T>(opposite - slope);
+      }
+    });
+  });
+  return grad_logits;
+}
+
+std::tuple<Tensor, Tensor> shard_statistics(const Tensor& logits, const Tensor& target) {
+  check_logits(logits, 1);
+  check_target(target, logits);
+  const int64_t count = logits.size(0), classes = logits.size(1);
+  Tensor values = new_tensor({count, 6}, result_type(logits));
+  Tensor leaders = new_tensor({count, 2}, ScalarType::Long);
+  const Vector<int64_t> labels = vector<int64_t>(target);
+  for_dtype("logits", logits, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    using Value = ValueOf<T>;
+    const Matrix<T> view = matrix<T>(logits);
+    auto* all_values = static_cast<Value*>(values.mutable_data_ptr());
+    auto* all_leaders = static_cast<int64_t*>(leaders.mutable_data_ptr());
+    for_each_sums<T>(logits, [&](int64_t r, const RowSums<Value>& row) {
+      const auto& [top, sums] = row;
+      const int64_t label = labels[r];
+      const bool here = 0 <= label && label < classes;
+      Value* value = all_values + 6 * r;
+      value[0] = top.nan ? std::numeric_limits<Value>::quiet_NaN() : top.first_value;
+      value[1] = top.second_value;
+      value[2] = here ? value_of(view.at(r, label)) : Value{0};
+      value[3] = sums.plain;
+      value[4] = sums.weighted;
+      value[5] = sums.squares;
+      all_leaders[2 * r] = top.nan ? 0 : top.first;
+      all_leaders[2 * r + 1] = classes == 1 ? -1 : top.nan ? 1 : top.second;
+    });
+  });
+  return {values, leaders};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
+  m.impl("sample_statistics_forward", TORCH_BOX(&sample_statistics));
+  m.impl("sample_statistics_gradient_forward", TORCH_BOX(&sample_statistics_gradient));
+  m.impl("shard_statistics", TORCH_BOX(&shard_statistics));
+}
+
+}  // namespace
+}  // namespace marginops::cpu

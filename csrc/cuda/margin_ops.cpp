@@ -1,0 +1,150 @@
+// The CUDA kernels of the ops declared in marginops/ops/margin*.py.
+#include "binding.h"
+
+namespace marginops::cuda {
+
+Tensor classification_margin_op(const Tensor& logits, const Tensor& target,
+                                const std::optional<Tensor>& log_norm, int64_t ignore_index) {
+  const Matrix matrix = logits_of(logits);
+  const Target classes = target_of(target, matrix, logits, ignore_index);
+  const LogNorm norm = log_norm_of(log_norm, matrix, logits);
+  const Launch launch(logits);
+  Tensor margin = torch::stable::new_empty(logits, {matrix.rows}, result_type(matrix.dtype));
+  Tensor workspace = new_workspace(
+      logits, classification_margin_workspace_bytes(matrix, {nullptr, matrix.rows, 0}));
+  STD_CUDA_CHECK(classification_margin(matrix, classes, norm, margin.mutable_data_ptr(),
+                                       workspace.mutable_data_ptr(), launch.stream()));
+  return margin;
+}
+
+Tensor minimal_margin_score_op(const Tensor& logits, const Tensor& weight,
+                               const std::optional<Tensor>& bias, bool nearest) {
+  const Matrix matrix = logits_of(logits);
+  const HeadArguments arguments(weight, bias, logits);
+  const Head& head = arguments.beside(matrix);
+  const Launch launch(logits);
+  Tensor score = torch::stable::new_empty(logits, {matrix.rows}, result_type(matrix.dtype));
+  Tensor workspace = new_workspace(
+      logits, minimal_margin_workspace_bytes(matrix, head, {nullptr, matrix.rows, 0}, nearest));
+  STD_CUDA_CHECK(minimal_margin_score(matrix, head, nearest, score.mutable_data_ptr(),
+                                      workspace.mutable_data_ptr(), launch.stream()));
+  return score;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> classification_margin_rival_op(const Tensor& logits,
+                                                          const Tensor& target,
+                                                          const std::optional<Tensor>& log_norm,
+                                                          const std::optional<Tensor>& rows,
+                                                          int64_t ignore_index) {
+  const Matrix matrix = logits_of(logits);
+  const Target classes = target_of(target, matrix, logits, ignore_index);
+  const LogNorm norm = log_norm_of(log_norm, matrix, logits);
+  const Rows chosen = rows_of(rows, matrix, logits);
+  const Launch launch(logits);
+  Tensor margin = torch::stable::new_empty(logits, {chosen.size}, result_type(matrix.dtype));
+  Tensor rival = torch::stable::new_empty(logits, {chosen.size}, ScalarType::Long);
+  Tensor workspace = new_workspace(logits, classification_margin_workspace_bytes(matrix, chosen));
+  STD_CUDA_CHECK(classification_margin_rival(
+      matrix, classes, norm, chosen, margin.mutable_data_ptr(), rival.mutable_data_ptr<int64_t>(),
+      workspace.mutable_data_ptr(), launch.stream()));
+  return {margin, rival};
+}
+
+std::tuple<Tensor, Tensor> minimal_margin_pair_op(const Tensor& logits, const Tensor& weight,
+                                                  const std::optional<Tensor>& bias,
+                                                  const std::optional<Tensor>& rows, bool nearest) {
+  const Matrix matrix = logits_of(logits);
+  const HeadArguments arguments(weight, bias, logits);
+  const Head& head = arguments.beside(matrix);
+  const Rows chosen = rows_of(rows, matrix, logits);
+  const Launch launch(logits);
+  Tensor pair = torch::stable::new_empty(logits, {chosen.size, 2}, ScalarType::Long);
+  Tensor distance = torch::stable::new_empty(logits, {chosen.size}, result_type(matrix.dtype));
+  Tensor workspace =
+      new_workspace(logits, minimal_margin_workspace_bytes(matrix, head, chosen, nearest));
+  STD_CUDA_CHECK(minimal_margin_pair(matrix, head, chosen, nearest,
+                                     pair.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr(),
+                                     workspace.mutable_data_ptr(), launch.stream()));
+  return {pair, distance};
+}
+
+void check_coefficient(const Tensor& coefficient, const IndexVector& key, Dtype dtype,
+                       const Tensor& like) {
+  check_place(coefficient, "coefficient", 1, like);
+  STD_TORCH_CHECK(coefficient.size(0) == key.size, "coefficient: expected ", key.size,
+                  " values, got ", coefficient.size(0));
+  STD_TORCH_CHECK(coefficient.scalar_type() == result_type(dtype),
+                  "coefficient: expected the dtype of results");
+}
+
+std::tuple<Tensor, Tensor> pair_gradient_op(const Tensor& key, const Tensor& coefficient,
+                                            const Tensor& weight,
+                                            const std::optional<Tensor>& bias) {
+  const HeadArguments arguments(weight, bias, key);
+  const Matrix& matrix = arguments.get().weight;
+  const IndexVector entries = index_vector(key, "key", key);
+  check_coefficient(coefficient, entries, matrix.dtype, key);
+  STD_TORCH_CHECK(matrix.rows <= INT32_MAX, "weight: expected fewer than 2**31 rows, got ",
+                  matrix.rows);
+  const Launch launch(key);
+  const Tensor dense_key = torch::stable::contiguous(key);
+  const Tensor dense_coefficient = torch::stable::contiguous(coefficient);
+  Tensor grad_weight = torch::stable::new_empty(weight, {matrix.rows, matrix.cols});
+  Tensor grad_bias = torch::stable::new_empty(weight, {matrix.rows});
+  STD_CUDA_CHECK(pair_gradient(dense_key.const_data_ptr<int64_t>(),
+                               dense_coefficient.const_data_ptr(), entries.size, arguments.get(),
+                               grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr(),
+                               launch.stream()));
+  return {grad_weight, grad_bias};
+}
+
+Tensor class_sum_op(const Tensor& key, const Tensor& coefficient, const Tensor& rows,
+                    int64_t classes) {
+  const Matrix summands = matrix(rows, "rows", key);
+  const IndexVector entries = index_vector(key, "key", key);
+  check_coefficient(coefficient, entries, summands.dtype, key);
+  STD_TORCH_CHECK(classes >= 0, "classes: expected at least 0, got ", classes);
+  STD_TORCH_CHECK(entries.size == 0 || summands.rows > 0, "rows: expected one for every key");
+  const Launch launch(key);
+  const Tensor dense_key = torch::stable::contiguous(key);
+  const Tensor dense_coefficient = torch::stable::contiguous(coefficient);
+  Tensor result =
+      torch::stable::new_empty(rows, {classes, summands.cols}, result_type(summands.dtype));
+  Tensor workspace = new_workspace(key, class_sum_workspace_bytes(entries.size, summands));
+  STD_CUDA_CHECK(class_sum(dense_key.const_data_ptr<int64_t>(), dense_coefficient.const_data_ptr(),
+                           entries.size, summands, classes, result.mutable_data_ptr(),
+                           workspace.mutable_data_ptr(), launch.stream()));
+  return result;
+}
+
+Tensor pair_distance_op(const Tensor& weight, const std::optional<Tensor>& bias,
+                        const Tensor& pair) {
+  const HeadArguments arguments(weight, bias, weight);
+  check_place(pair, "pair", 2, weight);
+  STD_TORCH_CHECK(pair.size(1) == 2, "pair: expected [K, 2], got ", pair.size(1), " columns");
+  STD_TORCH_CHECK(pair.scalar_type() == ScalarType::Long, "pair: expected dtype int64");
+  const IndexMatrix pairs{pair.const_data_ptr<int64_t>(), pair.size(0), pair.stride(0),
+                          pair.stride(1)};
+  const Launch launch(weight);
+  Tensor distance =
+      torch::stable::new_empty(weight, {pairs.rows}, result_type(arguments.get().weight.dtype));
+  STD_CUDA_CHECK(
+      pair_distance(arguments.get(), pairs, distance.mutable_data_ptr(), launch.stream()));
+  return distance;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(marginops, CUDA, m) {
+  m.impl("classification_margin_forward", TORCH_BOX(&classification_margin_op));
+  m.impl("classification_margin_rival", TORCH_BOX(&classification_margin_rival_op));
+  m.impl("minimal_margin_score_forward", TORCH_BOX(&minimal_margin_score_op));
+  m.impl("minimal_margin_pair_forward", TORCH_BOX(&minimal_margin_pair_op));
+  m.impl("pair_gradient_forward", TORCH_BOX(&pair_gradient_op));
+  m.impl("pair_distance", TORCH_BOX(&pair_distance_op));
+  m.impl("class_sum_forward", TORCH_BOX(&class_sum_op));
+}
+
+}  // namespace marginops::cuda

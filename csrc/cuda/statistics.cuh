@@ -1,0 +1,159 @@
+// Statistics of each sample's softmax, from one reading of its row of logits.
+#pragma once
+
+#include "common/statistics.h"
+#include "margin.cuh"
+#include "statistics.h"
+
+namespace marginops::cuda {
+
+// The two largest logits and the sums of the exponentials of all but the first.
+template <class Number>
+struct StatisticsAccumulator : TopAccumulator<Number> {
+  using Top = TopAccumulator<Number>;
+  ExponentialSums<Number> sums;  // sums.maximum is first_value
+
+  __device__ __forceinline__ void add(Number value, int32_t index) {
+    Top::add(value, index);
+    sums.add(value);
+  }
+
+  // The maximum is raised at most once a pack.
+  template <int kSize>
+  __device__ __forceinline__ void add_pack(Number (&value)[kSize], int32_t index) {
+    if (Top::matters(value)) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) Top::add(value[i], index + i);
+      if (this->first_value > sums.maximum) sums.raise(this->first_value);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        if (index + i == this->first) value[i] = -std::numeric_limits<Number>::infinity();
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) add_below(value[i]);
+  }
+
+  template <class Row>
+  __device__ __forceinline__ void add_row(const Row& row) {
+    Top::add_row(row);
+    sums.maximum = this->first_value;
+    for (int32_t c = 0; c < row.classes; ++c)
+      if (c != this->first) add_below(row[c]);
+  }
+
+  // The sums of whichever has the first class come first, so that the lanes that exchange theirs
+  // add in the same order.
+  __device__ __forceinline__ void merge(StatisticsAccumulator other) {
+    if (Top::before(other.first_value, other.first, this->first_value, this->first)) {
+      const ExponentialSums<Number> own = sums;
+      sums = other.sums;
+      other.sums = own;
+    }
+    sums.merge(other.sums);
+    Top::merge(other);
+  }
+
+  __device__ __forceinline__ StatisticsAccumulator exchange(int distance) const {
+    StatisticsAccumulator other;
+    static_cast<Top&>(other) = Top::exchange(distance);
+    other.sums.maximum = other.first_value;
+    other.sums.plain = __shfl_xor_sync(kAllLanes, sums.plain, distance);
+    other.sums.weighted = __shfl_xor_sync(kAllLanes, sums.weighted, distance);
+    other.sums.squares = __shfl_xor_sync(kAllLanes, sums.squares, distance);
+    return other;
+  }
+
+ private:
+  // ExponentialSums::add() of a value that is not above the maximum. A step of -inf or NaN, from
+  // -inf among others, becomes one that adds 0.
+  __device__ __forceinline__ void add_below(Number value) {
+    constexpr Number kLowest = std::numeric_limits<Number>::lowest();
+    Number step = value - sums.maximum;
+    step = step > kLowest ? step : kLowest;
+    const Number e = std::exp(step);
+    sums.plain += e;
+    sums.weighted += e * step;
+    sums.squares += e * e;
+  }
+};
+
+template <class T>
+struct Column {
+  const T* data;  // or null
+  int64_t stride;
+
+  __device__ __forceinline__ T operator[](int64_t index) const {
+    return __ldg(data + index * stride);
+  }
+};
+
+// All statistics of a sample; the margin and the rival as they are without the others.
+template <class Number>
+struct StatisticsOutput {
+  using Accumulator = StatisticsAccumulator<Number>;
+  static constexpr bool kWholeWarps = false;
+  TargetOutput<Number> margins;
+  Column<Number> input_norm;
+  Number *loss, *confidence, *entropy;
+  bool* correct;
+  Number *el2n, *gradient_norm, *maximum, *log_sum;
+
+  template <class Scalar>
+  __device__ __forceinline__ int64_t label(const Row<Scalar>& row) const {
+    return margins.label(row);
+  }
+
+  template <class Scalar>
+  __device__ __forceinline__ void write(const Row<Scalar>& row, int64_t label,
+                                        const Accumulator& found, int lane, int threads) const {
+    margins.write(row, label, found, lane, threads);
+    if (!row.active || lane != 0) return;
+    const int64_t n = row.position;
+    const bool ignored = label == margins.target.ignore_index, valid = row.has(label);
+    const Number own = valid ? row[static_cast<int32_t>(label)] : 0;
+    const SoftmaxStatistics<Number> result =
+        ignored ? ignored_statistics<Number>()
+                : softmax_statistics(found.sums, own, found.nan || !valid);
+    loss[n] = result.loss;
+    confidence[n] = result.confidence;
+    entropy[n] = result.entropy;
+    correct[n] = ignored || (label == found.first && !found.nan);
+    el2n[n] = result.el2n;
+    if (gradient_norm != nullptr)
+      gradient_norm[n] = ignored ? 0 : last_layer_gradient_norm(result.el2n, input_norm[n]);
+    maximum[n] = result.maximum;
+    log_sum[n] = result.log_sum;
+  }
+};
+
+// What one shard of the classes adds to the statistics of a sample.
+template <class Number>
+struct ShardOutput {
+  using Accumulator = StatisticsAccumulator<Number>;
+  static constexpr bool kWholeWarps = false;
+  IndexVector target;
+  Number* values;    // [N, 6]
+  int64_t* classes;  // [N, 2]
+
+  template <class Scalar>
+  __device__ __forceinline__ int64_t label(const Row<Scalar>& row) const {
+    return row.active ? __ldg(target.data + row.source * target.stride) : 0;
+  }
+
+  template <class Scalar>
+  __device__ __forceinline__ void write(const Row<Scalar>& row, int64_t label,
+                                        const Accumulator& found, int lane, int) const {
+    if (!row.active || lane != 0) return;
+    Number* value = values + 6 * row.position;
+    value[0] = found.nan ? std::numeric_limits<Number>::quiet_NaN() : found.first_value;
+    value[1] = found.second_value;
+    value[2] = row.has(label) ? row[static_cast<int32_t>(label)] : 0;
+    value[3] = found.sums.plain;
+    value[4] = found.sums.weighted;
+    value[5] = found.sums.squares;
+    classes[2 * row.position] = found.first;
+    classes[2 * row.position + 1] = row.classes > 1 ? found.second : -1;
+  }
+};
+
+}  // namespace marginops::cuda

@@ -1,0 +1,125 @@
+// The CUDA kernels of the ops declared in marginops/ops/statistics.py.
+#include "statistics.h"
+
+#include "binding.h"
+
+namespace marginops::cuda {
+namespace {
+
+// Owns a vector of one value a sample, of the result type; null if there is none.
+class ColumnArgument {
+ public:
+  ColumnArgument(const std::optional<Tensor>& tensor, const char* name, const Matrix& logits,
+                 const Tensor& like)
+      : given_(tensor.has_value()) {
+    if (!given_) return;
+    vector_ = vector(*tensor, name, like);
+    STD_TORCH_CHECK(vector_.size == logits.rows, name, ": expected ", logits.rows, " values, got ",
+                    vector_.size);
+    STD_TORCH_CHECK(tensor->scalar_type() == result_type(logits.dtype), name,
+                    ": expected the dtype of results");
+  }
+  ColumnArgument(const ColumnArgument&) = delete;
+  const Vector* get() const { return given_ ? &vector_ : nullptr; }
+
+ private:
+  bool given_;
+  Vector vector_{};
+};
+
+Vector column_of(const Tensor& tensor, const char* name, const Matrix& logits, const Tensor& like) {
+  return *ColumnArgument(tensor, name, logits, like).get();
+}
+
+using Statistics =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
+                                const std::optional<Tensor>& input_norm,
+                                const std::optional<Tensor>& log_norm, int64_t ignore_index) {
+  const Matrix matrix = logits_of(logits);
+  const Target labels = target_of(target, matrix, logits, ignore_index);
+  const ColumnArgument norms(input_norm, "input_norm", matrix, logits);
+  const LogNorm norm = log_norm_of(log_norm, matrix, logits);
+  const Launch launch(logits);
+  const auto values = [&](int64_t size) {
+    return torch::stable::new_empty(logits, {size}, result_type(matrix.dtype));
+  };
+  const int64_t rows = matrix.rows;
+  Tensor margin = values(rows), loss = values(rows), confidence = values(rows);
+  Tensor entropy = values(rows), el2n = values(rows), maximum = values(rows);
+  Tensor log_sum = values(rows), gradient_norm = values(input_norm.has_value() ? rows : 0);
+  Tensor rival = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
+  Tensor correct = torch::stable::new_empty(logits, {rows}, ScalarType::Bool);
+  Tensor workspace = new_workspace(logits, statistics_workspace_bytes(matrix));
+  const StatisticsResult result{margin.mutable_data_ptr(),
+                                rival.mutable_data_ptr<int64_t>(),
+                                loss.mutable_data_ptr(),
+                                confidence.mutable_data_ptr(),
+                                entropy.mutable_data_ptr(),
+                                static_cast<bool*>(correct.mutable_data_ptr()),
+                                el2n.mutable_data_ptr(),
+                                input_norm.has_value() ? gradient_norm.mutable_data_ptr() : nullptr,
+                                maximum.mutable_data_ptr(),
+                                log_sum.mutable_data_ptr()};
+  STD_CUDA_CHECK(sample_statistics(matrix, labels, norms.get(), norm, result,
+                                   workspace.mutable_data_ptr(), launch.stream()));
+  return {margin, rival, loss, confidence, entropy, correct, el2n, gradient_norm, maximum, log_sum};
+}
+
+Tensor sample_statistics_gradient_op(
+    const Tensor& logits, const Tensor& target, const Tensor& rival, const Tensor& confidence,
+    const Tensor& entropy, const Tensor& maximum, const Tensor& log_sum,
+    const std::optional<Tensor>& log_norm, const std::optional<Tensor>& grad_margin,
+    const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_confidence,
+    const std::optional<Tensor>& grad_entropy, int64_t ignore_index) {
+  const Matrix matrix = logits_of(logits);
+  const Target labels = target_of(target, matrix, logits, ignore_index);
+  const LogNorm norm = log_norm_of(log_norm, matrix, logits);
+  const auto column = [&](const Tensor& tensor, const char* name) {
+    return column_of(tensor, name, matrix, logits);
+  };
+  const ColumnArgument of_margin(grad_margin, "grad_margin", matrix, logits);
+  const ColumnArgument of_loss(grad_loss, "grad_loss", matrix, logits);
+  const ColumnArgument of_confidence(grad_confidence, "grad_confidence", matrix, logits);
+  const ColumnArgument of_entropy(grad_entropy, "grad_entropy", matrix, logits);
+  const StatisticsGradient gradient{index_vector(rival, "rival", logits),
+                                    column(confidence, "confidence"),
+                                    column(entropy, "entropy"),
+                                    column(maximum, "maximum"),
+                                    column(log_sum, "log_sum"),
+                                    of_margin.get(),
+                                    of_loss.get(),
+                                    of_confidence.get(),
+                                    of_entropy.get()};
+  STD_TORCH_CHECK(gradient.rival.size == matrix.rows, "rival: expected ", matrix.rows,
+                  " classes, got ", gradient.rival.size);
+  const Launch launch(logits);
+  Tensor grad_logits = torch::stable::new_empty(logits, {matrix.rows, matrix.cols});
+  STD_CUDA_CHECK(sample_statistics_gradient(matrix, labels, norm, gradient,
+                                            grad_logits.mutable_data_ptr(), launch.stream()));
+  return grad_logits;
+}
+
+std::tuple<Tensor, Tensor> shard_statistics_op(const Tensor& logits, const Tensor& target) {
+  const Matrix matrix = logits_of(logits, 1);
+  const Target labels = target_of(target, matrix, logits, 0);
+  const Launch launch(logits);
+  Tensor values = torch::stable::new_empty(logits, {matrix.rows, 6}, result_type(matrix.dtype));
+  Tensor classes = torch::stable::new_empty(logits, {matrix.rows, 2}, ScalarType::Long);
+  Tensor workspace = new_workspace(logits, statistics_workspace_bytes(matrix));
+  STD_CUDA_CHECK(shard_statistics(matrix, labels.index, values.mutable_data_ptr(),
+                                  classes.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
+                                  launch.stream()));
+  return {values, classes};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(marginops, CUDA, m) {
+  m.impl("sample_statistics_forward", TORCH_BOX(&sample_statistics_op));
+  m.impl("sample_statistics_gradient_forward", TORCH_BOX(&sample_statistics_gradient_op));
+  m.impl("shard_statistics", TORCH_BOX(&shard_statistics_op));
+}
+
+}  // namespace marginops::cuda

@@ -1,0 +1,336 @@
+"""Margins, scores, statistics and selections of a linear head that is spread over processes.
+
+Every rank reads the logits of its own classes, the ranks exchange what they found in each row,
+and every rank finishes all rows alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import margin_pair as pairs
+from . import statistics
+from ._library import result_dtype
+from .chunks import CPU_CHUNK_BYTES
+from .linear_margin import label_pair, margin_head_gradient
+from .linear_statistics import linear_statistics_gradient
+from .margin import check_norm, check_rival
+from .margin_gradient import boundary_gradient, log_norm_gradient
+from .select import select_smallest_op
+from .shard import Shard, open_shard, records_gradient, row_sums
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Beside classes, the target of a row that is ignored.
+_IGNORED = -2
+# The most bytes of rows of the weight that are exchanged at once; the same on all ranks.
+_EXCHANGED_BYTES = CPU_CHUNK_BYTES
+
+
+def _fields(
+    shard: Shard,
+    head: tuple[Tensor, Tensor, Tensor | None],
+    target: Tensor,
+    log_norm: Tensor | None,
+    ignore_index: int,
+    input_norm: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The fields of ``sample_statistics_op``."""
+    ignored = target == ignore_index
+    label = torch.where(ignored, 0, target)
+    rows = row_sums(shard, *head, label)
+    fields = statistics.finish(rows, label, ignored, input_norm, log_norm)
+    # The margin by its own op, from two logits a row, so that not a bit differs.
+    leads = rows.classes[:, 0] == label
+    own = torch.where(rows.top[:, 0].isnan(), torch.nan, rows.own)
+    logits = torch.stack((own, torch.where(leads, rows.top[:, 1], rows.top[:, 0])), 1)
+    first = torch.where(ignored, _IGNORED, 0)
+    margin, _ = pairs.classification_margin_rival(logits, first, log_norm, None, _IGNORED)
+    return margin, *fields[1:]
+
+
+def _scores(
+    shard: Shard, input: Tensor, weight: Tensor, bias: Tensor | None, bias_in_norm: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, their pairs of classes, and the distances of these."""
+    label = input.new_zeros(len(input), dtype=torch.int64)
+    rows = row_sums(shard, input, weight, bias, label)
+    first, second = rows.top.unbind(1)
+    nan = first.isnan()
+    pair = torch.where(nan.unsqueeze(1), torch.arange(2, device=nan.device), rows.classes)
+    norm_bias = bias if bias_in_norm else None
+    row_bytes = max(weight.shape[1], 1) * result_dtype(weight.dtype).itemsize
+    parts = []
+    for part in pair.split(max(_EXCHANGED_BYTES // (2 * row_bytes), 1)):
+        classes = part.flatten()
+        both = shard.rows(weight, classes)
+        both_bias = None if norm_bias is None else shard.rows(norm_bias, classes)
+        own = torch.arange(len(classes), device=classes.device).view(-1, 2)
+        parts.append(pairs.pair_distance(both, both_bias, own))
+    distance = torch.where(nan, torch.nan, torch.cat(parts))
+    return pairs.boundary_distance(first - second, distance), pair, distance
+
+
+def _only_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse second derivatives; torch's ``once_differentiable`` would drop those of the weight."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("linear_*: no second derivatives (create_graph) with group")
+        return backward(ctx, *grads)
+
+    return checked
+
+
+class _Statistics(torch.autograd.Function):
+    """The fields of ``sample_statistics_op``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        log_norm: Tensor | None,
+        ignore_index: int,
+        shard: Shard,
+    ) -> tuple[Tensor, ...]:
+        norm = torch.linalg.vector_norm(input, dim=1, dtype=result_dtype(input.dtype))
+        fields = _fields(shard, (input, weight, bias), target, log_norm, ignore_index, norm)
+        statistics.mark_differentiable(ctx, fields)
+        ctx.ignore_index, ctx.shard = ignore_index, shard
+        margin, rival, _, confidence, entropy, *_, maximum, log_sum = fields
+        margin_or_none = margin if ctx.needs_input_grad[4] else None
+        saved = margin_or_none, rival, confidence, entropy, maximum, log_sum
+        ctx.save_for_backward(input, weight, bias, target, log_norm, *saved)
+        return fields
+
+    @staticmethod
+    @_only_once
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *head, target, log_norm, margin, rival, confidence, entropy, maximum, log_sum = (
+            ctx.saved_tensors
+        )
+        shard, ignore_index = ctx.shard, ctx.ignore_index
+        fields = grads[0], grads[2], grads[3], grads[4]
+        if fields[0] is not None and all(grad is None for grad in fields[1:]):
+            value, pair = label_pair(fields[0], target, rival, log_norm, ignore_index)
+            gradients = margin_head_gradient(
+                value, pair, tuple(head), shard.dtype, ctx.needs_input_grad, classes=shard
+            )
+        else:
+            local = torch.where(target == ignore_index, _IGNORED, shard.local(target))
+            logits_follow = confidence, entropy, maximum, log_sum, log_norm, *fields
+            gradients = _dense_gradient(
+                shard, head, ctx.needs_input_grad, local, shard.local(rival), *logits_follow
+            )
+        grad_log_norm = log_norm_gradient(grads[0], margin, target, ignore_index)
+        return *gradients, None, grad_log_norm, None, None
+
+
+def _dense_gradient(
+    shard: Shard, head: Sequence[Any], needs_grad: Sequence[bool], *statistics: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of all statistics; the arguments are those of ``linear_statistics_gradient``."""
+    input, weight, bias = head
+    if len(weight):
+        grad_input, grad_weight, grad_bias = linear_statistics_gradient(
+            *head, *statistics, _IGNORED, shard.dtype, shard.chunk_bytes, *needs_grad[:2]
+        )
+    else:
+        grad_input, grad_weight = torch.zeros_like(input), torch.zeros_like(weight)
+        grad_bias = weight.new_zeros(0)
+    return (
+        shard.sum(grad_input) if needs_grad[0] else None,
+        grad_weight if needs_grad[1] else None,
+        grad_bias if bias is not None else None,
+    )
+
+
+class _Margin(torch.autograd.Function):
+    """Margins that are known already, as a function of the head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_norm: Tensor | None,
+        margin: Tensor,
+        target: Tensor,
+        rival: Tensor,
+        ignore_index: int,
+        shard: Shard,
+    ) -> Tensor:
+        ctx.ignore_index, ctx.shard = ignore_index, shard
+        margin_or_none = margin if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(input, weight, bias, log_norm, margin_or_none, target, rival)
+        return margin.clone()
+
+    @staticmethod
+    @_only_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *head, log_norm, margin, target, rival = ctx.saved_tensors
+        value, pair = label_pair(grad, target, rival, log_norm, ctx.ignore_index)
+        gradients = margin_head_gradient(
+            value, pair, tuple(head), ctx.shard.dtype, ctx.needs_input_grad, classes=ctx.shard
+        )
+        grad_log_norm = log_norm_gradient(grad, margin, target, ctx.ignore_index)
+        return *gradients, grad_log_norm, None, None, None, None, None
+
+
+class _Score(torch.autograd.Function):
+    """Minimal margin scores that are known already, as a function of the head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        score: Tensor,
+        pair: Tensor,
+        distance: Tensor,
+        bias_in_norm: bool,
+        shard: Shard,
+    ) -> Tensor:
+        ctx.bias_in_norm, ctx.shard = bias_in_norm, shard
+        ctx.save_for_backward(input, weight, bias, score, pair, distance)
+        return score.clone()
+
+    @staticmethod
+    @_only_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *head, score, pair, distance = ctx.saved_tensors
+        slope, of_distance = boundary_gradient(grad, score, distance)
+        gradients = margin_head_gradient(
+            slope,
+            pair,
+            tuple(head),
+            ctx.shard.dtype,
+            ctx.needs_input_grad,
+            of_distance,
+            ctx.bias_in_norm,
+            ctx.shard,
+        )
+        return *gradients, None, None, None, None, None
+
+
+def sample_statistics(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    log_norm: Tensor | float | None,
+    ignore_index: int,
+    chunk_bytes: int | None,
+    group: ProcessGroup,
+) -> tuple[Tensor, ...]:
+    """The fields of ``linear_sample_statistics_op`` over a group."""
+    head, labels = (input, weight, bias), (target, ignore_index)
+    shard = _open("linear_sample_statistics", head, labels, log_norm, None, chunk_bytes, group)
+    log_norm = checks.as_log_norm(log_norm, input)
+    fields: tuple[Tensor, ...] = _Statistics.apply(*head, target, log_norm, ignore_index, shard)
+    return fields
+
+
+def classification_margin(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    log_norm: Tensor | float | None,
+    ignore_index: int,
+    chunk_bytes: int | None,
+    group: ProcessGroup,
+    k: int | None = None,
+) -> tuple[Tensor, ...]:
+    """``linear_classification_margin`` over a group, or its k smallest and their indices."""
+    head, labels = (input, weight, bias), (target, ignore_index)
+    shard = _open("linear_classification_margin", head, labels, log_norm, k, chunk_bytes, group)
+    log_norm = checks.as_log_norm(log_norm, input)
+    with torch.no_grad():
+        margin, rival, *_ = _fields(shard, head, target, log_norm, ignore_index)
+    margin, *chosen = _smallest(margin, k)
+    input, target, rival = (value[chosen] if chosen else value for value in (input, target, rival))
+    margin = _Margin.apply(
+        input, weight, bias, log_norm, margin, target, rival, ignore_index, shard
+    )
+    return margin, *chosen
+
+
+def minimal_margin_score(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rival: Any,
+    bias_in_norm: bool,
+    chunk_bytes: int | None,
+    group: ProcessGroup,
+    k: int | None = None,
+) -> tuple[Tensor, ...]:
+    """``linear_minimal_margin_score`` over a group, or its k smallest and their indices."""
+
+    def check() -> dict[str, Any]:
+        check_norm(bias, bias_in_norm)
+        if check_rival(rival):
+            raise ValueError('rival: expected "top2" with group, got "nearest"')
+        return {"bias_in_norm": bool(bias_in_norm), "k": _checked_k(k, input)}
+
+    head = input, weight, bias
+    shard = open_shard("linear_minimal_margin_score", head, chunk_bytes, group, check)
+    with torch.no_grad():
+        score, pair, distance = _scores(shard, *head, bias_in_norm)
+    score, *chosen = _smallest(score, k)
+    input, pair, distance = (
+        value[chosen] if chosen else value for value in (input, pair, distance)
+    )
+    score = _Score.apply(input, weight, bias, score, pair, distance, bias_in_norm, shard)
+    return score, *chosen
+
+
+def _open(
+    function: str,
+    head: tuple[Any, Any, Any],
+    labels: tuple[Any, Any],
+    log_norm: Any,
+    k: Any,
+    chunk_bytes: Any,
+    group: Any,
+) -> Shard:
+    """Check the arguments of the functions with labels."""
+    target, ignore_index = labels
+
+    def check() -> dict[str, Any]:
+        checks.check_target(target, head[0], ignore_index, "input")
+        norm = checks.as_log_norm(log_norm, head[0])
+        return {
+            "ignore_index": ignore_index,
+            "log_norm (whether there is one, requires_grad)": [
+                norm is not None,
+                records_gradient(norm),
+            ],
+            "k": _checked_k(k, head[0]),
+        }
+
+    return open_shard(function, head, chunk_bytes, group, check, labels)
+
+
+def _checked_k(k: Any, input: Tensor) -> int | None:
+    return None if k is None else checks.check_k(k, len(input), "rows of input")
+
+
+def _smallest(values: Tensor, k: Any) -> tuple[Tensor, ...]:
+    """The k smallest and their indices, or only the values."""
+    return (values,) if k is None else select_smallest_op(values, operator.index(k))

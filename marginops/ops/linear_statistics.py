@@ -1,0 +1,159 @@
+"""Sample statistics of a linear head from its features, forward and backward in chunks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import statistics
+from ._library import define, raise_no_second_derivative, result_dtype, save_nothing
+from .chunks import default_chunk_bytes, logit_chunks
+from .linear_margin import join, label_pair, margin_head_gradient
+from .margin_gradient import log_norm_gradient
+
+Tensors = tuple[Tensor, ...]
+
+
+def _statistics(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    log_norm: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype | None,
+    chunk_bytes: int | None,
+) -> Tensors:
+    parts = []
+    for rows, logits in logit_chunks(input, weight, bias, dtype, chunk_bytes):
+        norm = torch.linalg.vector_norm(input[rows], dim=1, dtype=result_dtype(input.dtype))
+        parts.append(
+            statistics.sample_statistics_op(logits, target[rows], norm, log_norm, ignore_index)
+        )
+    return join(parts)
+
+
+def _gradient(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    rival: Tensor,
+    confidence: Tensor,
+    entropy: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    log_norm: Tensor | None,
+    grad_margin: Tensor | None,
+    grad_loss: Tensor | None,
+    grad_confidence: Tensor | None,
+    grad_entropy: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype | None,
+    chunk_bytes: int | None,
+    of_input: bool,
+    of_weight: bool,
+) -> Tensors:
+    saved = target, rival, confidence, entropy, maximum, log_sum
+    grads = grad_margin, grad_loss, grad_confidence, grad_entropy
+    columns = weight.to(dtype or weight.dtype)
+    accumulator = result_dtype(columns.dtype)
+    grad_input = input.new_empty(input.shape if of_input else (0, 0))
+    grad_weight = columns.new_zeros(columns.shape if of_weight else (0, 0), dtype=accumulator)
+    grad_bias = columns.new_zeros(columns.shape[0], dtype=accumulator)
+    # The gradient of the logits lies beside them, so each has half of the room.
+    room = (chunk_bytes or default_chunk_bytes(input)) // 2
+    for rows, logits in logit_chunks(input, columns, bias, dtype, room):
+        chunk = (value[rows] for value in saved)
+        chunk_grads = (None if grad is None else grad[rows] for grad in grads)
+        grad_logits = statistics.sample_statistics_gradient(
+            logits, *chunk, log_norm, *chunk_grads, ignore_index
+        )
+        if of_input:
+            grad_input[rows] = grad_logits.mm(columns)
+        if of_weight:
+            features = input[rows].to(columns.dtype)
+            if columns.dtype == accumulator:
+                grad_weight.addmm_(grad_logits.t(), features)
+            else:
+                grad_weight += grad_logits.t().mm(features)
+        grad_bias += grad_logits.sum(0, dtype=accumulator)
+        del grad_logits  # or the next chunk's would lie beside it
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return grad_input, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+
+
+def _gradient_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, of_input, of_weight = others
+    return (
+        input.new_empty(input.shape if of_input else (0, 0)),
+        weight.new_empty(weight.shape if of_weight else (0, 0)),
+        weight.new_empty(weight.shape[:1]) if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    *tensors, ctx.ignore_index, ctx.dtype, ctx.chunk_bytes = inputs
+    statistics.mark_differentiable(ctx, output)
+    margin, rival, _, confidence, entropy, *_, maximum, log_sum = output
+    margin_or_none = margin if ctx.needs_input_grad[4] else None
+    ctx.save_for_backward(*tensors, rival, confidence, entropy, maximum, log_sum, margin_or_none)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    input, weight, bias, target, log_norm, rival, *saved, margin = ctx.saved_tensors
+    fields = grads[0], grads[2], grads[3], grads[4]
+    grad_log_norm = log_norm_gradient(grads[0], margin, target, ctx.ignore_index)
+    if not any(ctx.needs_input_grad[:3]):
+        gradients: tuple[Tensor | None, ...] = (None, None, None)
+    elif all(grad is None for grad in fields[1:]) and grads[0] is not None:
+        value, pair = label_pair(grads[0], target, rival, log_norm, ctx.ignore_index)
+        gradients = margin_head_gradient(
+            value, pair, (input, weight, bias), ctx.dtype, ctx.needs_input_grad
+        )
+    else:
+        gradients = linear_statistics_gradient(
+            input,
+            weight,
+            bias,
+            target,
+            rival,
+            *saved,
+            log_norm,
+            *fields,
+            ctx.ignore_index,
+            ctx.dtype,
+            ctx.chunk_bytes,
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+        )
+        needed = zip(gradients, ctx.needs_input_grad, strict=False)
+        gradients = tuple(grad if needs else None for grad, needs in needed)
+    return *gradients, None, grad_log_norm, None, None, None
+
+
+linear_sample_statistics_op = define(
+    "linear_sample_statistics(Tensor input, Tensor weight, Tensor? bias, Tensor target,"
+    " Tensor? log_norm, int ignore_index, ScalarType? dtype, int? chunk_bytes)"
+    f" -> {statistics.FIELDS}",
+    _statistics,
+    lambda input, *_: statistics.statistics_like(input, input.shape[0], True),
+    backward=_backward,
+    setup_context=_context,
+    native=False,
+)
+linear_statistics_gradient = define(
+    "linear_sample_statistics_gradient(Tensor input, Tensor weight, Tensor? bias, Tensor target,"
+    " Tensor rival, Tensor confidence, Tensor entropy, Tensor maximum, Tensor log_sum,"
+    " Tensor? log_norm, Tensor? grad_margin, Tensor? grad_loss, Tensor? grad_confidence,"
+    " Tensor? grad_entropy, int ignore_index, ScalarType? dtype, int? chunk_bytes,"
+    " bool of_input, bool of_weight)"
+    " -> (Tensor, Tensor, Tensor)",
+    _gradient,
+    _gradient_fake,
+    backward=raise_no_second_derivative("linear_sample_statistics"),
+    setup_context=save_nothing,
+    native=False,
+)

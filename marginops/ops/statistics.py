@@ -1,0 +1,353 @@
+"""Every per-sample statistic of a classifier from one reading of its logits."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import margin_pair as pairs
+from ._library import define, raise_no_second_derivative, result_dtype, save_nothing
+from .margin_gradient import log_norm_gradient
+
+
+class SampleStatistics(NamedTuple):
+    """One value per sample; see :func:`sample_statistics`."""
+
+    margin: Tensor
+    rival: Tensor
+    loss: Tensor
+    confidence: Tensor
+    entropy: Tensor
+    correct: Tensor
+    el2n: Tensor
+    gradient_norm: Tensor | None
+
+
+def sample_statistics(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    input: Tensor | None = None,
+    log_norm: Tensor | float | None = None,
+    ignore_index: int = -100,
+) -> SampleStatistics:
+    r"""Margin, loss, confidence, entropy, EL2N and more of every sample, in one reading.
+
+    With :math:`p_n` the softmax of row n, :math:`y_n` its target and :math:`e_y` the one-hot
+    vector of y:
+
+    ================= ===========================================================================
+    ``margin``        :math:`(f_y - \max_{c \ne y} f_c) \, e^{-\mathrm{log\_norm}}`
+    ``rival``         the class of that maximum, int64
+    ``loss``          cross-entropy, :math:`-\log p_y`
+    ``confidence``    :math:`p_y`
+    ``entropy``       :math:`-\sum_c p_c \log p_c`, in nats
+    ``correct``       whether y is the class of the largest logit, bool
+    ``el2n``          :math:`\lVert p - e_y \rVert_2`
+    ``gradient_norm`` :math:`\lVert p - e_y \rVert_2 \sqrt{1 + \lVert h \rVert_2^2}`, the norm of
+                      the gradient of the loss for weight and bias of the last layer, h its input
+    ================= ===========================================================================
+
+    The margin is that of Banburski et al. (2021); EL2N and the gradient norm (GraNd, here exact
+    for the last layer) are those of Paul, Ganguli, Dziugaite (2021).
+
+    Args:
+        logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
+        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+        input: ``[N, D]``, the input of the last layer, any of these dtypes; without it there is
+            no ``gradient_norm``.
+        log_norm: Logarithm of the norm product, see :func:`classification_margin`.
+        ignore_index: Samples with this target are reported as learnt perfectly: margin ``+inf``,
+            loss, entropy, EL2N and gradient norm 0, confidence 1, correct, and rival 0. They have
+            no gradient.
+
+    Returns:
+        :class:`SampleStatistics` of ``[N]`` tensors, float64 for float64 logits, else float32;
+        ``gradient_norm`` is None without ``input``. Among equal logits the lowest class counts
+        as the largest. A row with a NaN has NaN in every field of floating point and is not
+        correct; where the largest logit is infinite only the margin has a value.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
+        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+
+    ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable in ``logits`` (once),
+    the margin also in ``log_norm``. Deterministic. Reads the logits once forward and once
+    backward; no temporary of the size of the logits but their gradient.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
+        >>> statistics = marginops.sample_statistics(logits, torch.tensor([0, 1]))
+        >>> statistics.margin, statistics.rival, statistics.correct
+        (tensor([ 1., -1.]), tensor([2, 2]), tensor([ True, False]))
+        >>> statistics.loss
+        tensor([0.4644, 1.3266])
+    """
+    checks.check_logits(logits)
+    checks.check_target(target, logits, ignore_index)
+    input_norm = None
+    if input is not None:
+        checks.check_features(input, logits)
+        dtype = result_dtype(logits.dtype)
+        widest = torch.promote_types(input.dtype, dtype)
+        input_norm = torch.linalg.vector_norm(input.detach(), dim=1, dtype=widest).to(dtype)
+    log_norm = checks.as_log_norm(log_norm, logits)
+    fields = sample_statistics_op(logits, target, input_norm, log_norm, ignore_index)
+    return as_statistics(fields, input is not None)
+
+
+def as_statistics(fields: tuple[Tensor, ...], has_gradient_norm: bool) -> SampleStatistics:
+    """The public fields among those of the op."""
+    statistics = SampleStatistics._make(fields[:8])
+    return statistics if has_gradient_norm else statistics._replace(gradient_norm=None)
+
+
+class RowSums(NamedTuple):
+    """What all statistics follow from; the sums leave out the largest logit, whose term is 1.
+
+    Attributes:
+        top: ``[N, 2]``, the two largest logits.
+        classes: ``[N, 2]``, their classes.
+        own: ``[N]``, the logit of the target.
+        sums: ``[N, 3]``, over the others, with x the logit minus the largest: of exp(x), of
+            exp(x) * x, and of exp(x) squared.
+    """
+
+    top: Tensor
+    classes: Tensor
+    own: Tensor
+    sums: Tensor
+
+
+def finish(
+    rows: RowSums,
+    target: Tensor,
+    ignored: Tensor,
+    input_norm: Tensor | None,
+    log_norm: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The fields of ``sample_statistics`` from the sums of its rows."""
+    maximum, own = rows.top[:, 0], rows.own
+    others, weighted, squares = rows.sums.unbind(1)
+    nan = maximum.isnan()
+    leads = rows.classes[:, 0] == target
+    rival = torch.where(leads, rows.classes[:, 1], rows.classes[:, 0])
+    rival = torch.where(nan, (target == 0).to(torch.int64), rival)
+    margin = pairs.normalize(own - torch.where(leads, rows.top[:, 1], maximum), log_norm)
+
+    unknown = ~maximum.isfinite()
+    log_sum = torch.where(unknown, torch.nan, torch.log1p(others))
+    total = 1 + others
+    own_term = torch.exp(own - maximum)
+    confidence = own_term / total
+    entropy = log_sum - weighted / total
+    of_leader = torch.sqrt(others.square() + squares) / total
+    of_others = torch.sqrt(
+        ((squares - own_term.square()).clamp(min=0) + 1) / total.square() + (1 - confidence) ** 2
+    )
+    el2n = torch.where(leads, of_leader, of_others)
+    fields = (log_sum - (own - maximum), confidence, entropy, el2n)
+    loss, confidence, entropy, el2n = (torch.where(unknown, torch.nan, field) for field in fields)
+    el2n = torch.where(ignored, 0, el2n)
+    if input_norm is None:
+        gradient_norm = el2n.new_empty(0)
+    else:
+        gradient_norm = torch.where(
+            ignored, 0, el2n * torch.hypot(input_norm.new_ones(()), input_norm)
+        )
+    return (
+        torch.where(ignored, torch.inf, torch.where(nan, torch.nan, margin)),
+        torch.where(ignored, 0, rival),
+        torch.where(ignored, 0, loss),
+        torch.where(ignored, 1, confidence),
+        torch.where(ignored, 0, entropy),
+        (leads & ~nan) | ignored,
+        el2n,
+        gradient_norm,
+        maximum.clone(),
+        log_sum,
+    )
+
+
+def _row_sums(logits: Tensor, label: Tensor) -> RowSums:
+    """``label`` is a class of every row."""
+    values = logits.to(result_dtype(logits.dtype))
+    nan = values.isnan().any(1)
+    first = values.argmax(1)
+    others = values.scatter(1, first.unsqueeze(1), -torch.inf)
+    # With two classes or more argmax lands on the first itself only where all others are -inf.
+    second = others.argmax(1) if logits.shape[1] > 1 else torch.full_like(first, -1)
+    second = torch.where(second == first, (first == 0).to(torch.int64), second)
+    maximum = torch.where(nan, torch.nan, values.amax(1))
+    offset = others - maximum.unsqueeze(1)
+    offset = torch.where(others == -torch.inf, -torch.inf, offset)
+    term = offset.exp()
+    weighted = torch.where(term == 0, 0, term * offset)
+    sums = torch.stack((term.sum(1), weighted.sum(1), term.square().sum(1)), 1)
+    second_value = others.amax(1) if logits.shape[1] > 1 else torch.full_like(maximum, -torch.inf)
+    return RowSums(
+        torch.stack((maximum, second_value), 1),
+        torch.stack((first, second), 1),
+        values.gather(1, label.unsqueeze(1)).squeeze(1),
+        sums,
+    )
+
+
+def _statistics_reference(
+    logits: Tensor,
+    target: Tensor,
+    input_norm: Tensor | None,
+    log_norm: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    ignored, label = pairs.checked_target(target, logits.shape[1], ignore_index)
+    return finish(_row_sums(logits, label), label, ignored, input_norm, log_norm)
+
+
+def statistics_like(
+    logits: Tensor, rows: int | torch.SymInt, has_input: bool
+) -> tuple[Tensor, ...]:
+    """Empty fields of the op for so many rows."""
+    kinds = {1: torch.int64, 5: torch.bool}
+    dtype = result_dtype(logits.dtype)
+    return tuple(
+        logits.new_empty((0 if i == 7 and not has_input else rows,), dtype=kinds.get(i, dtype))
+        for i in range(10)
+    )
+
+
+def _statistics_fake(
+    logits: Tensor,
+    target: Tensor,
+    input_norm: Tensor | None,
+    log_norm: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    return statistics_like(logits, logits.shape[0], input_norm is not None)
+
+
+def _gradient_reference(
+    logits: Tensor,
+    target: Tensor,
+    rival: Tensor,
+    confidence: Tensor,
+    entropy: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    log_norm: Tensor | None,
+    grad_margin: Tensor | None,
+    grad_loss: Tensor | None,
+    grad_confidence: Tensor | None,
+    grad_entropy: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    label, has_label = _among(target, logits)
+    gradient = torch.zeros(logits.shape, dtype=result_dtype(logits.dtype), device=logits.device)
+    if grad_loss is not None or grad_confidence is not None or grad_entropy is not None:
+        dense = torch.zeros_like(confidence)
+        if grad_loss is not None:
+            dense = dense + grad_loss
+        if grad_confidence is not None:
+            dense = dense - grad_confidence * confidence
+        log_p = (logits.to(dense.dtype) - maximum.unsqueeze(1)) - log_sum.unsqueeze(1)
+        p = log_p.exp()
+        # At the label p - 1, which must not cancel where p is close to 1.
+        own = log_p.gather(1, label)
+        own = torch.where(has_label, own.expm1(), own.exp())
+        gradient = p.scatter(1, label, own) * dense.unsqueeze(1)
+        if grad_entropy is not None:
+            surprise = torch.where(p == 0, 0, log_p + entropy.unsqueeze(1))
+            gradient = gradient - p * grad_entropy.unsqueeze(1) * surprise
+    if grad_margin is not None:
+        scaled = pairs.normalize(grad_margin, log_norm).unsqueeze(1)
+        other, has_other = _among(rival, logits)
+        gradient.scatter_add_(1, other, torch.where(has_other, -scaled, 0))
+        gradient.scatter_add_(1, label, torch.where(has_label, scaled, 0))
+    ignored = target == ignore_index
+    return torch.where(ignored.unsqueeze(1), 0, gradient).to(logits.dtype)
+
+
+def _among(classes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, 1]: a class of the logits for each one, and whether it is the one that was asked for."""
+    here = (classes >= 0) & (classes < logits.shape[1])
+    return torch.where(here, classes, 0).unsqueeze(1), here.unsqueeze(1)
+
+
+def _gradient_fake(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _shard_reference(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    here = (target >= 0) & (target < logits.shape[1])
+    rows = _row_sums(logits, torch.where(here, target, 0))
+    values = torch.cat((rows.top, torch.where(here, rows.own, 0).unsqueeze(1), rows.sums), 1)
+    return values, rows.classes
+
+
+def _shard_fake(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty((rows, 6), dtype=result_dtype(logits.dtype)),
+        logits.new_empty((rows, 2), dtype=torch.int64),
+    )
+
+
+def _statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, _, log_norm, ctx.ignore_index = inputs
+    margin, rival, _, confidence, entropy, *_, maximum, log_sum = output
+    mark_differentiable(ctx, output)
+    ctx.save_for_backward(
+        logits,
+        target,
+        rival,
+        confidence,
+        entropy,
+        maximum,
+        log_sum,
+        log_norm,
+        margin if ctx.needs_input_grad[3] else None,
+    )
+
+
+def mark_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
+    """Of the op's fields; a gradient that nobody asks for is None and costs nothing."""
+    *_, el2n, gradient_norm, maximum, log_sum = output
+    ctx.mark_non_differentiable(el2n, gradient_norm, maximum, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *saved, margin = ctx.saved_tensors
+    fields = grads[0], grads[2], grads[3], grads[4]
+    grad_logits = None
+    if ctx.needs_input_grad[0]:
+        grad_logits = sample_statistics_gradient(*saved, *fields, ctx.ignore_index)
+    grad_log_norm = log_norm_gradient(grads[0], margin, saved[1], ctx.ignore_index)
+    return grad_logits, None, None, grad_log_norm, None
+
+
+FIELDS = "(" + ", ".join(["Tensor"] * 10) + ")"
+sample_statistics_op = define(
+    "sample_statistics(Tensor logits, Tensor target, Tensor? input_norm, Tensor? log_norm,"
+    f" int ignore_index) -> {FIELDS}",
+    _statistics_reference,
+    _statistics_fake,
+    backward=_statistics_backward,
+    setup_context=_statistics_context,
+)
+sample_statistics_gradient = define(
+    "sample_statistics_gradient(Tensor logits, Tensor target, Tensor rival, Tensor confidence,"
+    " Tensor entropy, Tensor maximum, Tensor log_sum, Tensor? log_norm, Tensor? grad_margin,"
+    " Tensor? grad_loss, Tensor? grad_confidence, Tensor? grad_entropy, int ignore_index)"
+    " -> Tensor",
+    _gradient_reference,
+    _gradient_fake,
+    backward=raise_no_second_derivative("sample_statistics"),
+    setup_context=save_nothing,
+)
+shard_statistics = define(
+    "shard_statistics(Tensor logits, Tensor target) -> (Tensor, Tensor)",
+    _shard_reference,
+    _shard_fake,
+)
