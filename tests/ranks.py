@@ -5,6 +5,7 @@ import datetime
 import multiprocessing
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ class Ranks:
 
 
 def _serve(rank: int, count: int, store: str, connection: Any) -> None:
+    warnings.simplefilter("error")  # nobody would read them
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -79,6 +79,17 @@ def test_autocast_leaves_float64_alone(device, variant):
 
 
 @pytest.mark.parametrize("variant", NAMES)
+def test_shapes_on_the_meta_device(variant):
+    """Which has no autocast that one could ask for."""
+    head = Head(INPUT, WEIGHT, BIAS, TARGET)
+    with autocast("cpu"):
+        results = linear(variant, head.to("meta"))
+    for result, expected in zip(results, linear(variant, head), strict=True):
+        assert result.is_meta
+        assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("variant", NAMES)
 def test_mixed_dtypes_are_refused(variant):
     for one, other in itertools.permutations(DTYPES, 2):
         head = exact_head("cpu", one)

@@ -188,7 +188,7 @@ def test_gradient_of_margins_needs_no_logits(device, variant, monkeypatch):
         raise AssertionError("logits in the backward pass")
 
     for module in (linear_margin, linear_statistics):
-        monkeypatch.setattr(module, "logit_chunks", refuse)
+        monkeypatch.setattr(module, "logit_tiles", refuse)
     weights = torch.arange(len(fields[0]), device=device) % 7 - 2.0
     actual = torch.autograd.grad(fields[0], head[:3], weights.double(), retain_graph=True)
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)

@@ -140,10 +140,9 @@ def test_special_values(ranks, function):
 def test_edge_sizes(ranks, function):
     call = example(function, make=exact)
     call = call.but(k=0) if "k" in call.arguments else call
-    first, both = call.arguments["weight"][:2], call.arguments["bias"][:2]
     calls = [with_gradient(c) for c in (call, no_rows(call), call.but(**no_columns(call)))]
     assert_like_one_process(ranks, calls, (1, 5, 3), EXACT, 1e-12)
-    two = call.but(weight=first, bias=both)
+    two = call.but(**{name: call.arguments[name][:2] for name in ("weight", "bias")})
     if "target" in two.arguments:
         two = two.but(target=two.arguments["target"].clamp(max=1))
     assert_like_one_process(ranks, [with_gradient(two)], (0, 1, 1), EXACT, 1e-12)
@@ -335,13 +334,10 @@ def test_ranks_that_do_different_things(ranks):
     calls = [with_gradient(call) for call in calls]
     frozen = dataclasses.replace(calls[1], frozen=frozenset({"input"}))
     assert_all_raise(ranks, [calls[0], frozen, calls[2]], ValueError, "requires_grad")
-    single = [call.but(**halved(call)) for call in calls]
+    names = ("input", "weight", "bias")
+    single = [call.but(**{name: call.arguments[name].float() for name in names}) for call in calls]
     cast = dataclasses.replace(single[1], autocast=True)
     assert_all_raise(ranks, [single[0], cast, single[2]], ValueError, "autocast")
-
-
-def halved(call):
-    return {name: call.arguments[name].float() for name in ("input", "weight", "bias")}
 
 
 def assert_all_raise(ranks, calls, error, match):

@@ -255,6 +255,10 @@ def test_direct_calls_of_the_class_sum_with_wrong_keys():
     for wrong in (rows[0], rows.long(), rows[:0]):
         with pytest.raises(RuntimeError, match="expected"):
             OPS.class_sum_forward(key, coefficient, wrong, 3)
+    # In 64 bits 20 * 2**60 is 2**62.
+    for many, classes in ((rows, -1), (rows[:1].expand(2**60, 5), 20)):
+        with pytest.raises(RuntimeError, match="classes: expected"):
+            OPS.class_sum_forward(key, coefficient, many, classes)
 
 
 def test_direct_calls_of_the_pair_distance_with_wrong_keys():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import brute_force
 import marginops
 from conftest import IMPLEMENTATIONS, OPS, head, implementation, opcheck
-from marginops.ops import statistics
+from marginops.ops import row_sums
 from marginops.ops._library import result_dtype
 from rounding import assert_same, assert_within, random_logits, rounding
 from strategies import relayout, statistics_cases
@@ -26,7 +26,7 @@ def test_shard_statistics_match_brute_force(device, which, case, one_class):
     if one_class:
         logits = logits[:, -1:]
     with implementation(which):
-        values, classes = statistics.shard_statistics(logits.to(device), target.to(device))
+        values, classes = row_sums.shard_statistics(logits.to(device), target.to(device))
     assert values.dtype == result_dtype(logits.dtype)
     assert values.shape == (len(logits), 6) and classes.dtype == torch.int64
     expected, leaders = brute_force.shard_statistics(logits, target)
@@ -47,7 +47,7 @@ def test_shard_with_a_nan_or_without_any_finite_logit(device, dtype, which, clas
     logits[1] = -math.inf
     target = torch.tensor([0, 5000, -1], device=device)
     with implementation(which):
-        values, leaders = statistics.shard_statistics(logits, target)
+        values, leaders = row_sums.shard_statistics(logits, target)
     assert values[0, 0].isnan()
     expected = torch.tensor([-math.inf, -math.inf, 0, 0, 0, 0], dtype=values.dtype, device=device)
     assert torch.equal(values[1], expected)
@@ -83,10 +83,10 @@ def test_shards_together_are_the_whole_row(device, dtype, which, split):
     logits[9, 22] = 3
     parts, start = [], 0
     with implementation(which):
-        whole, leaders = statistics.shard_statistics(logits, target)
+        whole, leaders = row_sums.shard_statistics(logits, target)
         for width in split:
             shard = logits[:, start : start + width]
-            values, classes = statistics.shard_statistics(shard, target - start)
+            values, classes = row_sums.shard_statistics(shard, target - start)
             parts.append((values.tolist(), classes.tolist(), start))
             start += width
     relative = 2 * rounding(logits.cpu(), target.cpu())  # both sides are rounded
@@ -147,7 +147,7 @@ def test_no_rows(device, dtype, which):
     target = torch.empty(0, dtype=torch.int64, device=device)
     with implementation(which):
         result = marginops.sample_statistics(logits, target, input=logits)
-        values, classes = statistics.shard_statistics(logits, target)
+        values, classes = row_sums.shard_statistics(logits, target)
     wide = result_dtype(dtype)
     assert [field.dtype for field in result] == [
         torch.int64 if name == "rival" else torch.bool if name == "correct" else wide
@@ -167,7 +167,7 @@ def test_results_do_not_vary(device, dtype, rows, classes):
         result = marginops.sample_statistics(logits, target, input=logits)
         total = result.loss.sum() + (result.entropy * result.confidence - result.margin).sum()
         (gradient,) = torch.autograd.grad(total, logits)
-        shard = statistics.shard_statistics(logits.detach(), target)
+        shard = row_sums.shard_statistics(logits.detach(), target)
         tensors = [*result, gradient.float(), *shard]
         runs.add(tuple(value.detach().cpu().numpy().tobytes() for value in tensors))
     assert len(runs) == 1

@@ -2,6 +2,7 @@
 
 import doctest
 from collections import UserDict
+from collections.abc import Callable
 from itertools import chain
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 
 from marginops import minimal_margin_score
 from marginops.training import (
@@ -202,6 +204,32 @@ def test_the_fused_head_chooses_as_the_logits_do() -> None:
     assert torch.equal(select_batch(network, inputs, 7), expected)
     assert torch.equal(select_batch(network, inputs, 7, head=network[-1]), expected)
     assert torch.equal(select_batch(whole, inputs, 7), expected)
+
+
+def make_sparse(network: nn.Sequential) -> None:
+    """Pruning computes the weight anew in a hook, so the one from before the step is stale."""
+    prune.l1_unstructured(network[-1], "weight", amount=0.5)
+    with torch.no_grad():
+        network[-1].weight_orig.neg_().mul_(torch.rand(4, 12))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        make_sparse,
+        lambda network: setattr(network[-1], "forward", lambda x: x[:, :4].sin()),
+        lambda network: network[-1].register_forward_hook(lambda _, args, output: -output),
+        lambda network: network.register_forward_hook(lambda _, args, output: -output),
+        lambda network: network.register_forward_pre_hook(lambda _, args: (-args[0],)),
+    ],
+)
+def test_a_network_that_does_more_is_run(change: Callable[[nn.Sequential], object]) -> None:
+    network, inputs = network_with_state(), torch.randn(40, 6)
+    change(network)
+    chosen = select_batch(network, inputs, 7)
+    with torch.no_grad():
+        logits = network.eval()(inputs)
+    assert torch.equal(chosen, expected_choice(logits, network[-1].weight, 7))
 
 
 def test_errors_name_what_to_pass() -> None:

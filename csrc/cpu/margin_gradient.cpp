@@ -91,8 +91,9 @@ void add_rows(const int64_t* key, const int64_t* end, int64_t base, const ValueO
 Tensor class_sum(const Tensor& key, const Tensor& coefficient, const Tensor& rows,
                  int64_t classes) {
   STD_TORCH_CHECK(rows.dim() == 2, "rows: expected shape [R, D]");
-  STD_TORCH_CHECK(classes >= 0, "classes: expected a number >= 0, got ", classes);
   const int64_t count = rows.size(0), columns = rows.size(1);
+  STD_TORCH_CHECK(classes >= 0 && classes <= INT64_MAX / std::max<int64_t>(count, 1),
+                  "classes: expected at least 0, and keys below 2**63, got ", classes);
   check_entries(key, coefficient, result_type(rows), classes * count);
   Tensor result = new_tensor({classes, columns}, result_type(rows));
   const auto* keys = static_cast<const int64_t*>(key.const_data_ptr());

@@ -1,4 +1,6 @@
 // The CUDA kernels of the ops declared in marginops/ops/margin*.py.
+#include <algorithm>
+
 #include "binding.h"
 
 namespace marginops::cuda {
@@ -105,7 +107,8 @@ Tensor class_sum_op(const Tensor& key, const Tensor& coefficient, const Tensor& 
   const Matrix summands = matrix(rows, "rows", key);
   const IndexVector entries = index_vector(key, "key", key);
   check_coefficient(coefficient, entries, summands.dtype, key);
-  STD_TORCH_CHECK(classes >= 0, "classes: expected at least 0, got ", classes);
+  STD_TORCH_CHECK(classes >= 0 && classes <= INT64_MAX / std::max<int64_t>(summands.rows, 1),
+                  "classes: expected at least 0, and keys below 2**63, got ", classes);
   STD_TORCH_CHECK(entries.size == 0 || summands.rows > 0, "rows: expected one for every key");
   const Launch launch(key);
   const Tensor dense_key = torch::stable::contiguous(key);

@@ -39,7 +39,8 @@ struct StatisticsGradient {
   const Vector *grad_margin, *grad_loss, *grad_confidence, *grad_entropy;  // or null, for 0
 };
 
-// grad_logits [N, C] of the dtype of logits.
+// grad_logits [N, C] of the dtype of logits. As for a shard, C may be 1, and a target or rival
+// outside [0, C) is none.
 cudaError_t sample_statistics_gradient(const Matrix& logits, const Target& target,
                                        const LogNorm& log_norm, const StatisticsGradient& gradient,
                                        void* grad_logits, cudaStream_t stream);

@@ -22,7 +22,7 @@ struct GradientView {
 };
 
 // One row of the gradient. The thread that writes the classes around the label or the rival also
-// writes these, afterwards.
+// writes these, afterwards. Those outside [0, C) belong to another shard of the logits.
 template <class Scalar, bool kDense>
 struct RowGradient {
   using Number = Value<Scalar>;
@@ -37,7 +37,6 @@ struct RowGradient {
     const int64_t n = row.position;
     const int64_t wanted = __ldg(from.target.index.data + n * from.target.index.stride);
     ignored = wanted == from.target.ignore_index;
-    MARGINOPS_DEVICE_ASSERT(ignored || row.has(wanted));
     label = ignored || !row.has(wanted) ? -1 : static_cast<int32_t>(wanted);
     const int64_t other = from.rival[n];
     rival = ignored || !row.has(other) ? -1 : static_cast<int32_t>(other);

@@ -73,7 +73,7 @@ Tensor sample_statistics_gradient_op(
     const std::optional<Tensor>& log_norm, const std::optional<Tensor>& grad_margin,
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_confidence,
     const std::optional<Tensor>& grad_entropy, int64_t ignore_index) {
-  const Matrix matrix = logits_of(logits);
+  const Matrix matrix = logits_of(logits, 1);
   const Target labels = target_of(target, matrix, logits, ignore_index);
   const LogNorm norm = log_norm_of(log_norm, matrix, logits);
   const auto column = [&](const Tensor& tensor, const char* name) {

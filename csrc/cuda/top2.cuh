@@ -56,7 +56,8 @@ struct TopAccumulator : Top2<Number> {
   }
 
   // Gives the classes that were never added their place: all of them are -inf (or NaN, and then the
-  // row's result is NaN anyway), so the lowest come next. Afterwards both classes are in range.
+  // row's result is NaN anyway), so the lowest come next. Afterwards both classes are in range if
+  // there are two.
   __device__ __forceinline__ void settle() {
     if (this->first == Top::kNone) this->first = 0;
     if (this->second == Top::kNone) this->second = this->first == 0 ? 1 : 0;

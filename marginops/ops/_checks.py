@@ -151,7 +151,8 @@ def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
     if bias is not None:
         check_bias_shape(bias, weight)
     others = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
-    autocast = torch.is_autocast_enabled(input.device.type)
+    # The meta device has no autocast, and asking for it is an error.
+    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     for name, value in others:
         # Autocast leaves float64 alone and casts the rest to one dtype.
         same_kind = torch.float64 not in (value.dtype, input.dtype)

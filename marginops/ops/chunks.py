@@ -1,4 +1,4 @@
-"""The logits of a linear head, a chunk of rows at a time, in one buffer that is used again."""
+"""The logits of a linear head, a tile of rows and classes at a time, in one buffer."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 MEBIBYTE = 1 << 20
-# As large as costs little memory: a product of few rows reads the whole weight for them. The
-# README has the measurement behind the CPU's; on CUDA nothing has been measured yet.
-CPU_CHUNK_BYTES = 32 * MEBIBYTE
+# Measured on the CPU: larger buffers do not stay in its cache. On CUDA nothing is measured yet.
+CPU_CHUNK_BYTES = 16 * MEBIBYTE
 CUDA_CHUNK_BYTES = 128 * MEBIBYTE
+# A product of few rows takes as long to read the weight as to multiply. From so many rows on,
+# tiles hold all classes; else they have so many rows, and the classes that there is room for.
+_ENOUGH_ROWS = 1024
+_TILE_ROWS = 2048
 
 
 def default_chunk_bytes(input: Tensor) -> int:
@@ -22,33 +25,59 @@ def row_bytes(weight: Tensor, dtype: torch.dtype | None) -> int | torch.SymInt:
     return weight.shape[0] * (dtype or weight.dtype).itemsize
 
 
-def logit_chunks(
+def tile_shape(
+    input: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype | None,
+    chunk_bytes: int | None,
+    whole_rows: bool = False,
+) -> tuple[int, int]:
+    """How many rows and classes of the logits to compute at once.
+
+    A product reads its features once for each piece of the classes, and its weight once for each
+    piece of the rows, so tiles are about square. ``whole_rows`` asks for all classes.
+    """
+    room = (chunk_bytes or default_chunk_bytes(input)) // (dtype or weight.dtype).itemsize
+    count, classes = len(input), len(weight)
+    rows = min(count, max(room // max(classes, 1), 1))
+    columns = classes
+    if not whole_rows and rows < min(count, _ENOUGH_ROWS):
+        rows = min(count, _TILE_ROWS, room)
+        columns = room // rows
+        columns -= columns % 64 if columns > 64 else 0
+    blocks = -(-count // max(rows, 1))  # of nearly equal size
+    return -(-count // max(blocks, 1)), min(columns, classes)
+
+
+def logit_tiles(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype | None,
-    chunk_bytes: int | None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their logits ``F.linear(input[rows], weight, bias)``, valid until the next.
+    shape: tuple[int, int],
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, classes, and their logits ``F.linear(input, weight, bias)``, valid until the next.
 
-    The product is in ``dtype``, or that of the arguments. Chunks are of nearly equal size; for no
-    rows at all there is one empty chunk.
+    The product is in ``dtype``, or that of the arguments. All classes of some rows come one after
+    the other; for no rows at all there is one empty tile.
     """
     dtype = dtype or weight.dtype
-    limit = chunk_bytes or default_chunk_bytes(input)
-    count = len(input)
-    most = max(limit // int(row_bytes(weight, dtype)), 1)
-    chunks = max(-(-count // most), 1)
-    size = max(-(-count // chunks), 1)
-    columns = weight.to(dtype).t()
+    weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    buffer = columns.new_empty((min(size, count), columns.shape[1]))
-    for start in range(0, max(count, 1), size):
-        rows = slice(start, min(start + size, count))
+    buffer = weight.new_empty(shape[0] * shape[1])
+    for rows in pieces(len(input), shape[0]):
         features = input[rows].to(dtype)
-        logits = buffer[: len(features)]
-        if bias is None:
-            torch.mm(features, columns, out=logits)
-        else:
-            torch.addmm(bias, features, columns, out=logits)
-        yield rows, logits
+        for classes in pieces(len(weight), shape[1]):
+            size = len(features), classes.stop - classes.start
+            logits = buffer[: size[0] * size[1]].view(size)
+            if bias is None:
+                torch.mm(features, weight[classes].t(), out=logits)
+            else:
+                torch.addmm(bias[classes], features, weight[classes].t(), out=logits)
+            yield rows, classes, logits
+
+
+def pieces(count: int, size: int) -> Iterator[slice]:
+    """``range(count)`` in pieces of a size; of nothing, one empty piece."""
+    for start in range(0, max(count, 1), max(size, 1)):
+        yield slice(start, min(start + size, count))

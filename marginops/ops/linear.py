@@ -1,8 +1,8 @@
 """Margins, scores, statistics and selections of a linear head whose logits never exist.
 
 Each equals the op of the same name without ``linear_`` on ``F.linear(input, weight, bias)``. The
-logits are computed by the vendor's matrix product, a chunk of rows at a time in one buffer, and
-read while they are there.
+logits are computed by the vendor's matrix product, a tile of rows and classes at a time in one
+buffer, and read while they are there.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def linear_classification_margin(
         bias: ``[C]`` in the dtype of ``weight``.
         log_norm: Logarithm of the norm product, see :func:`classification_margin`.
         ignore_index: Samples with this target get ``+inf`` and no gradient.
-        chunk_bytes: Room for logits, at least one row of them; by default 32 MiB on the CPU and
-            128 MiB on CUDA. More helps only until the product is as fast as one of all rows.
+        chunk_bytes: Room for logits, at least one row of them; by default 16 MiB on the CPU,
+            where a tile then stays in cache, and 128 MiB on CUDA. Less makes the product slower.
         group: The ``torch.distributed`` group over which the classes are spread: every rank
             passes the same ``input`` and ``target``, and its own rows of ``weight`` and ``bias``
             in the order of ranks. Targets count all classes. All ranks have to run the same
@@ -62,7 +62,8 @@ def linear_classification_margin(
 
     Returns:
         ``[N]``, float64 for float64 input, else float32, the same on every rank of ``group``. The
-        product is in the dtype of the arguments, or under autocast in that of autocast.
+        product is in the dtype of the arguments, or under autocast in that of autocast, for which
+        ``weight`` is copied.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or ranks
@@ -185,7 +186,8 @@ def linear_sample_statistics(
     ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable (once) in ``input``,
     ``weight`` and ``bias``, the margin also in ``log_norm``. The gradient of the margin alone
     needs no logits; that of the others computes them again, chunk by chunk, in the same room.
-    Deterministic. Beside the results O(N) and ``chunk_bytes``.
+    Deterministic. Beside the results O(N) and ``chunk_bytes``, and backward in half precision the
+    sums of the gradient of ``weight`` in float32.
 
     Example:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from . import margin_pair as pairs
+from . import row_sums
 from ._library import define, raise_no_second_derivative, result_dtype
-from .chunks import logit_chunks
+from .chunks import logit_tiles, tile_shape
 from .margin_gradient import boundary_gradient, log_norm_gradient, sum_pairs
+from .row_sums import RowSums
 from .select import select_smallest_op
 
 Tensors = tuple[Tensor, ...]
@@ -29,16 +31,49 @@ def _margin(
     dtype: torch.dtype | None,
     chunk_bytes: int | None,
 ) -> Tensors:
+    shape = tile_shape(input, weight, dtype, chunk_bytes)
+    if shape[1] < len(weight):
+        ignored, label = pairs.checked_target(target, len(weight), ignore_index)
+        rows = head_sums(input, weight, bias, label, dtype, shape)
+        return row_sums.finish_exactly(rows, label, ignored, None, log_norm)[:2]
     parts = [
         pairs.classification_margin_rival(logits, target[rows], log_norm, None, ignore_index)
-        for rows, logits in logit_chunks(input, weight, bias, dtype, chunk_bytes)
+        for rows, _, logits in logit_tiles(input, weight, bias, dtype, shape)
     ]
     return join(parts)
+
+
+def head_sums(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    label: Tensor,
+    dtype: torch.dtype | None,
+    shape: tuple[int, int],
+) -> RowSums:
+    """The sums of all rows, from those of tiles."""
+    complete, parts = [], []
+    for rows, classes, logits in logit_tiles(input, weight, bias, dtype, shape):
+        parts.append(row_sums.piece_sums(logits, label[rows], classes))
+        if classes.stop == len(weight):
+            complete.append(row_sums.merge(parts))
+            parts = []
+    return RowSums(*join(complete))
 
 
 def join(parts: Sequence[Tensors]) -> Tensors:
     """The results of all chunks, each in one piece."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def in_norm(
+    weight: Tensor, bias: Tensor | None, bias_in_norm: bool, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the norms of scores are of; autocast allows any mixture of dtypes."""
+    bias = bias if bias_in_norm else None
+    if dtype is None:
+        return weight, bias
+    return weight.float(), None if bias is None else bias.float()
 
 
 def _score(
@@ -50,13 +85,17 @@ def _score(
     dtype: torch.dtype | None,
     chunk_bytes: int | None,
 ) -> Tensors:
-    norm_bias = bias if bias_in_norm else None
-    norm_weight = weight
-    if dtype is not None:  # autocast: any mixture; the arithmetic of norms is in float32
-        norm_weight = weight.float()
-        norm_bias = None if norm_bias is None else norm_bias.float()
+    norm_weight, norm_bias = in_norm(weight, bias, bias_in_norm, dtype)
+    shape = tile_shape(input, weight, dtype, chunk_bytes, whole_rows=nearest)
+    if shape[1] < len(weight):
+        label = torch.zeros(len(input), dtype=torch.int64, device=input.device)
+        rows = head_sums(input, weight, bias, label, dtype, shape)
+        pair, difference = row_sums.top_pair(rows)
+        distance = pairs.pair_distance(norm_weight, norm_bias, pair)
+        distance = torch.where(rows.has_nan, torch.nan, distance)
+        return pairs.boundary_distance(difference, distance), pair, distance
     parts = []
-    for _, logits in logit_chunks(input, weight, bias, dtype, chunk_bytes):
+    for _, _, logits in logit_tiles(input, weight, bias, dtype, shape):
         pair, distance = pairs.minimal_margin_pair(logits, norm_weight, norm_bias, None, nearest)
         first, second = logits.gather(1, pair).to(distance.dtype).unbind(1)
         parts.append((pairs.boundary_distance(first - second, distance), pair, distance))
@@ -146,7 +185,9 @@ def margin_head_gradient(
     (i, j) is the pair of sample k; head is the features of these samples, weight and bias.
     """
     features, weight, bias = head
-    first, second = (classes.rows(weight, pair[:, side]) for side in (0, 1))
+    # Alike on all ranks that share a head, which have to exchange these rows together.
+    if needs_grad[0] or of_distance is not None:
+        first, second = (classes.rows(weight, pair[:, side]) for side in (0, 1))
     bias_value = value
     if of_distance is not None and bias is not None and bias_in_norm:
         one, other = (classes.rows(bias, pair[:, side]).to(value.dtype) for side in (0, 1))

@@ -16,21 +16,20 @@ from torch import Tensor
 
 from . import _checks as checks
 from . import margin_pair as pairs
-from . import statistics
+from . import row_sums, statistics
 from ._library import result_dtype
 from .chunks import CPU_CHUNK_BYTES
-from .linear_margin import label_pair, margin_head_gradient
+from .linear_margin import in_norm, label_pair, margin_head_gradient
 from .linear_statistics import linear_statistics_gradient
 from .margin import check_norm, check_rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
+from .row_sums import IGNORED
 from .select import select_smallest_op
-from .shard import Shard, open_shard, records_gradient, row_sums
+from .shard import Shard, open_shard, records_gradient, sums_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Beside classes, the target of a row that is ignored.
-_IGNORED = -2
 # The most bytes of rows of the weight that are exchanged at once; the same on all ranks.
 _EXCHANGED_BYTES = CPU_CHUNK_BYTES
 
@@ -46,15 +45,8 @@ def _fields(
     """The fields of ``sample_statistics_op``."""
     ignored = target == ignore_index
     label = torch.where(ignored, 0, target)
-    rows = row_sums(shard, *head, label)
-    fields = statistics.finish(rows, label, ignored, input_norm, log_norm)
-    # The margin by its own op, from two logits a row, so that not a bit differs.
-    leads = rows.classes[:, 0] == label
-    own = torch.where(rows.top[:, 0].isnan(), torch.nan, rows.own)
-    logits = torch.stack((own, torch.where(leads, rows.top[:, 1], rows.top[:, 0])), 1)
-    first = torch.where(ignored, _IGNORED, 0)
-    margin, _ = pairs.classification_margin_rival(logits, first, log_norm, None, _IGNORED)
-    return margin, *fields[1:]
+    rows = sums_over_ranks(shard, *head, label)
+    return row_sums.finish_exactly(rows, label, ignored, input_norm, log_norm)
 
 
 def _scores(
@@ -62,21 +54,19 @@ def _scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, their pairs of classes, and the distances of these."""
     label = input.new_zeros(len(input), dtype=torch.int64)
-    rows = row_sums(shard, input, weight, bias, label)
-    first, second = rows.top.unbind(1)
-    nan = first.isnan()
-    pair = torch.where(nan.unsqueeze(1), torch.arange(2, device=nan.device), rows.classes)
-    norm_bias = bias if bias_in_norm else None
+    rows = sums_over_ranks(shard, input, weight, bias, label)
+    pair, difference = row_sums.top_pair(rows)
+    norm_weight, norm_bias = in_norm(weight, bias, bias_in_norm, shard.dtype)
     row_bytes = max(weight.shape[1], 1) * result_dtype(weight.dtype).itemsize
     parts = []
     for part in pair.split(max(_EXCHANGED_BYTES // (2 * row_bytes), 1)):
         classes = part.flatten()
-        both = shard.rows(weight, classes)
+        both = shard.rows(norm_weight, classes)
         both_bias = None if norm_bias is None else shard.rows(norm_bias, classes)
         own = torch.arange(len(classes), device=classes.device).view(-1, 2)
         parts.append(pairs.pair_distance(both, both_bias, own))
-    distance = torch.where(nan, torch.nan, torch.cat(parts))
-    return pairs.boundary_distance(first - second, distance), pair, distance
+    distance = torch.where(rows.has_nan, torch.nan, torch.cat(parts))
+    return pairs.boundary_distance(difference, distance), pair, distance
 
 
 def _only_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +119,7 @@ class _Statistics(torch.autograd.Function):
                 value, pair, tuple(head), shard.dtype, ctx.needs_input_grad, classes=shard
             )
         else:
-            local = torch.where(target == ignore_index, _IGNORED, shard.local(target))
+            local = torch.where(target == ignore_index, IGNORED, shard.local(target))
             logits_follow = confidence, entropy, maximum, log_sum, log_norm, *fields
             gradients = _dense_gradient(
                 shard, head, ctx.needs_input_grad, local, shard.local(rival), *logits_follow
@@ -145,7 +135,7 @@ def _dense_gradient(
     input, weight, bias = head
     if len(weight):
         grad_input, grad_weight, grad_bias = linear_statistics_gradient(
-            *head, *statistics, _IGNORED, shard.dtype, shard.chunk_bytes, *needs_grad[:2]
+            *head, *statistics, IGNORED, shard.dtype, shard.chunk_bytes, *needs_grad[:2]
         )
     else:
         grad_input, grad_weight = torch.zeros_like(input), torch.zeros_like(weight)
@@ -263,7 +253,8 @@ def classification_margin(
     with torch.no_grad():
         margin, rival, *_ = _fields(shard, head, target, log_norm, ignore_index)
     margin, *chosen = _smallest(margin, k)
-    input, target, rival = (value[chosen] if chosen else value for value in (input, target, rival))
+    if chosen:
+        input, target, rival = (value[chosen[0]] for value in (input, target, rival))
     margin = _Margin.apply(
         input, weight, bias, log_norm, margin, target, rival, ignore_index, shard
     )
@@ -293,9 +284,8 @@ def minimal_margin_score(
     with torch.no_grad():
         score, pair, distance = _scores(shard, *head, bias_in_norm)
     score, *chosen = _smallest(score, k)
-    input, pair, distance = (
-        value[chosen] if chosen else value for value in (input, pair, distance)
-    )
+    if chosen:
+        input, pair, distance = (value[chosen[0]] for value in (input, pair, distance))
     score = _Score.apply(input, weight, bias, score, pair, distance, bias_in_norm, shard)
     return score, *chosen
 

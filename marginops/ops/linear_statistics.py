@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import statistics
+from . import margin_pair as pairs
+from . import row_sums, statistics
 from ._library import define, raise_no_second_derivative, result_dtype, save_nothing
-from .chunks import default_chunk_bytes, logit_chunks
-from .linear_margin import join, label_pair, margin_head_gradient
+from .chunks import default_chunk_bytes, logit_tiles, tile_shape
+from .linear_margin import head_sums, join, label_pair, margin_head_gradient
 from .margin_gradient import log_norm_gradient
+from .row_sums import IGNORED, within
 
 Tensors = tuple[Tensor, ...]
 
@@ -24,12 +26,21 @@ def _statistics(
     dtype: torch.dtype | None,
     chunk_bytes: int | None,
 ) -> Tensors:
-    parts = []
-    for rows, logits in logit_chunks(input, weight, bias, dtype, chunk_bytes):
-        norm = torch.linalg.vector_norm(input[rows], dim=1, dtype=result_dtype(input.dtype))
-        parts.append(
-            statistics.sample_statistics_op(logits, target[rows], norm, log_norm, ignore_index)
-        )
+    shape = tile_shape(input, weight, dtype, chunk_bytes)
+    norm = torch.cat(
+        [
+            torch.linalg.vector_norm(part, dim=1, dtype=result_dtype(input.dtype))
+            for part in input.split(max(shape[0], 1))
+        ]
+    )
+    if shape[1] < len(weight):
+        ignored, label = pairs.checked_target(target, len(weight), ignore_index)
+        sums = head_sums(input, weight, bias, label, dtype, shape)
+        return row_sums.finish_exactly(sums, label, ignored, norm, log_norm)
+    parts = [
+        statistics.sample_statistics_op(logits, target[rows], norm[rows], log_norm, ignore_index)
+        for rows, _, logits in logit_tiles(input, weight, bias, dtype, shape)
+    ]
     return join(parts)
 
 
@@ -54,33 +65,48 @@ def _gradient(
     of_input: bool,
     of_weight: bool,
 ) -> Tensors:
-    saved = target, rival, confidence, entropy, maximum, log_sum
+    saved = confidence, entropy, maximum, log_sum
     grads = grad_margin, grad_loss, grad_confidence, grad_entropy
+    target = torch.where(target == ignore_index, IGNORED, target)
     columns = weight.to(dtype or weight.dtype)
-    accumulator = result_dtype(columns.dtype)
+    total = result_dtype(columns.dtype)
     grad_input = input.new_empty(input.shape if of_input else (0, 0))
-    grad_weight = columns.new_zeros(columns.shape if of_weight else (0, 0), dtype=accumulator)
-    grad_bias = columns.new_zeros(columns.shape[0], dtype=accumulator)
+    grad_weight = columns.new_zeros(columns.shape if of_weight else (0, 0), dtype=total)
+    grad_bias = columns.new_zeros(columns.shape[0], dtype=total)
     # The gradient of the logits lies beside them, so each has half of the room.
     room = (chunk_bytes or default_chunk_bytes(input)) // 2
-    for rows, logits in logit_chunks(input, columns, bias, dtype, room):
-        chunk = (value[rows] for value in saved)
-        chunk_grads = (None if grad is None else grad[rows] for grad in grads)
+    shape = tile_shape(input, columns, None, max(room, columns.dtype.itemsize))
+    for rows, classes, logits in logit_tiles(input, columns, bias, columns.dtype, shape):
+        local = torch.where(target[rows] == IGNORED, IGNORED, within(target[rows], classes))
         grad_logits = statistics.sample_statistics_gradient(
-            logits, *chunk, log_norm, *chunk_grads, ignore_index
+            logits,
+            local,
+            within(rival[rows], classes),
+            *(value[rows] for value in saved),
+            log_norm,
+            *(None if grad is None else grad[rows] for grad in grads),
+            IGNORED,
         )
         if of_input:
-            grad_input[rows] = grad_logits.mm(columns)
+            if classes.start == 0:
+                of_rows = columns.new_zeros((len(logits), columns.shape[1]), dtype=total)
+            _add_product(of_rows, grad_logits, columns[classes])
+            if classes.stop == len(columns):
+                grad_input[rows] = of_rows
         if of_weight:
-            features = input[rows].to(columns.dtype)
-            if columns.dtype == accumulator:
-                grad_weight.addmm_(grad_logits.t(), features)
-            else:
-                grad_weight += grad_logits.t().mm(features)
-        grad_bias += grad_logits.sum(0, dtype=accumulator)
-        del grad_logits  # or the next chunk's would lie beside it
+            _add_product(grad_weight[classes], grad_logits.t(), input[rows].to(columns.dtype))
+        grad_bias[classes] += grad_logits.sum(0, dtype=total)
+        del grad_logits  # or the next one would lie beside it
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return grad_input, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """In float32 also for products of half precision."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    else:
+        total += one.mm(other)
 
 
 def _gradient_fake(

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from . import _checks as checks
 from ._library import result_dtype
-from .chunks import logit_chunks
-from .linear_margin import join
+from .chunks import tile_shape
+from .linear_margin import head_sums
 from .margin_gradient import sum_pairs
-from .statistics import RowSums, shard_statistics
-
-# A class that another rank has.
-ELSEWHERE = -1
+from .row_sums import ELSEWHERE, RowSums, merge, within
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,14 @@ class Shard:
     dtype: torch.dtype | None
     chunk_bytes: int | None
 
+    @property
+    def classes(self) -> slice:
+        """This rank's among all."""
+        return slice(self.start, self.stop)
+
     def local(self, classes: Tensor) -> Tensor:
         """Classes of all as classes of this rank, or elsewhere."""
-        here = (classes >= self.start) & (classes < self.stop)
-        return torch.where(here, classes - self.start, ELSEWHERE)
+        return within(classes, self.classes)
 
     def gather(self, value: Tensor) -> Tensor:
         """[R, ...]: the tensors of all ranks."""
@@ -177,43 +178,18 @@ def _exchange(group: Any, check: Callable[[], _Found]) -> list[_Found]:
     return everyone
 
 
-def row_sums(
+def sums_over_ranks(
     shard: Shard, input: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor
 ) -> RowSums:
     """The sums of whole rows, from those of each rank; ``label`` is a class of all."""
-    local = shard.local(label)
     if len(weight):
-        chunks = logit_chunks(input, weight, bias, shard.dtype, shard.chunk_bytes)
-        values, classes = join([shard_statistics(logits, local[rows]) for rows, logits in chunks])
+        shape = tile_shape(input, weight, shard.dtype, shard.chunk_bytes)
+        local = shard.local(label)
+        values, classes = head_sums(input, weight, bias, local, shard.dtype, shape)
+        classes = torch.where(classes < 0, classes, classes + shard.start)
     else:
         values = input.new_zeros((len(input), 6), dtype=result_dtype(input.dtype))
         values[:, :2] = -torch.inf
         classes = label.new_full((len(input), 2), -1)
-    none = sum(shard.sizes)  # after all classes
-    classes = torch.where(classes < 0, none, classes + shard.start)
-    return _merge(shard, shard.gather(values), shard.gather(classes), label)
-
-
-def _merge(shard: Shard, values: Tensor, classes: Tensor, label: Tensor) -> RowSums:
-    """[R, N, 6] and [R, N, 2] of all ranks to those of whole rows."""
-    candidates, order = classes.transpose(0, 1).flatten(1).sort(dim=1, stable=True)
-    tops = values[:, :, :2].transpose(0, 1).flatten(1).gather(1, order)
-    tops, order = tops.sort(dim=1, descending=True, stable=True)
-    candidates = candidates.gather(1, order)
-    maximum, leader = tops[:, 0], candidates[:, 0]
-
-    ends = torch.tensor(shard.sizes, device=label.device).cumsum(0)
-    owner = torch.bucketize(label, ends, right=True)
-    own = values[owner, torch.arange(len(label), device=label.device), 2]
-
-    first, others, weighted, squares = values[:, :, 0], *values[:, :, 3:].unbind(2)
-    offset = first - maximum
-    scale = offset.exp()
-    # The sums of a rank leave out its largest logit, those of the row only the largest of all.
-    left_out = (classes[:, :, 0] != leader).to(values.dtype)
-    sums = (
-        scale * (others + left_out),
-        torch.where(scale == 0, 0, scale * (weighted + offset * (others + left_out))),
-        scale.square() * (squares + left_out),
-    )
-    return RowSums(tops[:, :2], candidates[:, :2], own, torch.stack([x.sum(0) for x in sums], 1))
+    parts = zip(shard.gather(values), shard.gather(classes), strict=True)
+    return merge([RowSums(*part) for part in parts])

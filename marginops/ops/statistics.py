@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _checks as checks
 from . import margin_pair as pairs
+from . import row_sums
 from ._library import define, raise_no_second_derivative, result_dtype, save_nothing
 from .margin_gradient import log_norm_gradient
 
@@ -103,97 +104,6 @@ def as_statistics(fields: tuple[Tensor, ...], has_gradient_norm: bool) -> Sample
     return statistics if has_gradient_norm else statistics._replace(gradient_norm=None)
 
 
-class RowSums(NamedTuple):
-    """What all statistics follow from; the sums leave out the largest logit, whose term is 1.
-
-    Attributes:
-        top: ``[N, 2]``, the two largest logits.
-        classes: ``[N, 2]``, their classes.
-        own: ``[N]``, the logit of the target.
-        sums: ``[N, 3]``, over the others, with x the logit minus the largest: of exp(x), of
-            exp(x) * x, and of exp(x) squared.
-    """
-
-    top: Tensor
-    classes: Tensor
-    own: Tensor
-    sums: Tensor
-
-
-def finish(
-    rows: RowSums,
-    target: Tensor,
-    ignored: Tensor,
-    input_norm: Tensor | None,
-    log_norm: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """The fields of ``sample_statistics`` from the sums of its rows."""
-    maximum, own = rows.top[:, 0], rows.own
-    others, weighted, squares = rows.sums.unbind(1)
-    nan = maximum.isnan()
-    leads = rows.classes[:, 0] == target
-    rival = torch.where(leads, rows.classes[:, 1], rows.classes[:, 0])
-    rival = torch.where(nan, (target == 0).to(torch.int64), rival)
-    margin = pairs.normalize(own - torch.where(leads, rows.top[:, 1], maximum), log_norm)
-
-    unknown = ~maximum.isfinite()
-    log_sum = torch.where(unknown, torch.nan, torch.log1p(others))
-    total = 1 + others
-    own_term = torch.exp(own - maximum)
-    confidence = own_term / total
-    entropy = log_sum - weighted / total
-    of_leader = torch.sqrt(others.square() + squares) / total
-    of_others = torch.sqrt(
-        ((squares - own_term.square()).clamp(min=0) + 1) / total.square() + (1 - confidence) ** 2
-    )
-    el2n = torch.where(leads, of_leader, of_others)
-    fields = (log_sum - (own - maximum), confidence, entropy, el2n)
-    loss, confidence, entropy, el2n = (torch.where(unknown, torch.nan, field) for field in fields)
-    el2n = torch.where(ignored, 0, el2n)
-    if input_norm is None:
-        gradient_norm = el2n.new_empty(0)
-    else:
-        gradient_norm = torch.where(
-            ignored, 0, el2n * torch.hypot(input_norm.new_ones(()), input_norm)
-        )
-    return (
-        torch.where(ignored, torch.inf, torch.where(nan, torch.nan, margin)),
-        torch.where(ignored, 0, rival),
-        torch.where(ignored, 0, loss),
-        torch.where(ignored, 1, confidence),
-        torch.where(ignored, 0, entropy),
-        (leads & ~nan) | ignored,
-        el2n,
-        gradient_norm,
-        maximum.clone(),
-        log_sum,
-    )
-
-
-def _row_sums(logits: Tensor, label: Tensor) -> RowSums:
-    """``label`` is a class of every row."""
-    values = logits.to(result_dtype(logits.dtype))
-    nan = values.isnan().any(1)
-    first = values.argmax(1)
-    others = values.scatter(1, first.unsqueeze(1), -torch.inf)
-    # With two classes or more argmax lands on the first itself only where all others are -inf.
-    second = others.argmax(1) if logits.shape[1] > 1 else torch.full_like(first, -1)
-    second = torch.where(second == first, (first == 0).to(torch.int64), second)
-    maximum = torch.where(nan, torch.nan, values.amax(1))
-    offset = others - maximum.unsqueeze(1)
-    offset = torch.where(others == -torch.inf, -torch.inf, offset)
-    term = offset.exp()
-    weighted = torch.where(term == 0, 0, term * offset)
-    sums = torch.stack((term.sum(1), weighted.sum(1), term.square().sum(1)), 1)
-    second_value = others.amax(1) if logits.shape[1] > 1 else torch.full_like(maximum, -torch.inf)
-    return RowSums(
-        torch.stack((maximum, second_value), 1),
-        torch.stack((first, second), 1),
-        values.gather(1, label.unsqueeze(1)).squeeze(1),
-        sums,
-    )
-
-
 def _statistics_reference(
     logits: Tensor,
     target: Tensor,
@@ -202,7 +112,8 @@ def _statistics_reference(
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
     ignored, label = pairs.checked_target(target, logits.shape[1], ignore_index)
-    return finish(_row_sums(logits, label), label, ignored, input_norm, log_norm)
+    rows = row_sums.reference(logits, label)
+    return row_sums.finish(rows, label, ignored, input_norm, log_norm)
 
 
 def statistics_like(
@@ -278,21 +189,6 @@ def _gradient_fake(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _shard_reference(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    here = (target >= 0) & (target < logits.shape[1])
-    rows = _row_sums(logits, torch.where(here, target, 0))
-    values = torch.cat((rows.top, torch.where(here, rows.own, 0).unsqueeze(1), rows.sums), 1)
-    return values, rows.classes
-
-
-def _shard_fake(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    rows = logits.shape[0]
-    return (
-        logits.new_empty((rows, 6), dtype=result_dtype(logits.dtype)),
-        logits.new_empty((rows, 2), dtype=torch.int64),
-    )
-
-
 def _statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, _, log_norm, ctx.ignore_index = inputs
     margin, rival, _, confidence, entropy, *_, maximum, log_sum = output
@@ -345,9 +241,4 @@ sample_statistics_gradient = define(
     _gradient_fake,
     backward=raise_no_second_derivative("sample_statistics"),
     setup_context=save_nothing,
-)
-shard_statistics = define(
-    "shard_statistics(Tensor logits, Tensor target) -> (Tensor, Tensor)",
-    _shard_reference,
-    _shard_fake,
 )

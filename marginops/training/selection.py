@@ -149,7 +149,15 @@ def _body_and_head(
     last = network[-1]
     if type(last) is not nn.Linear or head not in (None, last):
         return None
+    if not (_is_plain(network) and _is_plain(last)):
+        return None
     return nn.Sequential(*list(network)[:-1]), last
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call does what its class says; hooks (of pruning, say) and patches do more."""
+    hooks = module._forward_pre_hooks or module._forward_hooks
+    return not hooks and "forward" not in vars(module)
 
 
 def _output(network: nn.Module, inputs: Any, name: str, shape: str) -> Tensor:

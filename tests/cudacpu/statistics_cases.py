@@ -139,13 +139,18 @@ def shard_case(logits: Tensor, target: Tensor, label: str) -> Checked:
 
 
 def sample_statistics_gradient(small: bool = False) -> Iterator[Checked]:
-    """The gradient for every choice of fields, dense ones or the margin's alone."""
+    """The gradient for every choice of fields, dense ones or the margin's alone; and of shards."""
     choices = [("grad_loss",), ("grad_margin",), DENSE, ("grad_margin", *DENSE), (), DENSE[2:]]
     norms = itertools.cycle((None, 3.5, -5.0))
     for turn, (logits, label, seed) in enumerate(statistics_logits(small)):
         target = target_for(logits, seed, LAYOUTS[seed % 4])
         given = choices[turn % len(choices)]
         yield gradient_case(logits, target, given, next(norms), seed, f"{label} {given}")
+        if seed % 3 == 0:
+            begin, width = logits.shape[1] // 3, logits.shape[1] // 2
+            shard = slice(begin, begin + width)
+            yield gradient_case(logits, target, DENSE, None, seed, f"{label} {shard}", shard)
+            yield gradient_case(logits, target, given, 3.5, seed, f"{label} {shard}", shard)
 
 
 def gradient_case(
@@ -155,8 +160,12 @@ def gradient_case(
     norm: float | None,
     seed: int,
     label: str,
+    shard: slice = slice(0, None),
 ) -> Checked:
-    """One gradient, from the statistics that the forward op would have saved."""
+    """One gradient, from the statistics that the forward op would have saved.
+
+    It is asked for the classes of ``shard`` only, and labels and rivals may be others.
+    """
     result, count = expected.result_dtype(logits.dtype), len(logits)
     statistics = expected.softmax(logits, target, IGNORE)
     rival = expected.rivals(logits, target, None, IGNORE)
@@ -180,12 +189,19 @@ def gradient_case(
         wanted, size = expected.statistics_gradients(logits, labels, rival, numbers, scale)
         error = torch.finfo(result).eps * 32 * np.where(np.isfinite(size), size, 0)
         actual = expected.as_float64(outputs["grad_logits"])
-        assert_within(actual, wanted, error, logits.dtype)
+        assert_within(actual, wanted[:, shard], error[:, shard], logits.dtype)
 
     numbers: dict[str, int | float] = {"ignore_index": IGNORE}
     if norm is not None:
         numbers["log_norm"] = norm
-    inputs = {"logits": logits, "target": target, "rival": torch.tensor(rival), **columns}
-    outputs = {"grad_logits": (logits.dtype, tuple(logits.shape))}
+    part = logits[:, shard]
+    local = torch.where(target == IGNORE, IGNORE, target - shard.start)
+    inputs = {
+        "logits": part,
+        "target": laid_out(local, LAYOUTS[seed % 4]),
+        "rival": torch.tensor(rival, dtype=torch.int64) - shard.start,
+        **columns,
+    }
+    outputs = {"grad_logits": (logits.dtype, tuple(part.shape))}
     case = Case("sample_statistics_gradient", numbers, inputs, outputs)
     return Checked(case, check, label)

@@ -1,0 +1,190 @@
+"""What all statistics of a row of logits follow from, when pieces of the row are read apart."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import margin_pair as pairs
+from ._library import define, result_dtype
+
+# In the place of a target or rival: a class that these logits are not of.
+ELSEWHERE = -1
+# In the place of a target whose row is ignored, where others count from the start of a piece.
+IGNORED = -2
+
+
+class RowSums(NamedTuple):
+    """What all statistics follow from.
+
+    Attributes:
+        values: ``[N, 6]``: the two largest logits, that of the target (0 if it is elsewhere), and
+            three sums over all classes but that of the largest logit, whose term is 1; with x the
+            logit minus the largest: of exp(x), of exp(x) * x, and of exp(x) squared.
+        classes: ``[N, 2]``, those of the two largest logits; -1 for the second if there is none.
+    """
+
+    values: Tensor
+    classes: Tensor
+
+    @property
+    def has_nan(self) -> Tensor:
+        """The rows with a NaN."""
+        return self.values[:, 0].isnan()
+
+
+def within(classes: Tensor, piece: slice) -> Tensor:
+    """Classes of the whole row as those of a piece of it, or elsewhere."""
+    here = (classes >= piece.start) & (classes < piece.stop)
+    return torch.where(here, classes - piece.start, ELSEWHERE)
+
+
+def merge(parts: list[RowSums]) -> RowSums:
+    """The sums of rows from those of pieces of them, whose classes count from the whole row."""
+    if len(parts) == 1:
+        return parts[0]
+    values, classes = map(torch.stack, zip(*parts, strict=True))
+    none = torch.iinfo(torch.int64).max  # after all classes
+    candidates = torch.where(classes < 0, none, classes).transpose(0, 1).flatten(1)
+    candidates, order = candidates.sort(dim=1, stable=True)
+    tops = values[:, :, :2].transpose(0, 1).flatten(1).gather(1, order)
+    tops, order = tops.sort(dim=1, descending=True, stable=True)
+    candidates = candidates.gather(1, order)
+    maximum, leader = tops[:, 0], candidates[:, 0]
+
+    first, own, others, weighted, squares = values[:, :, [0, 2, 3, 4, 5]].unbind(2)
+    offset = torch.where(first == -torch.inf, -torch.inf, first - maximum)
+    scale = offset.exp()
+    # The sums of a piece leave out its largest logit, those of the row only the largest of all.
+    left_out = (classes[:, :, 0] != leader).to(values.dtype)
+    sums = (
+        own,
+        scale * (others + left_out),
+        torch.where(scale == 0, 0, scale * (weighted + offset * (others + left_out))),
+        scale.square() * (squares + left_out),
+    )
+    merged = torch.stack([tops[:, 0], tops[:, 1], *(part.sum(0) for part in sums)], 1)
+    return RowSums(merged, candidates[:, :2])
+
+
+def reference(logits: Tensor, label: Tensor) -> RowSums:
+    """From the definition; ``label`` is a class of every row."""
+    values = logits.to(result_dtype(logits.dtype))
+    nan = values.isnan().any(1)
+    first = values.argmax(1)
+    others = values.scatter(1, first.unsqueeze(1), -torch.inf)
+    # With two classes or more argmax lands on the first itself only where all others are -inf.
+    second = others.argmax(1) if logits.shape[1] > 1 else torch.full_like(first, -1)
+    second = torch.where(second == first, (first == 0).to(torch.int64), second)
+    maximum = torch.where(nan, torch.nan, values.amax(1))
+    offset = others - maximum.unsqueeze(1)
+    offset = torch.where(others == -torch.inf, -torch.inf, offset)
+    term = offset.exp()
+    weighted = torch.where(term == 0, 0, term * offset)
+    second_value = others.amax(1) if logits.shape[1] > 1 else torch.full_like(maximum, -torch.inf)
+    own = values.gather(1, label.unsqueeze(1)).squeeze(1)
+    sums = term.sum(1), weighted.sum(1), term.square().sum(1)
+    return RowSums(
+        torch.stack((maximum, second_value, own, *sums), 1), torch.stack((first, second), 1)
+    )
+
+
+def finish(
+    rows: RowSums,
+    target: Tensor,
+    ignored: Tensor,
+    input_norm: Tensor | None,
+    log_norm: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The fields of ``sample_statistics_op`` from the sums of its rows."""
+    maximum, second, own, others, weighted, squares = rows.values.unbind(1)
+    nan = rows.has_nan
+    leads = rows.classes[:, 0] == target
+    rival = torch.where(leads, rows.classes[:, 1], rows.classes[:, 0])
+    rival = torch.where(nan, (target == 0).to(torch.int64), rival)
+    margin = pairs.normalize(own - torch.where(leads, second, maximum), log_norm)
+
+    unknown = ~maximum.isfinite()
+    log_sum = torch.where(unknown, torch.nan, torch.log1p(others))
+    total = 1 + others
+    own_term = torch.exp(own - maximum)
+    confidence = own_term / total
+    entropy = log_sum - weighted / total
+    of_leader = torch.sqrt(others.square() + squares) / total
+    of_others = torch.sqrt(
+        ((squares - own_term.square()).clamp(min=0) + 1) / total.square() + (1 - confidence) ** 2
+    )
+    el2n = torch.where(leads, of_leader, of_others)
+    fields = (log_sum - (own - maximum), confidence, entropy, el2n)
+    loss, confidence, entropy, el2n = (torch.where(unknown, torch.nan, field) for field in fields)
+    el2n = torch.where(ignored, 0, el2n)
+    if input_norm is None:
+        gradient_norm = el2n.new_empty(0)
+    else:
+        gradient_norm = torch.where(
+            ignored, 0, el2n * torch.hypot(input_norm.new_ones(()), input_norm)
+        )
+    return (
+        torch.where(ignored, torch.inf, torch.where(nan, torch.nan, margin)),
+        torch.where(ignored, 0, rival),
+        torch.where(ignored, 0, loss),
+        torch.where(ignored, 1, confidence),
+        torch.where(ignored, 0, entropy),
+        (leads & ~nan) | ignored,
+        el2n,
+        gradient_norm,
+        maximum.clone(),
+        log_sum,
+    )
+
+
+def finish_exactly(
+    rows: RowSums,
+    target: Tensor,
+    ignored: Tensor,
+    input_norm: Tensor | None,
+    log_norm: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """:func:`finish`, with margins bit for bit those of whole rows: by the op, of two logits."""
+    fields = finish(rows, target, ignored, input_norm, log_norm)
+    maximum, second, own = rows.values[:, :3].unbind(1)
+    own = torch.where(rows.has_nan, torch.nan, own)
+    logits = torch.stack((own, torch.where(rows.classes[:, 0] == target, second, maximum)), 1)
+    first = torch.where(ignored, IGNORED, 0)
+    margin, _ = pairs.classification_margin_rival(logits, first, log_norm, None, IGNORED)
+    return margin, *fields[1:]
+
+
+def top_pair(rows: RowSums) -> tuple[Tensor, Tensor]:
+    """The classes of the two largest logits, and their difference; where it is NaN, 0 and 1."""
+    nan = rows.has_nan
+    pair = torch.where(nan.unsqueeze(1), torch.arange(2, device=nan.device), rows.classes)
+    return pair, torch.where(nan, torch.nan, rows.values[:, 0] - rows.values[:, 1])
+
+
+def _shard_reference(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    here = (target >= 0) & (target < logits.shape[1])
+    values, classes = reference(logits, torch.where(here, target, 0))
+    values[:, 2] = torch.where(here, values[:, 2], 0)
+    return values, classes
+
+
+def _shard_fake(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty((rows, 6), dtype=result_dtype(logits.dtype)),
+        logits.new_empty((rows, 2), dtype=torch.int64),
+    )
+
+
+shard_statistics = define(
+    "shard_statistics(Tensor logits, Tensor target) -> (Tensor, Tensor)",
+    _shard_reference,
+    _shard_fake,
+)
+
+
+def piece_sums(logits: Tensor, target: Tensor, piece: slice) -> RowSums:
+    """The sums of a piece of rows; targets and classes are those of the whole rows."""
+    values, classes = shard_statistics(logits, within(target, piece))
+    return RowSums(values, torch.where(classes < 0, classes, classes + piece.start))
