@@ -37,7 +37,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
     "score": lambda f, w, y, n: (marginops.minimal_margin_score(f, w),),
     "nearest": lambda f, w, y, n: (marginops.minimal_margin_score(f, w, rival="nearest"),),
     "statistics": lambda f, w, y, n: softmax_statistics(f, y, n),
-    "shard": lambda f, w, y, n: OPS.shard_statistics(f, y),
+    "shard": lambda f, w, y, n: OPS.shard_statistics(f, y, True),
     "select": lambda f, w, y, n: marginops.select_smallest(f[:, 0], len(f) // 10),
     "select margin": lambda f, w, y, n: marginops.select_smallest_margin(f, y, len(f) // 10),
     "select score": lambda f, w, y, n: marginops.select_minimal_margin(f, w, len(f) // 10),

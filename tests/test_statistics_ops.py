@@ -26,11 +26,16 @@ def test_shard_statistics_match_brute_force(device, which, case, one_class):
     if one_class:
         logits = logits[:, -1:]
     with implementation(which):
-        values, classes = row_sums.shard_statistics(logits.to(device), target.to(device))
+        values, classes = row_sums.shard_statistics(logits.to(device), target.to(device), True)
     assert values.dtype == result_dtype(logits.dtype)
     assert values.shape == (len(logits), 6) and classes.dtype == torch.int64
     expected, leaders = brute_force.shard_statistics(logits, target)
     assert classes.tolist() == leaders
+    with implementation(which):
+        tops, same = row_sums.shard_statistics(logits.to(device), target.to(device), False)
+    assert torch.equal(same, classes)
+    assert_same(tops[:, :3], values[:, :3])
+    assert not tops[:, 3:].any()
     if not len(logits):
         return
     expected = torch.tensor(expected, dtype=torch.float64)
@@ -47,7 +52,7 @@ def test_shard_with_a_nan_or_without_any_finite_logit(device, dtype, which, clas
     logits[1] = -math.inf
     target = torch.tensor([0, 5000, -1], device=device)
     with implementation(which):
-        values, leaders = row_sums.shard_statistics(logits, target)
+        values, leaders = row_sums.shard_statistics(logits, target, True)
     assert values[0, 0].isnan()
     expected = torch.tensor([-math.inf, -math.inf, 0, 0, 0, 0], dtype=values.dtype, device=device)
     assert torch.equal(values[1], expected)
@@ -83,10 +88,10 @@ def test_shards_together_are_the_whole_row(device, dtype, which, split):
     logits[9, 22] = 3
     parts, start = [], 0
     with implementation(which):
-        whole, leaders = row_sums.shard_statistics(logits, target)
+        whole, leaders = row_sums.shard_statistics(logits, target, True)
         for width in split:
             shard = logits[:, start : start + width]
-            values, classes = row_sums.shard_statistics(shard, target - start)
+            values, classes = row_sums.shard_statistics(shard, target - start, True)
             parts.append((values.tolist(), classes.tolist(), start))
             start += width
     relative = 2 * rounding(logits.cpu(), target.cpu())  # both sides are rounded
@@ -136,9 +141,9 @@ def test_opcheck(device):
         (log_norm.detach(), (spread, None, None, None)),
     ):
         opcheck("sample_statistics_gradient", exact, target, *saved, scale, *grads, -1)
-    opcheck("shard_statistics", exact, target)
-    opcheck("shard_statistics", exact[:, :1], target)
-    opcheck("shard_statistics", exact[:0].half(), target[:0])
+    opcheck("shard_statistics", exact, target, True)
+    opcheck("shard_statistics", exact[:, :1], target, False)
+    opcheck("shard_statistics", exact[:0].half(), target[:0], True)
 
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
@@ -147,7 +152,7 @@ def test_no_rows(device, dtype, which):
     target = torch.empty(0, dtype=torch.int64, device=device)
     with implementation(which):
         result = marginops.sample_statistics(logits, target, input=logits)
-        values, classes = row_sums.shard_statistics(logits, target)
+        values, classes = row_sums.shard_statistics(logits, target, True)
     wide = result_dtype(dtype)
     assert [field.dtype for field in result] == [
         torch.int64 if name == "rival" else torch.bool if name == "correct" else wide
@@ -167,7 +172,7 @@ def test_results_do_not_vary(device, dtype, rows, classes):
         result = marginops.sample_statistics(logits, target, input=logits)
         total = result.loss.sum() + (result.entropy * result.confidence - result.margin).sum()
         (gradient,) = torch.autograd.grad(total, logits)
-        shard = row_sums.shard_statistics(logits.detach(), target)
+        shard = row_sums.shard_statistics(logits.detach(), target, True)
         tensors = [*result, gradient.float(), *shard]
         runs.add(tuple(value.detach().cpu().numpy().tobytes() for value in tensors))
     assert len(runs) == 1
@@ -261,7 +266,7 @@ def test_wrong_direct_calls(arguments, message):
 )
 def test_wrong_direct_calls_for_a_shard(arguments):
     with pytest.raises(RuntimeError, match="expected"):
-        OPS.shard_statistics(*arguments)
+        OPS.shard_statistics(*arguments, True)
 
 
 @NATIVE

@@ -182,7 +182,8 @@ Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, co
   return grad_logits;
 }
 
-std::tuple<Tensor, Tensor> shard_statistics(const Tensor& logits, const Tensor& target) {
+std::tuple<Tensor, Tensor> shard_statistics(const Tensor& logits, const Tensor& target,
+                                            bool with_sums) {
   check_logits(logits, 1);
   check_target(target, logits);
   const int64_t count = logits.size(0), classes = logits.size(1);
@@ -195,8 +196,7 @@ std::tuple<Tensor, Tensor> shard_statistics(const Tensor& logits, const Tensor& 
     const Matrix<T> view = matrix<T>(logits);
     auto* all_values = static_cast<Value*>(values.mutable_data_ptr());
     auto* all_leaders = static_cast<int64_t*>(leaders.mutable_data_ptr());
-    for_each_sums<T>(logits, [&](int64_t r, const RowSums<Value>& row) {
-      const auto& [top, sums] = row;
+    const auto write = [&](int64_t r, const Top2<Value>& top, const ExponentialSums<Value>& sums) {
       const int64_t label = labels[r];
       const bool here = 0 <= label && label < classes;
       Value* value = all_values + 6 * r;
@@ -208,7 +208,14 @@ std::tuple<Tensor, Tensor> shard_statistics(const Tensor& logits, const Tensor& 
       value[5] = sums.squares;
       all_leaders[2 * r] = top.nan ? 0 : top.first;
       all_leaders[2 * r + 1] = classes == 1 ? -1 : top.nan ? 1 : top.second;
-    });
+    };
+    if (with_sums) {
+      for_each_sums<T>(logits,
+                       [&](int64_t r, const RowSums<Value>& row) { write(r, row.top, row.sums); });
+    } else {
+      for_each_top2<true>(view, Rows(logits, std::nullopt),
+                          [&](int64_t r, int64_t, const Top2<Value>& top) { write(r, top, {}); });
+    }
   });
   return {values, leaders};
 }

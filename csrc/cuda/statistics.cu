@@ -72,12 +72,16 @@ cudaError_t sample_statistics(const Matrix& logits, const Target& target, const 
   });
 }
 
-cudaError_t shard_statistics(const Matrix& logits, const IndexVector& target, void* values,
-                             int64_t* classes, void* workspace, cudaStream_t stream) {
+cudaError_t shard_statistics(const Matrix& logits, const IndexVector& target, bool with_sums,
+                             void* values, int64_t* classes, void* workspace, cudaStream_t stream) {
   return with_scalar(logits.dtype, [&](auto scalar) {
     using Number = Value<decltype(scalar)>;
-    const ShardOutput<Number> output{target, static_cast<Number*>(values), classes};
-    return write_statistics<decltype(scalar)>(logits, output, workspace, stream);
+    const auto write = [&](auto found) {
+      const ShardOutput<Number, decltype(found)> output{target, static_cast<Number*>(values),
+                                                        classes};
+      return write_statistics<decltype(scalar)>(logits, output, workspace, stream);
+    };
+    return with_sums ? write(StatisticsAccumulator<Number>{}) : write(TopAccumulator<Number>{});
   });
 }
 

@@ -126,10 +126,21 @@ struct StatisticsOutput {
   }
 };
 
-// What one shard of the classes adds to the statistics of a sample.
 template <class Number>
+__device__ __forceinline__ ExponentialSums<Number> sums_of(
+    const StatisticsAccumulator<Number>& found) {
+  return found.sums;
+}
+template <class Number>
+__device__ __forceinline__ ExponentialSums<Number> sums_of(const TopAccumulator<Number>&) {
+  return {};
+}
+
+// What one shard of the classes adds to the statistics of a sample: by a TopAccumulator without
+// the sums, which are 0 then.
+template <class Number, class Found>
 struct ShardOutput {
-  using Accumulator = StatisticsAccumulator<Number>;
+  using Accumulator = Found;
   static constexpr bool kWholeWarps = false;
   IndexVector target;
   Number* values;    // [N, 6]
@@ -144,13 +155,14 @@ struct ShardOutput {
   __device__ __forceinline__ void write(const Row<Scalar>& row, int64_t label,
                                         const Accumulator& found, int lane, int) const {
     if (!row.active || lane != 0) return;
+    const ExponentialSums<Number> sums = sums_of(found);
     Number* value = values + 6 * row.position;
     value[0] = found.nan ? std::numeric_limits<Number>::quiet_NaN() : found.first_value;
     value[1] = found.second_value;
     value[2] = row.has(label) ? row[static_cast<int32_t>(label)] : 0;
-    value[3] = found.sums.plain;
-    value[4] = found.sums.weighted;
-    value[5] = found.sums.squares;
+    value[3] = sums.plain;
+    value[4] = sums.weighted;
+    value[5] = sums.squares;
     classes[2 * row.position] = found.first;
     classes[2 * row.position + 1] = row.classes > 1 ? found.second : -1;
   }

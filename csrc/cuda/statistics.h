@@ -28,9 +28,9 @@ cudaError_t sample_statistics(const Matrix& logits, const Target& target, const 
                               void* workspace, cudaStream_t stream);
 
 // values [N, 6] of the result type: the two largest logits, the label's, and the sums of
-// ExponentialSums; classes [N, 2]. Here C may be 1, and a target outside [0, C) is none.
-cudaError_t shard_statistics(const Matrix& logits, const IndexVector& target, void* values,
-                             int64_t* classes, void* workspace, cudaStream_t stream);
+// ExponentialSums, or 0; classes [N, 2]. Here C may be 1, and a target outside [0, C) is none.
+cudaError_t shard_statistics(const Matrix& logits, const IndexVector& target, bool with_sums,
+                             void* values, int64_t* classes, void* workspace, cudaStream_t stream);
 
 // What the gradient needs of the results, and the gradients of the results; [N] of the result type.
 struct StatisticsGradient {

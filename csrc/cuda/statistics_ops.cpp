@@ -101,14 +101,15 @@ Tensor sample_statistics_gradient_op(
   return grad_logits;
 }
 
-std::tuple<Tensor, Tensor> shard_statistics_op(const Tensor& logits, const Tensor& target) {
+std::tuple<Tensor, Tensor> shard_statistics_op(const Tensor& logits, const Tensor& target,
+                                               bool with_sums) {
   const Matrix matrix = logits_of(logits, 1);
   const Target labels = target_of(target, matrix, logits, 0);
   const Launch launch(logits);
   Tensor values = torch::stable::new_empty(logits, {matrix.rows, 6}, result_type(matrix.dtype));
   Tensor classes = torch::stable::new_empty(logits, {matrix.rows, 2}, ScalarType::Long);
   Tensor workspace = new_workspace(logits, statistics_workspace_bytes(matrix));
-  STD_CUDA_CHECK(shard_statistics(matrix, labels.index, values.mutable_data_ptr(),
+  STD_CUDA_CHECK(shard_statistics(matrix, labels.index, with_sums, values.mutable_data_ptr(),
                                   classes.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
                                   launch.stream()));
   return {values, classes};

@@ -34,7 +34,7 @@ def _margin(
     shape = tile_shape(input, weight, dtype, chunk_bytes)
     if shape[1] < len(weight):
         ignored, label = pairs.checked_target(target, len(weight), ignore_index)
-        rows = head_sums(input, weight, bias, label, dtype, shape)
+        rows = head_sums(input, weight, bias, label, dtype, shape, False)
         return row_sums.finish_exactly(rows, label, ignored, None, log_norm)[:2]
     parts = [
         pairs.classification_margin_rival(logits, target[rows], log_norm, None, ignore_index)
@@ -50,11 +50,12 @@ def head_sums(
     label: Tensor,
     dtype: torch.dtype | None,
     shape: tuple[int, int],
+    with_sums: bool,
 ) -> RowSums:
-    """The sums of all rows, from those of tiles."""
+    """The sums of all rows, from those of tiles; margins and scores need none."""
     complete, parts = [], []
     for rows, classes, logits in logit_tiles(input, weight, bias, dtype, shape):
-        parts.append(row_sums.piece_sums(logits, label[rows], classes))
+        parts.append(row_sums.piece_sums(logits, label[rows], classes, with_sums))
         if classes.stop == len(weight):
             complete.append(row_sums.merge(parts))
             parts = []
@@ -89,7 +90,7 @@ def _score(
     shape = tile_shape(input, weight, dtype, chunk_bytes, whole_rows=nearest)
     if shape[1] < len(weight):
         label = torch.zeros(len(input), dtype=torch.int64, device=input.device)
-        rows = head_sums(input, weight, bias, label, dtype, shape)
+        rows = head_sums(input, weight, bias, label, dtype, shape, False)
         pair, difference = row_sums.top_pair(rows)
         distance = pairs.pair_distance(norm_weight, norm_bias, pair)
         distance = torch.where(rows.has_nan, torch.nan, distance)

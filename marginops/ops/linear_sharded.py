@@ -42,10 +42,10 @@ def _fields(
     ignore_index: int,
     input_norm: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The fields of ``sample_statistics_op``."""
+    """The fields of ``sample_statistics_op``; without ``input_norm`` only margin and rival."""
     ignored = target == ignore_index
     label = torch.where(ignored, 0, target)
-    rows = sums_over_ranks(shard, *head, label)
+    rows = sums_over_ranks(shard, head, label, input_norm is not None)
     return row_sums.finish_exactly(rows, label, ignored, input_norm, log_norm)
 
 
@@ -54,7 +54,7 @@ def _scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, their pairs of classes, and the distances of these."""
     label = input.new_zeros(len(input), dtype=torch.int64)
-    rows = sums_over_ranks(shard, input, weight, bias, label)
+    rows = sums_over_ranks(shard, (input, weight, bias), label, False)
     pair, difference = row_sums.top_pair(rows)
     norm_weight, norm_bias = in_norm(weight, bias, bias_in_norm, shard.dtype)
     row_bytes = max(weight.shape[1], 1) * result_dtype(weight.dtype).itemsize

@@ -35,7 +35,7 @@ def _statistics(
     )
     if shape[1] < len(weight):
         ignored, label = pairs.checked_target(target, len(weight), ignore_index)
-        sums = head_sums(input, weight, bias, label, dtype, shape)
+        sums = head_sums(input, weight, bias, label, dtype, shape, True)
         return row_sums.finish_exactly(sums, label, ignored, norm, log_norm)
     parts = [
         statistics.sample_statistics_op(logits, target[rows], norm[rows], log_norm, ignore_index)

@@ -162,14 +162,16 @@ def top_pair(rows: RowSums) -> tuple[Tensor, Tensor]:
     return pair, torch.where(nan, torch.nan, rows.values[:, 0] - rows.values[:, 1])
 
 
-def _shard_reference(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _shard_reference(logits: Tensor, target: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
     here = (target >= 0) & (target < logits.shape[1])
     values, classes = reference(logits, torch.where(here, target, 0))
     values[:, 2] = torch.where(here, values[:, 2], 0)
+    if not with_sums:
+        values[:, 3:] = 0
     return values, classes
 
 
-def _shard_fake(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _shard_fake(logits: Tensor, target: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     return (
         logits.new_empty((rows, 6), dtype=result_dtype(logits.dtype)),
@@ -178,13 +180,13 @@ def _shard_fake(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 shard_statistics = define(
-    "shard_statistics(Tensor logits, Tensor target) -> (Tensor, Tensor)",
+    "shard_statistics(Tensor logits, Tensor target, bool with_sums) -> (Tensor, Tensor)",
     _shard_reference,
     _shard_fake,
 )
 
 
-def piece_sums(logits: Tensor, target: Tensor, piece: slice) -> RowSums:
-    """The sums of a piece of rows; targets and classes are those of the whole rows."""
-    values, classes = shard_statistics(logits, within(target, piece))
+def piece_sums(logits: Tensor, target: Tensor, piece: slice, with_sums: bool) -> RowSums:
+    """Of a piece of rows, without sums all but these; targets and classes count from the rows."""
+    values, classes = shard_statistics(logits, within(target, piece), with_sums)
     return RowSums(values, torch.where(classes < 0, classes, classes + piece.start))

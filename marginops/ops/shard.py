@@ -179,13 +179,17 @@ def _exchange(group: Any, check: Callable[[], _Found]) -> list[_Found]:
 
 
 def sums_over_ranks(
-    shard: Shard, input: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor
+    shard: Shard,
+    head: tuple[Tensor, Tensor, Tensor | None],
+    label: Tensor,
+    with_sums: bool,
 ) -> RowSums:
     """The sums of whole rows, from those of each rank; ``label`` is a class of all."""
+    input, weight, bias = head
     if len(weight):
         shape = tile_shape(input, weight, shard.dtype, shard.chunk_bytes)
         local = shard.local(label)
-        values, classes = head_sums(input, weight, bias, local, shard.dtype, shape)
+        values, classes = head_sums(input, weight, bias, local, shard.dtype, shape, with_sums)
         classes = torch.where(classes < 0, classes, classes + shard.start)
     else:
         values = input.new_zeros((len(input), 6), dtype=result_dtype(input.dtype))

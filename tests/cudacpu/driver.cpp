@@ -149,8 +149,9 @@ cudaError_t run_statistics(const Case& from) {
 cudaError_t run_shard_statistics(const Case& from) {
   const Arguments a(from);
   const Buffer workspace(statistics_workspace_bytes(a.logits));
-  return shard_statistics(a.logits, a.target.index, a.output<void>("values"),
-                          a.output<int64_t>("classes"), workspace.data(), nullptr);
+  return shard_statistics(a.logits, a.target.index, from.ints.at("with_sums") != 0,
+                          a.output<void>("values"), a.output<int64_t>("classes"), workspace.data(),
+                          nullptr);
 }
 
 cudaError_t run_statistics_gradient(const Case& from) {
