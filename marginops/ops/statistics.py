@@ -67,7 +67,8 @@ def sample_statistics(
         :class:`SampleStatistics` of ``[N]`` tensors, float64 for float64 logits, else float32;
         ``gradient_norm`` is None without ``input``. Among equal logits the lowest class counts
         as the largest. A row with a NaN has NaN in every field of floating point and is not
-        correct; where the largest logit is infinite only the margin has a value.
+        correct; where the largest logit is infinite only the margin has a value. In float32 an EL2N
+        below 1e-19 becomes 0.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
