@@ -122,6 +122,8 @@ def better(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
         kept = known.setdefault(what(row), row)
         if float(row["median_ms"]) < float(kept["median_ms"]):
             known[what(row)] = row
+        elif not kept.get("peak_mib"):
+            kept["peak_mib"] = row.get("peak_mib", "")
     return list(known.values())
 
 
