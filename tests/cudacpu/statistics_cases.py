@@ -136,7 +136,10 @@ def shard_case(logits: Tensor, target: Tensor, label: str, with_sums: bool = Tru
         "classes": (torch.int64, (count, 2)),
     }
     case = Case(
-        "shard_statistics", {"with_sums": int(with_sums)}, {"logits": logits, "target": target}, outputs
+        "shard_statistics",
+        {"with_sums": int(with_sums)},
+        {"logits": logits, "target": target},
+        outputs,
     )
     return Checked(case, check, label)
 
