@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 MEBIBYTE = 1 << 20
-# Measured on the CPU: larger buffers do not stay in its cache. On CUDA nothing is measured yet.
+# Measured on the CPU: 8 MiB are slower and 32 MiB no faster. On CUDA nothing is measured yet.
 CPU_CHUNK_BYTES = 16 * MEBIBYTE
 CUDA_CHUNK_BYTES = 128 * MEBIBYTE
 # A product of few rows takes as long to read the weight as to multiply. From so many rows on,

@@ -52,8 +52,8 @@ def linear_classification_margin(
         bias: ``[C]`` in the dtype of ``weight``.
         log_norm: Logarithm of the norm product, see :func:`classification_margin`.
         ignore_index: Samples with this target get ``+inf`` and no gradient.
-        chunk_bytes: Room for logits, at least one row of them; by default 16 MiB on the CPU,
-            where a tile then stays in cache, and 128 MiB on CUDA. Less makes the product slower.
+        chunk_bytes: Room for logits, at least one row of them; by default 16 MiB on the CPU
+            and 128 MiB on CUDA. Much less makes the product slower.
         group: The ``torch.distributed`` group over which the classes are spread: every rank
             passes the same ``input`` and ``target``, and its own rows of ``weight`` and ``bias``
             in the order of ranks. Targets count all classes. All ranks have to run the same
@@ -185,7 +185,7 @@ def linear_sample_statistics(
 
     ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable (once) in ``input``,
     ``weight`` and ``bias``, the margin also in ``log_norm``. The gradient of the margin alone
-    needs no logits; that of the others computes them again, chunk by chunk, in the same room.
+    needs no logits; that of the others computes them again, tile by tile, in the same room.
     Deterministic. Beside the results O(N) and ``chunk_bytes``, and backward in half precision the
     sums of the gradient of ``weight`` in float32.
 
