@@ -1,5 +1,6 @@
 """Fused kernels for classification margins: scores, normalisation and selection in one call."""
 
+from . import nn
 from ._native import NativeUnavailableWarning
 from ._version import __version__
 from .ops.linear import (
@@ -10,6 +11,7 @@ from .ops.linear import (
     linear_select_smallest_margin,
 )
 from .ops.margin import classification_margin, minimal_margin_score
+from .ops.regularization import multi_margin_regularization
 from .ops.select import (
     Selection,
     select_minimal_margin,
@@ -30,6 +32,8 @@ __all__ = [
     "linear_select_minimal_margin",
     "linear_select_smallest_margin",
     "minimal_margin_score",
+    "multi_margin_regularization",
+    "nn",
     "sample_statistics",
     "select_minimal_margin",
     "select_smallest",

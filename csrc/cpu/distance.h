@@ -84,6 +84,19 @@ class WeightDistances final : public Distances<ValueOf<T>> {
     for (int64_t d = 0; d < this->columns; ++d) row[d] = entry(i, d);
   }
 
+  // total += scale * (w_i - w_j)
+  void add_difference(int64_t i, int64_t j, Value scale, Value* total) const {
+    constexpr int kLanes = Simd<Value>::kLanes;
+    int64_t d = 0;
+    if (weight_.column_stride == 1) {
+      const T *a = weight_.row(i), *b = weight_.row(j);
+      for (; d + kLanes <= weight_.columns; d += kLanes) {
+        store(load(total + d) + scale * (load(a + d) - load(b + d)), total + d);
+      }
+    }
+    for (; d < this->columns; ++d) total[d] += scale * difference(i, j, d);
+  }
+
  private:
   Value entry(int64_t i, int64_t d) const {
     return value_of(d < weight_.columns ? weight_.at(i, d) : bias_[i]);

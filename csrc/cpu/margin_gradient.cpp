@@ -25,17 +25,13 @@ void check_entries(const Tensor& key, const Tensor& coefficient, ScalarType valu
 // sorted by partner; the coefficients of a run of equal partners are summed first.
 template <class T>
 void add_pairs(const int64_t* key, const int64_t* end, const ValueOf<T>* coefficient,
-               int64_t classes, const WeightDistances<T>& weight, std::vector<ValueOf<T>>& own,
-               std::vector<ValueOf<T>>& partner, std::vector<ValueOf<T>>& total) {
+               const WeightDistances<T>& weight, std::vector<ValueOf<T>>& total) {
   std::fill(total.begin(), total.end(), ValueOf<T>{0});
-  if (key == end) return;
-  weight.copy_row(*key / classes, own.data());
   while (key < end) {
     const int64_t run = *key;
     ValueOf<T> sum = 0;
     for (; key < end && *key == run; ++key, ++coefficient) sum += *coefficient;
-    weight.copy_row(run % classes, partner.data());
-    for (size_t d = 0; d < total.size(); ++d) total[d] += sum * (own[d] - partner[d]);
+    weight.add_difference(run / weight.classes, run % weight.classes, sum, total.data());
   }
 }
 
@@ -57,11 +53,11 @@ std::tuple<Tensor, Tensor> pair_gradient(const Tensor& key, const Tensor& coeffi
     auto* to_weight = static_cast<T*>(grad_weight.mutable_data_ptr());
     auto* to_bias = static_cast<T*>(grad_bias.mutable_data_ptr());
     parallel(classes, 1, [&](int64_t begin, int64_t end) {
-      std::vector<Value> own(rows.columns), partner(rows.columns), total(rows.columns);
+      std::vector<Value> total(rows.columns);
       for (int64_t c = begin; c < end; ++c) {
         const int64_t* from = std::lower_bound(keys, keys_end, c * classes);
         const int64_t* to = std::lower_bound(from, keys_end, (c + 1) * classes);
-        add_pairs<T>(from, to, values + (from - keys), classes, rows, own, partner, total);
+        add_pairs<T>(from, to, values + (from - keys), rows, total);
         for (int64_t d = 0; d < columns; ++d) to_weight[c * columns + d] = static_cast<T>(total[d]);
         to_bias[c] = static_cast<T>(bias ? total[columns] : Value{0});
       }

@@ -1,0 +1,5 @@
+"""Modules around the ops."""
+
+from .regularization import MultiMarginRegularization
+
+__all__ = ["MultiMarginRegularization"]

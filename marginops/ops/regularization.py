@@ -1,0 +1,246 @@
+"""Multi-margin regularization: the pairwise margins of the last layer, in units of the features."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import margin_pair as pairs
+from ._library import define, raise_no_second_derivative, result_dtype, save_nothing
+from .linear_margin import linear_classification_margin_op
+from .margin_gradient import pair_gradient
+
+Reduction = Literal["square_of_mean", "mean_of_square"]
+
+
+def multi_margin_regularization(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    reduction: Reduction = "square_of_mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""How far apart the last layer's class vectors are where it matters, times the features' norm.
+
+    .. math:: \Big( R \; \frac{1}{N} \sum_n \lVert w_{y_n} - w_{r_n} \rVert_2 \Big)^2, \qquad
+        R = \max_n \lVert h_n \rVert_2, \qquad r_n = \arg\max_{c \ne y_n} f_{nc}
+
+    with ``reduction="square_of_mean"``, what the code of Weinstein, Fine, Hel-Or (2020) adds to
+    the loss; with ``"mean_of_square"`` it is
+    :math:`\frac{1}{N} \sum_n (R \lVert w_{y_n} - w_{r_n} \rVert_2)^2`. Distances to the decision
+    boundary are logits over :math:`\lVert w_y - w_r \rVert`, so small values mean large margins;
+    the value does not change when the features grow and the weight shrinks by the same factor.
+
+    Args:
+        input: ``[N, D]``, the features :math:`h` before the last layer, float32, float64, bfloat16
+            or float16.
+        weight: ``[C, D]``, C >= 2, rows :math:`w_c`, in the dtype of ``input`` or, unless one is
+            float64, in another of these.
+        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+        logits: ``[N, C]``, any of these dtypes; they only tell the rivals. Without them the rivals
+            are those of ``F.linear(input, weight, bias)``, whose logits never exist.
+        bias: ``[C]``, part of the logits if these are not given; the norms leave it out.
+        reduction: ``"square_of_mean"`` or ``"mean_of_square"``.
+        ignore_index: Samples with this target count neither in the mean nor in R.
+
+    Returns:
+        A scalar, float64 for float64, else float32. NaN if no sample counts, as in
+        ``F.cross_entropy``, and if the logits of a sample have a NaN.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
+        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+
+    Differentiable (once) in ``weight``, both rows of each pair, and in ``input``, the row of
+    largest norm (the first among equals); a pair of equal rows has gradient 0. The rivals are
+    constants. Deterministic. Reads the logits once and two rows of ``weight`` a sample; without
+    logits the product comes on top, see :func:`linear_classification_margin`.
+
+    Example:
+        >>> features, weight = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.eye(2)
+        >>> marginops.multi_margin_regularization(features, weight, torch.tensor([0, 1]))
+        tensor(50.)
+    """
+    check_reduction(reduction)
+    margin, rival = _rivals(input, weight, target, logits, bias, ignore_index)
+    value: Tensor = multi_margin_regularization_op(
+        input, weight, target, rival, margin, reduction == "mean_of_square", ignore_index
+    )[0]
+    return value
+
+
+def check_reduction(reduction: object) -> None:
+    """One of the two."""
+    if reduction not in get_args(Reduction):
+        expected = " or ".join(map(repr, get_args(Reduction)))
+        raise ValueError(f"reduction: expected {expected}, got {reduction!r}")
+
+
+def _rivals(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    logits: Tensor | None,
+    bias: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Margins and rivals, constants both."""
+    if logits is None:
+        dtype = checks.check_linear(input, weight, bias)
+        checks.check_classes(weight)
+        checks.check_target(target, input, ignore_index, "input")
+        constants = (None if value is None else value.detach() for value in (input, weight, bias))
+        margin, rival = linear_classification_margin_op(
+            *constants, target, None, ignore_index, dtype, None
+        )
+        return margin, rival
+    checks.check_logits(logits)
+    checks.check_features(input, logits)
+    checks.check_tensor("weight", weight, 2, "[C, D]")
+    if weight.shape != (logits.shape[1], input.shape[1]):
+        raise ValueError(
+            f"weight: expected shape {[logits.shape[1], input.shape[1]]} for logits "
+            f"{list(logits.shape)} and input {list(input.shape)}, got {list(weight.shape)}"
+        )
+    checks.check_device("weight", weight, input, "input")
+    if weight.dtype != input.dtype and torch.float64 in (weight.dtype, input.dtype):
+        raise TypeError(f"weight: expected dtype {input.dtype} as input, got {weight.dtype}")
+    if bias is not None:
+        checks.check_bias_shape(bias, weight)
+    checks.check_target(target, logits, ignore_index)
+    margin, rival = pairs.classification_margin_rival(
+        logits.detach(), target, None, None, ignore_index
+    )
+    return margin, rival
+
+
+def _pair(target: Tensor, rival: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The ignored samples, and the two classes of all; with two that exist for the ignored."""
+    ignored = target == ignore_index
+    return ignored, torch.stack((torch.where(ignored, 1, target), rival), 1)
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rival: Tensor,
+    margin: Tensor,
+    mean_of_square: bool,
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    dtype = result_dtype(weight.dtype)
+    if input.shape[0] == 0:
+        nothing = input.new_full((), torch.nan, dtype=dtype)
+        row = target.new_zeros(())
+        return nothing, nothing.clone(), row, nothing.clone(), nothing.new_empty(0)
+    ignored, pair = _pair(target, rival, ignore_index)
+    distance = pairs.pair_distance(weight, None, pair)
+    distance = torch.where(ignored, 0, torch.where(margin.isnan(), torch.nan, distance))
+    share = 1 / (~ignored).sum().to(dtype)
+    norm = torch.linalg.vector_norm(input, dim=1, dtype=dtype)
+    radius, row = torch.where(ignored, 0, norm).max(0)
+    if mean_of_square:
+        value = (radius * distance).square().sum() * share
+    else:
+        value = (radius * (distance.sum() * share)).square()
+    return torch.where(ignored.all(), torch.nan, value), radius, row, share, distance
+
+
+def _forward_fake(input: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    dtype = result_dtype(weight.dtype)
+    value = input.new_empty((), dtype=dtype)
+    row = target.new_empty(())
+    return value, value.clone(), row, value.clone(), value.new_empty(input.shape[:1])
+
+
+def _gradient(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rival: Tensor,
+    radius: Tensor,
+    row: Tensor,
+    share: Tensor,
+    distance: Tensor,
+    mean_of_square: bool,
+    ignore_index: int,
+    for_input: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of input and weight, each empty unless it is asked for."""
+    mean = distance.sum() * share
+    grad_input, grad_weight = input.new_empty(0), weight.new_empty(0)
+    if for_input:
+        grad_input = torch.zeros_like(input)
+    if for_input and input.shape[0] > 0:
+        # d value / d radius = 2 radius (the mean that the radius is squared with).
+        square = distance.square().sum() * share if mean_of_square else mean.square()
+        longest = input.index_select(0, row.reshape(1))
+        scaled = 2 * grad * square * longest.to(grad.dtype)
+        grad_input.index_copy_(0, row.reshape(1), scaled.to(input.dtype))
+    if for_weight:
+        scale = 2 * grad * share * radius.square()
+        if mean_of_square:
+            coefficient = scale.expand_as(distance)
+        else:
+            coefficient = torch.where(distance == 0, 0, scale * mean / distance)
+        ignored, pair = _pair(target, rival, ignore_index)
+        coefficient = torch.where(ignored, 0, coefficient)
+        classes = weight.shape[0]
+        first, second = pair.unbind(1)
+        key, order = torch.cat((first * classes + second, second * classes + first)).sort(
+            stable=True
+        )
+        grad_weight, _ = pair_gradient(key, coefficient.repeat(2)[order], weight, None)
+    return grad_input, grad_weight
+
+
+def _gradient_fake(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    for_input, for_weight = rest[-2:]
+    return (
+        torch.empty_like(input) if for_input else input.new_empty(0),
+        weight.new_empty(weight.shape) if for_weight else weight.new_empty(0),
+    )
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, weight, target, rival, _, ctx.mean_of_square, ctx.ignore_index = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(input, weight, target, rival, *output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:2]
+    gradients = multi_margin_regularization_gradient(
+        grad, *ctx.saved_tensors, ctx.mean_of_square, ctx.ignore_index, *needed
+    )
+    given = (value if need else None for value, need in zip(gradients, needed, strict=True))
+    return *given, None, None, None, None, None
+
+
+multi_margin_regularization_op = define(
+    "multi_margin_regularization(Tensor input, Tensor weight, Tensor target, Tensor rival,"
+    " Tensor margin, bool mean_of_square, int ignore_index)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    backward=_backward,
+    setup_context=_context,
+    native=False,
+)
+multi_margin_regularization_gradient = define(
+    "multi_margin_regularization_gradient(Tensor grad, Tensor input, Tensor weight, Tensor target,"
+    " Tensor rival, Tensor radius, Tensor row, Tensor share, Tensor distance, bool mean_of_square,"
+    " int ignore_index, bool for_input, bool for_weight) -> (Tensor, Tensor)",
+    _gradient,
+    _gradient_fake,
+    backward=raise_no_second_derivative("multi_margin_regularization"),
+    setup_context=save_nothing,
+    native=False,
+)
