@@ -24,7 +24,15 @@ hypothesis.settings.load_profile("few" if OTHER_LIBRARY else "ci")
 HERE = Path(__file__).resolve().parent
 OP_TESTS = [
     str(path)
-    for family in ("margin", "select", "statistics", "linear")
+    for family in (
+        "margin",
+        "select",
+        "statistics",
+        "linear",
+        "moments",
+        "regularization",
+        "distribution",
+    )
     for path in sorted(HERE.glob(f"test_{family}*.py"))
 ]
 IMPLEMENTATIONS = ["native", "reference"]

@@ -1,6 +1,7 @@
 """The README's examples run, its operator table matches the code, and docstrings' examples hold."""
 
 import doctest
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -9,10 +10,6 @@ import pytest
 import torch
 
 import marginops
-import marginops.ops.linear
-import marginops.ops.margin
-import marginops.ops.select
-import marginops.ops.statistics
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -50,17 +47,17 @@ def test_operator_table_has_every_op_with_its_signature():
         assert f"({parameters})" == expected.replace("'", '"')
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        marginops.ops.linear,
-        marginops.ops.margin,
-        marginops.ops.select,
-        marginops.ops.statistics,
-    ],
-)
+PACKAGE = Path(marginops.__file__).parent
+WITH_EXAMPLES = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>> " in path.read_text()
+]
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_docstring_examples(module):
     names = {"torch": torch, "marginops": marginops}
-    failed, attempted = doctest.testmod(module, extraglobs=names)
+    failed, attempted = doctest.testmod(importlib.import_module(module), extraglobs=names)
     assert attempted > 0
     assert failed == 0
