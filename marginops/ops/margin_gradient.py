@@ -18,7 +18,7 @@ def _pair_gradient_reference(
         for part in torch.arange(len(key), device=key.device).split(4096):
             difference = rows[first[part]].to(dtype) - rows[second[part]].to(dtype)
             scaled = coefficient[part].reshape(-1, *[1] * (rows.dim() - 1)) * difference
-            _add_in_order(total, first[part], scaled)
+            add_in_order(total, first[part], scaled)
         totals.append(total.to(weight.dtype))
     return totals[0], totals[1]
 
@@ -34,7 +34,7 @@ def _class_sum_reference(key: Tensor, coefficient: Tensor, rows: Tensor, classes
     index = key // max(len(rows), 1)
     for part in torch.arange(len(key), device=key.device).split(4096):
         scaled = coefficient[part].unsqueeze(1) * rows[key[part] % len(rows)].to(sums.dtype)
-        _add_in_order(sums, index[part], scaled)
+        add_in_order(sums, index[part], scaled)
     return sums
 
 
@@ -42,7 +42,7 @@ def _class_sum_fake(key: Tensor, coefficient: Tensor, rows: Tensor, classes: int
     return rows.new_empty((classes, rows.shape[1]), dtype=result_dtype(rows.dtype))
 
 
-def _add_in_order(sums: Tensor, index: Tensor, values: Tensor) -> None:
+def add_in_order(sums: Tensor, index: Tensor, values: Tensor) -> None:
     """On each device the addition that has a fixed order of summation."""
     if sums.is_cuda:
         sums.index_put_((index,), values, accumulate=True)

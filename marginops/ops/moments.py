@@ -1,0 +1,244 @@
+"""Count, mean and gyration radius of every class, from one reading of its samples."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import margin_pair as pairs
+from ._library import define, result_dtype
+from .margin_gradient import add_in_order
+
+
+class ClassMoments(NamedTuple):
+    """One row per class; see :func:`class_moments`."""
+
+    count: Tensor  # type: ignore[assignment]  # instead of the method of tuples
+    mean: Tensor
+    radius: Tensor
+
+    def merge(self, other: "ClassMoments") -> "ClassMoments":
+        r"""The moments of the samples of both, as if they had come in one call.
+
+        With :math:`n = n_a + n_b` and :math:`\delta = m_b - m_a` (Chan, Golub, LeVeque 1979):
+
+        .. math::
+            m = m_a + \frac{n_b}{n} \delta, \qquad
+            R^2 = \frac{n_a R_a^2 + n_b R_b^2}{n} + \frac{n_a n_b}{n^2} \lVert \delta \rVert_2^2
+
+        Computed in float64, in the wider dtype of the two; differentiable.
+
+        Args:
+            other: Moments of other samples of the same C classes in D columns, on one device.
+
+        Raises:
+            ValueError: The shapes or the devices differ.
+
+        Example:
+            >>> target = torch.zeros(2, dtype=torch.int64)
+            >>> early = marginops.class_moments(torch.tensor([[0.0], [2.0]]), target, 1)
+            >>> late = marginops.class_moments(torch.tensor([[4.0], [6.0]]), target, 1)
+            >>> early.merge(late)
+            ClassMoments(count=tensor([4]), mean=tensor([[3.]]), radius=tensor([2.2361]))
+        """
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(
+                f"other: expected moments of shape {list(self.mean.shape)}, "
+                f"got {list(other.mean.shape)}"
+            )
+        checks.check_device("other", other.mean, self.mean, "these moments")
+        count = self.count + other.count
+        share = other.count.double() / count.clamp(min=1)
+        here, there = (self.count > 0).unsqueeze(1), (other.count > 0).unsqueeze(1)
+        # The mean of an empty class is NaN; the other's in its place is no distance away.
+        mean = torch.where(here, self.mean.double(), other.mean.double())
+        step = torch.where(there, other.mean.double(), mean) - mean
+        square, other_square = (
+            torch.where(has.squeeze(1), moments.radius.double().square(), 0)
+            for has, moments in ((here, self), (there, other))
+        )
+        between = share * (1 - share) * step.square().sum(1)
+        square = torch.lerp(square, other_square, share) + between
+        # The root of 0 has no derivative; that of the radius is 0 there.
+        radius = torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
+        mean = torch.addcmul(mean, step, share.unsqueeze(1))
+        dtype = torch.promote_types(self.mean.dtype, other.mean.dtype)
+        radius = torch.where(count == 0, torch.nan, radius)
+        return ClassMoments(count, mean.to(dtype), radius.to(dtype))
+
+
+def class_moments(
+    input: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    normalize: bool = False,
+    ignore_index: int = -100,
+) -> ClassMoments:
+    r"""Number of samples, mean and gyration radius of every class, in one reading.
+
+    With :math:`z_n` row n of ``input``, or that row scaled to unit length with ``normalize``, and
+    :math:`n_c` the number of samples of class c:
+
+    .. math::
+        m_c = \frac{1}{n_c} \sum_{n: y_n = c} z_n, \qquad
+        R_c = \sqrt{\frac{1}{n_c} \sum_{n: y_n = c} \lVert z_n - m_c \rVert_2^2}
+
+    With ``normalize`` these are centre and radius of the class manifolds of Ciceri et al. (2024).
+
+    Args:
+        input: ``[N, D]``, float32, float64, bfloat16 or float16, any strides.
+        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+        num_classes: C, at least 1.
+        normalize: Scale rows to unit length first, without overflow or underflow of their squares.
+            A row of zeros stays as it is.
+        ignore_index: Samples with this target count nowhere and have no gradient.
+
+    Returns:
+        :class:`ClassMoments`: ``count`` [C] int64, ``mean`` [C, D] and ``radius`` [C], both float64
+        for float64 input, else float32. An empty class has mean and radius NaN. A NaN or infinity
+        makes its class' mean in that column NaN, in all columns with ``normalize``, and the
+        radius NaN. :meth:`ClassMoments.merge` joins the moments of several batches.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
+        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+
+    Differentiable in ``input``, any number of times; the radius has gradient 0 where it is 0, and
+    so has a row of zeros with ``normalize``. Deterministic, whatever the number of threads. The
+    radius does not cancel: it stays accurate however far the class is from 0, and is exactly 0 for
+    equal rows. Reads the input once; on the CPU one whose columns are not adjacent is copied first,
+    other temporaries are a few per cent of it.
+
+    Example:
+        >>> input = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
+        >>> count, mean, radius = marginops.class_moments(input, torch.tensor([0, 0, 1]), 2)
+        >>> count, radius
+        (tensor([2, 1]), tensor([1., 0.]))
+        >>> mean
+        tensor([[2., 0.],
+                [0., 5.]])
+    """
+    checks.check_tensor("input", input, 2, "[N, D]")
+    checks.check_target(target, input, ignore_index, "input")
+    _check_num_classes(num_classes)
+    return ClassMoments._make(class_moments_op(input, target, num_classes, normalize, ignore_index))
+
+
+def _check_num_classes(num_classes: Any) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
+        raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+
+
+def _unit_rows(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of length 1 or 0, and two factors [N, 1] of the lengths that were, 1 for zero rows.
+
+    Each is finite and not 0 where the row is finite, unlike, perhaps, their product.
+    """
+    if input.shape[1] == 0:
+        return input, input.new_ones(len(input), 1), input.new_ones(len(input), 1)
+    largest = input.detach().abs().amax(1, keepdim=True)
+    largest = torch.where(largest == 0, 1, largest)
+    scaled = input / largest
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    length = torch.where(length == 0, 1, length)
+    return scaled / length, length, largest
+
+
+def _moments_reference(
+    input: Tensor, target: Tensor, num_classes: int, normalize: bool, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64 and relative to a sample of each class, so that equal rows have radius 0."""
+    ignored, _ = pairs.checked_target(target, num_classes, ignore_index)
+    # The ignored samples are one class more.
+    label = torch.where(ignored, num_classes, target)
+    sample = torch.arange(len(input), device=input.device)
+    first = torch.full((num_classes + 1,), len(input), device=input.device)
+    first.scatter_reduce_(0, label, sample, "amin")
+    count = torch.zeros_like(first).scatter_add_(0, label, torch.ones_like(label))
+    size = count.clamp(min=1).unsqueeze(1)
+
+    def rows(index: Tensor) -> Tensor:
+        some = input[index].double()
+        return _unit_rows(some)[0] if normalize else some
+
+    zeros = input.new_zeros(num_classes + 1, input.shape[1], dtype=torch.float64)
+    origin = rows(first.clamp(max=len(input) - 1)) if len(input) else zeros
+    step = zeros.clone()
+    for part in sample.split(4096):
+        add_in_order(step, label[part], rows(part) - origin[label[part]])
+    step /= size
+    square = zeros[:, 0].clone() if input.shape[1] else zeros.new_zeros(num_classes + 1)
+    for part in sample.split(4096):
+        away = rows(part) - origin[label[part]] - step[label[part]]
+        add_in_order(square, label[part], away.square().sum(1))
+    mean = origin + step
+    mean = torch.where((count == 0).unsqueeze(1) | ~mean.isfinite(), torch.nan, mean)
+    radius = torch.where(count == 0, torch.nan, (square / size.squeeze(1)).sqrt())
+    dtype = result_dtype(input.dtype)
+    return count[:-1].clone(), mean[:-1].to(dtype), radius[:-1].to(dtype)
+
+
+def _moments_fake(
+    input: Tensor,
+    target: Tensor,
+    num_classes: int | torch.SymInt,
+    normalize: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = result_dtype(input.dtype)
+    return (
+        input.new_empty((num_classes,), dtype=torch.int64),
+        input.new_empty((num_classes, input.shape[1]), dtype=dtype),
+        input.new_empty((num_classes,), dtype=dtype),
+    )
+
+
+def _moments_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, target, _, ctx.normalize, ctx.ignore_index = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, target, *output)
+
+
+def _moments_backward(
+    ctx: Any, _: Tensor | None, grad_mean: Tensor | None, grad_radius: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Differentiable itself; NaN of empty classes and of ignored samples must not spread."""
+    input, target, count, mean, radius = ctx.saved_tensors
+    if grad_mean is None and grad_radius is None:
+        return (None,) * 5
+    kept = (target != ctx.ignore_index).unsqueeze(1)
+    label = torch.where(kept.squeeze(1), target, 0)
+    rows = torch.where(kept, input.to(mean.dtype), 0)
+    if ctx.normalize:
+        rows, *lengths = _unit_rows(rows)
+    grad = torch.zeros_like(rows)
+    size = count.clamp(min=1).to(mean.dtype)
+    if grad_mean is not None:
+        grad = grad + (grad_mean / size.unsqueeze(1))[label]
+    if grad_radius is not None:
+        empty = count == 0
+        still = (radius == 0) | empty
+        slope = torch.where(still, 0, grad_radius / torch.where(still, 1, radius) / size)
+        centre = torch.where(empty.unsqueeze(1), 0, mean)
+        grad = grad + slope[label].unsqueeze(1) * (rows - centre[label])
+    if ctx.normalize:
+        grad = grad - rows * (rows * grad).sum(1, keepdim=True)
+        zero = (rows == 0).all(1, keepdim=True)
+        for length in lengths:
+            grad = grad / length
+        grad = torch.where(zero, 0, grad)
+    return torch.where(kept, grad, 0).to(input.dtype), None, None, None, None
+
+
+class_moments_op = define(
+    "class_moments(Tensor input, Tensor target, SymInt num_classes, bool normalize,"
+    " int ignore_index) -> (Tensor, Tensor, Tensor)",
+    _moments_reference,
+    _moments_fake,
+    backward=_moments_backward,
+    setup_context=_moments_context,
+)
