@@ -1,0 +1,256 @@
+// Adds a batch of margins to the state of their distribution on the CPU.
+//
+// A tile is read twice while it lies in the first cache: once in vectors for sums, extremes and
+// numbers, once to count the upper halves of its floats, which is all that a bin is. Sums are those
+// of fixed chunks, added in order, so the number of threads does not change them.
+#include <cmath>
+#include <limits>
+#include <mutex>
+#include <vector>
+
+#include "tensor.h"
+
+namespace marginops::cpu {
+namespace {
+
+constexpr int64_t kBins = 1 << 16;
+constexpr int64_t kInfiniteBin = 0x7f80;
+constexpr int64_t kChunk = 8192;
+constexpr int64_t kTile = 1024;
+constexpr int64_t kSlab = int64_t{1} << 31;  // counts of so many fit into 32 bits
+// Neighbours count into different tables: an increment need not wait for the one before it.
+constexpr int kTables = 2;
+
+// In double, two vectors for one of float.
+template <class Value>
+struct Widened {
+  static constexpr int kCount = sizeof(double) / sizeof(Value);
+  VectorOf<double> part[kCount];
+};
+
+inline Widened<double> widen(VectorOf<double> vector) { return {{vector}}; }
+inline Widened<float> widen(VectorOf<float> vector) {
+#if defined(__AVX512F__)
+  // The forms without a mask make GCC 12 warn of its own header.
+  return {{_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, vector, 0)),
+           _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, vector, 1))}};
+#elif defined(__AVX2__)
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(vector)),
+           _mm256_cvtps_pd(_mm256_extractf128_ps(vector, 1))}};
+#else
+  Widened<float> wide;
+  for (int lane = 0; lane < Simd<float>::kLanes; ++lane) {
+    wide.part[lane / Simd<double>::kLanes][lane % Simd<double>::kLanes] = vector[lane];
+  }
+  return wide;
+#endif
+}
+
+// Of margins other than +inf, but for `ignored`, the number of these.
+struct Summary {
+  int64_t ignored = 0, positive = 0;
+  double sum = 0, positive_sum = 0;
+  double minimum = std::numeric_limits<double>::infinity();
+  double maximum = -std::numeric_limits<double>::infinity();
+  bool nan = false;
+
+  void add(const Summary& other) {
+    ignored += other.ignored;
+    positive += other.positive;
+    sum += other.sum;
+    positive_sum += other.positive_sum;
+    minimum = std::min(minimum, other.minimum);
+    maximum = std::max(maximum, other.maximum);
+    nan |= other.nan;
+  }
+};
+
+// A Summary lane by lane, of a chunk.
+template <class Value>
+struct Lanes {
+  using Vector = VectorOf<Value>;
+  static constexpr int kLanes = Simd<Value>::kLanes;
+  static constexpr Value kInfinity = std::numeric_limits<Value>::infinity();
+
+  typename Simd<Value>::Index ignored{}, positive{};
+  Widened<Value> sum{}, positive_sum{};
+  Vector minimum = Vector{} + kInfinity, maximum = Vector{} - kInfinity;
+
+  // `size` is a multiple of kLanes.
+  void add(const Value* values, int64_t size) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const Vector value = load(values + i);
+      const auto is_ignored = value == kInfinity;
+      const Vector kept = is_ignored ? Vector{} : value;
+      ignored -= is_ignored;
+      positive -= kept > Value{0};
+      minimum = cpu::minimum(value, minimum);
+      maximum = cpu::maximum(is_ignored ? Vector{} - kInfinity : value, maximum);
+      const Widened<Value> wide = widen(kept);
+      for (int p = 0; p < Widened<Value>::kCount; ++p) {
+        sum.part[p] += wide.part[p];
+        positive_sum.part[p] += cpu::maximum(wide.part[p], VectorOf<double>{});
+      }
+    }
+  }
+
+  Summary summary() const {
+    Summary all;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      all.ignored += ignored[lane];
+      all.positive += positive[lane];
+      all.minimum = std::min<double>(all.minimum, minimum[lane]);
+      all.maximum = std::max<double>(all.maximum, maximum[lane]);
+      const int p = lane / Simd<double>::kLanes, wide_lane = lane % Simd<double>::kLanes;
+      all.sum += sum.part[p][wide_lane];
+      all.positive_sum += positive_sum.part[p][wide_lane];
+    }
+    return all;
+  }
+};
+
+template <int kTableCount, class Count>
+void count_bins(const float* values, int64_t size, Count* counts) {
+  const auto bin = [values](int64_t i) {
+    uint32_t bits;
+    memcpy(&bits, values + i, sizeof bits);
+    return static_cast<size_t>(bits >> 16);
+  };
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) ++counts[bin(i + k) * kTableCount + k % kTableCount];
+  }
+  for (; i < size; ++i) ++counts[bin(i) * kTableCount];
+}
+
+template <class T>
+class Reader {
+  using Value = ValueOf<T>;
+  static constexpr int kLanes = Simd<Value>::kLanes;
+
+ public:
+  explicit Reader(const Vector<T>& margins) : margins_(margins) {}
+
+  template <int kTableCount, class Count>
+  Summary read(int64_t begin, int64_t end, Count* counts) {
+    Lanes<Value> lanes;
+    int64_t padding = 0;
+    for (int64_t i = begin; i < end; i += kTile) {
+      const int64_t size = std::min(kTile, end - i);
+      const Value* values = tile(i, size);
+      const int64_t padded = (size + kLanes - 1) / kLanes * kLanes;
+      padding += padded - size;
+      lanes.add(values, padded);
+      count_bins<kTableCount>(narrow(values, size), size, counts);
+    }
+    Summary summary = lanes.summary();
+    summary.ignored -= padding;
+    for (int64_t i = begin; i < end && summary.sum != summary.sum && !summary.nan; ++i) {
+      summary.nan = value_of(margins_[i]) != value_of(margins_[i]);
+    }
+    return summary;
+  }
+
+ private:
+  // Margins next to each other, and +inf up to a multiple of kLanes.
+  const Value* tile(int64_t begin, int64_t size) {
+    const bool dense = margins_.stride == 1;
+    if constexpr (std::is_same_v<T, Value>) {
+      if (dense && size % kLanes == 0) return margins_.data + begin;
+    }
+    int64_t i = 0;
+    for (; dense && i + kLanes <= size; i += kLanes) {
+      store(load(margins_.data + begin + i), values_ + i);
+    }
+    for (; i < size; ++i) values_[i] = value_of(margins_[begin + i]);
+    for (; i % kLanes != 0; ++i) values_[i] = std::numeric_limits<Value>::infinity();
+    return values_;
+  }
+
+  const float* narrow(const float* values, int64_t) { return values; }
+  const float* narrow(const double* values, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) floats_[i] = static_cast<float>(values[i]);
+    return floats_;
+  }
+
+  const Vector<T> margins_;
+  Value values_[kTile];
+  float floats_[std::is_same_v<Value, double> ? kTile : 1];
+};
+
+// Most bins are empty, so look at several before adding.
+void add_tables(const uint32_t* counts, int64_t* bin_counts) {
+  constexpr int kBlock = 32;
+  for (int64_t bin = 0; bin < kBins; bin += kBlock, counts += kBlock * kTables) {
+    uint32_t any = 0;
+    for (int i = 0; i < kBlock * kTables; ++i) any |= counts[i];
+    if (any == 0) continue;
+    for (int i = 0; i < kBlock * kTables; ++i) bin_counts[bin + i / kTables] += counts[i];
+  }
+}
+
+template <class T>
+Summary add_slab(const Vector<T>& margins, int64_t* bin_counts) {
+  if (margins.size <= kGrain) {
+    return Reader<T>(margins).template read<1>(0, margins.size, bin_counts);
+  }
+  const int64_t chunks = (margins.size + kChunk - 1) / kChunk;
+  std::vector<Summary> summaries(static_cast<size_t>(chunks));
+  std::mutex mutex;
+  parallel(chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> counts(kTables * kBins);
+    Reader<T> reader(margins);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      summaries[chunk] = reader.template read<kTables>(
+          chunk * kChunk, std::min(margins.size, (chunk + 1) * kChunk), counts.data());
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    add_tables(counts.data(), bin_counts);
+  });
+  Summary all;
+  for (const Summary& summary : summaries) all.add(summary);
+  return all;
+}
+
+template <class T>
+T* state(const char* name, const Tensor& tensor, int64_t size, ScalarType type) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type && tensor.numel() == size &&
+                      tensor.is_contiguous(),
+                  name, ": expected ", size, " contiguous values on the CPU");
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+void update_margin_distribution(const Tensor& bin_counts, const Tensor& counts, const Tensor& sums,
+                                const Tensor& minimum, const Tensor& maximum,
+                                const Tensor& margins) {
+  STD_TORCH_CHECK(margins.dim() == 1, "margins: expected shape [N], got ", margins.dim(), "-d");
+  auto* bin = state<int64_t>("bin_counts", bin_counts, kBins, ScalarType::Long);
+  auto* count = state<int64_t>("counts", counts, 2, ScalarType::Long);
+  auto* sum = state<double>("sums", sums, 2, ScalarType::Double);
+  auto* least = state<double>("minimum", minimum, 1, ScalarType::Double);
+  auto* largest = state<double>("maximum", maximum, 1, ScalarType::Double);
+  for_dtype("margins", margins, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Vector<T> all = vector<T>(margins);
+    Summary summary;
+    for (int64_t i = 0; i < all.size; i += kSlab) {
+      summary.add(add_slab<T>({&all[i], std::min(kSlab, all.size - i), all.stride}, bin));
+    }
+    bin[kInfiniteBin] -= summary.ignored;
+    count[0] += summary.ignored;
+    count[1] += summary.positive;
+    sum[0] += summary.sum;
+    sum[1] += summary.positive_sum;
+    if (summary.minimum < *least) *least = summary.minimum;  // a NaN stays
+    if (summary.maximum > *largest) *largest = summary.maximum;
+    if (summary.nan) *least = *largest = sum[1] = std::numeric_limits<double>::quiet_NaN();
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
+  m.impl("update_margin_distribution", TORCH_BOX(&update_margin_distribution));
+}
+
+}  // namespace
+}  // namespace marginops::cpu

@@ -1,0 +1,129 @@
+"""How wide the classes of a layer's output are, and how far apart."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from ..ops.moments import ClassMoments, class_moments
+from . import _shared as shared
+
+
+class ClassManifoldsSummary(NamedTuple):
+    """Size and position of every class; see :class:`ClassManifolds`."""
+
+    count: Tensor  # type: ignore[assignment]  # tuple has a method of this name
+    radius: Tensor
+    distance: Tensor
+
+
+class ClassManifolds(Metric):
+    r"""Gyration radius of every class and the distances between the class means.
+
+    With :math:`z = h / \lVert h \rVert_2` the features scaled to the unit sphere (h itself without
+    ``normalize``) and :math:`m_c` their mean over class c:
+
+    ============ ==================================================================================
+    ``count``    ``[C]`` int64, samples of each class
+    ``radius``   ``[C]``, :math:`R_c = \sqrt{\mathrm{mean}_{y = c} \lVert z - m_c \rVert_2^2}`
+    ``distance`` ``[C, C]``, :math:`\lVert m_c - m_{c'} \rVert_2`
+    ============ ==================================================================================
+
+    On the sphere :math:`R_c^2 = 1 - \lVert m_c \rVert_2^2`; here the radius is accumulated so that
+    it does not cancel. The class manifolds of Ciceri et al. (2024): their radii shrink and then
+    grow again, see :class:`marginops.training.InversionMonitor`.
+
+    Args:
+        num_classes: C >= 2.
+        num_features: D >= 1.
+        normalize: Whether features are scaled to the unit sphere; a row of zeros stays zero.
+        ignore_index: Samples with this target are left out.
+        **kwargs: Of :class:`torchmetrics.Metric`.
+
+    Raises:
+        TypeError, ValueError: A number has the wrong type or is too small.
+
+    Radius and distance are float64, and NaN for a class without samples. The moments of a batch are
+    those of :func:`marginops.class_moments`, so in float32 unless the input is float64; batches and
+    processes are merged in float64. So a class of equal points has radius 0 in a batch, and over
+    several, with ``normalize``, at most the rounding of z. Does not wait for the device. The state
+    takes C (D + 2) numbers, whatever the number of samples, and is part of ``state_dict``.
+
+    Example:
+        >>> import torch
+        >>> from marginops.metrics import ClassManifolds
+        >>> metric = ClassManifolds(num_classes=2, num_features=2)
+        >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
+        >>> metric.update(torch.tensor([[-1.0, 0.0], [-3.0, 0.0]]), torch.tensor([1, 1]))
+        >>> summary = metric.compute()
+        >>> summary.count, summary.radius
+        (tensor([2, 2]), tensor([0.7071, 0.0000], dtype=torch.float64))
+        >>> summary.distance[0, 1]
+        tensor(1.5811, dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = True
+
+    count: Tensor
+    mean: Tensor
+    radius: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_features: int,
+        *,
+        normalize: bool = True,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        shared.check_at_least("num_classes", num_classes, 2)
+        shared.check_at_least("num_features", num_features, 1)
+        self.num_classes, self.num_features = num_classes, num_features
+        self.normalize, self.ignore_index = normalize, ignore_index
+        # Those of no samples; merging leaves them out.
+        mean = torch.full((num_classes, num_features), torch.nan, dtype=torch.float64)
+        self.add_state("count", torch.zeros(num_classes, dtype=torch.int64), persistent=True)
+        self.add_state("mean", mean, persistent=True)
+        self.add_state("radius", mean[:, 0].clone(), persistent=True)
+
+    def update(self, input: Tensor, target: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            input: ``[N, D]`` features, float32, float64, bfloat16 or float16.
+            target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+
+        Raises:
+            TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
+            RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+        """
+        shared.check_columns("input", input, "N", self.num_features, self.count.device)
+        batch = class_moments(
+            input.detach(),
+            target,
+            self.num_classes,
+            normalize=self.normalize,
+            ignore_index=self.ignore_index,
+        )
+        merged = ClassMoments(self.count, self.mean, self.radius).merge(batch)
+        self.count, self.mean, self.radius = merged
+
+    def compute(self) -> ClassManifoldsSummary:
+        """Count, radius and distances of all samples so far, of all processes.
+
+        Returns:
+            :class:`ClassManifoldsSummary`.
+        """
+        count, mean, radius = self.count, self.mean, self.radius
+        if count.dim() == 2:  # torchmetrics stacks the states of all processes
+            ranks = map(ClassMoments, count, mean, radius)
+            count, mean, radius = functools.reduce(ClassMoments.merge, ranks)
+        # Not by way of a product, which cancels where means are close.
+        distance = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")
+        return ClassManifoldsSummary(count, radius, distance)
