@@ -1,0 +1,282 @@
+"""Seminorm, scale and margins of a quasi-homogeneous network whose rates are known."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks as checks
+from ..ops._library import result_dtype
+
+Version = Literal["tau", "lambda_max"]
+Parameters = nn.Module | Mapping[str, Tensor]
+
+
+def lambda_seminorm(
+    parameters: Parameters, rates: Mapping[str, float], *, largest_only: bool = False
+) -> Tensor:
+    r"""Norm of the parameters in which every one is weighted by its rate.
+
+    .. math:: \lVert \theta \rVert_\Lambda = \Bigl( \sum_i \lambda_i \theta_i^2 \Bigr)^{1/2}
+
+    This is the seminorm of Kunin, Yamamura, Ma, Ganguli (2023).
+
+    Args:
+        parameters: A module, all of whose parameters count (shared ones once), or a mapping of
+            names to tensors of floating point.
+        rates: The rate of each of these parameters, finite and >= 0, see :func:`rates`.
+        largest_only: Sum only over the parameters whose rate is the largest.
+
+    Returns:
+        0-d float64, on the device of the first parameter. NaN and infinities propagate.
+
+    Raises:
+        TypeError, ValueError: ``rates`` does not name exactly these parameters, a rate is
+            negative or not finite, or an argument has the wrong type.
+
+    Differentiable in the parameters. Deterministic on the CPU. Reads every parameter with a
+    positive rate once, its squares summed in float64.
+
+    Example:
+        >>> import torch
+        >>> from marginops.homogeneity import lambda_seminorm
+        >>> parameters = {"weight": torch.tensor([3.0, 0.0]), "bias": torch.tensor([8.0])}
+        >>> lambda_seminorm(parameters, {"weight": 1.0, "bias": 0.25})
+        tensor(5., dtype=torch.float64)
+        >>> lambda_seminorm(parameters, {"weight": 1.0, "bias": 0.25}, largest_only=True)
+        tensor(3., dtype=torch.float64)
+    """
+    rate, squares = _squares(parameters, rates)
+    if largest_only:
+        rate, squares = rate[-1:], squares[-1:]
+    total = (rate * squares).sum()
+    zero = total == 0
+    # The square root has no derivative at 0; there the seminorm has the gradient 0.
+    return torch.where(zero, 0, torch.where(zero, 1, total).sqrt())
+
+
+def log_scale(parameters: Parameters, rates: Mapping[str, float]) -> Tensor:
+    r"""Logarithm of the scale of a quasi-homogeneous network's parameters.
+
+    The root :math:`\tau` of
+
+    .. math:: \sum_i \lambda_i \, e^{-2 \tau \lambda_i} \, \theta_i^2 = 1
+
+    that is, how far :math:`\theta` has moved along :math:`\theta_i \mapsto e^{\alpha \lambda_i}
+    \theta_i`, under which the network's output grows by :math:`e^\alpha`, from the point where its
+    :func:`lambda_seminorm` is 1. :func:`rescale` by :math:`\alpha` adds :math:`\alpha` to it.
+    The scale is that of Kunin, Yamamura, Ma, Ganguli (2023).
+
+    Args:
+        parameters: A module or a mapping, see :func:`lambda_seminorm`.
+        rates: The rate of each parameter, see :func:`rates`.
+
+    Returns:
+        0-d float64, on the device of the first parameter; NaN where a parameter with a positive
+        rate has a NaN, ``+inf`` where one is infinite.
+
+    Raises:
+        TypeError, ValueError: As for :func:`lambda_seminorm`, and where the seminorm is 0, so that
+            no such root exists.
+
+    Differentiable in the parameters up to third derivatives. Newton's method on the logarithm of
+    the sum, grouped by rate: it rises to the root from below and ends within a few steps at the
+    last bits of float64. Reads the parameters once and waits for the device once.
+
+    Example:
+        >>> import torch
+        >>> from marginops.homogeneity import log_scale
+        >>> parameters = {"a": torch.tensor([2.0]), "b": torch.tensor([0.0])}
+        >>> log_scale(parameters, {"a": 1.0, "b": 0.5})
+        tensor(0.6931, dtype=torch.float64)
+    """
+    rate, squares = _squares(parameters, rates)
+    return _log_scale(rate, squares)
+
+
+def normalized_margin(
+    margins: Tensor,
+    parameters: Parameters,
+    rates: Mapping[str, float],
+    *,
+    version: Version = "tau",
+) -> Tensor:
+    r"""Margins of a quasi-homogeneous network at scale 1.
+
+    ================ ============================================================================
+    ``"tau"``        :math:`e^{-\tau} q_n`, with :math:`\tau` of :func:`log_scale`
+    ``"lambda_max"`` :math:`q_n / \lVert \theta \rVert_{\Lambda_{\max}}^{1 / \lambda_{\max}}`, the
+                     :func:`lambda_seminorm` over the parameters with the largest rate only
+    ================ ============================================================================
+
+    Both stay as they are when :func:`rescale` scales the network, and so compare networks and
+    moments of training with each other. Gradient flow maximises the second one in the limit
+    (Kunin, Yamamura, Ma, Ganguli, 2023); neither need grow all the way: the first one falls while
+    a parameter with the largest rate that the margin does not need is discarded.
+
+    Args:
+        margins: ``[N]``, float32, float64, bfloat16 or float16, of the network with these
+            parameters, such as :func:`marginops.classification_margin`.
+        parameters: A module or a mapping, see :func:`lambda_seminorm`, on the device of
+            ``margins``.
+        rates: The rate of each parameter, see :func:`rates`.
+        version: ``"tau"`` or ``"lambda_max"``.
+
+    Returns:
+        ``[N]``, float64 for float64 margins, else float32; the factor is applied in two halves and
+        in float64, so neither over- nor underflows before the product does.
+
+    Raises:
+        TypeError, ValueError: As for :func:`log_scale`; for ``"lambda_max"`` also where the
+            parameters with the largest rate are all 0.
+
+    Differentiable in ``margins`` and the parameters. Waits for the device once.
+
+    Example:
+        >>> import torch
+        >>> from marginops.homogeneity import normalized_margin
+        >>> margins = torch.tensor([6.0, -2.0])
+        >>> normalized_margin(margins, {"a": torch.tensor([2.0])}, {"a": 1.0})
+        tensor([ 3., -1.])
+    """
+    checks.check_tensor("margins", margins, 1, "[N]")
+    if version not in ("tau", "lambda_max"):
+        raise ValueError(f'version: expected "tau" or "lambda_max", got {version!r}')
+    rate, squares = _squares(parameters, rates)
+    checks.check_device("parameters", squares, margins, "margins")
+    if version == "lambda_max":
+        # With one rate only the root is log(lambda S) / (2 lambda): the logarithm of the power.
+        rate, squares = rate[-1:], squares[-1:]
+    half = (_log_scale(rate, squares) / -2).exp()
+    return (margins.to(half.dtype) * half * half).to(result_dtype(margins.dtype))
+
+
+def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
+    r"""Move a network's parameters in place: its output grows by :math:`e^\alpha`.
+
+    .. math:: \theta_i \leftarrow e^{\alpha \lambda_i} \, \theta_i
+
+    Args:
+        model: Its parameters are changed, those with rate 0 not even touched.
+        rates: The rate of each parameter, see :func:`rates`.
+        alpha: A finite number; ``-log_scale(model, rates)`` gives the network scale 1.
+
+    Raises:
+        TypeError, ValueError: As for :func:`lambda_seminorm`, or ``alpha`` is not a finite number.
+
+    Not recorded by autograd. Afterwards :func:`log_scale` is larger by ``alpha``.
+
+    Example:
+        >>> import math, torch
+        >>> from marginops.homogeneity import rescale
+        >>> model = torch.nn.Linear(2, 2)
+        >>> before = model(torch.ones(1, 2))
+        >>> rescale(model, {"weight": 1.0, "bias": 1.0}, math.log(2))
+        >>> torch.testing.assert_close(model(torch.ones(1, 2)), 2 * before)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, Tensor)):
+        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
+    alpha = float(alpha.detach()) if isinstance(alpha, Tensor) else float(alpha)
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    with torch.no_grad():
+        for value, rate in _rated(model, rates):
+            if rate > 0:
+                value.mul_(math.exp(alpha * rate))
+
+
+def _rated(parameters: Any, rates: Any) -> list[tuple[Tensor, float]]:
+    """Every parameter with its rate."""
+    if isinstance(parameters, nn.Module):
+        parameters = dict(parameters.named_parameters())
+    if not isinstance(parameters, Mapping):
+        raise TypeError(
+            "parameters: expected a torch.nn.Module or a mapping of names to tensors, "
+            f"got {type(parameters).__name__}"
+        )
+    if not isinstance(rates, Mapping):
+        raise TypeError(f"rates: expected a mapping of names, got {type(rates).__name__}")
+    if missing := [name for name in parameters if name not in rates]:
+        raise ValueError(f"rates: expected a rate for every parameter, got none for {missing}")
+    if unknown := [name for name in rates if name not in parameters]:
+        raise ValueError(f"rates: expected names of parameters, got {unknown}")
+    if not parameters:
+        raise ValueError("parameters: expected at least one, got none")
+    for name, value in parameters.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"parameters: expected a tensor for {name!r}, got {type(value).__name__}"
+            )
+        if value.dtype not in checks.FLOATING:
+            raise TypeError(f"parameters: expected floating point for {name!r}, got {value.dtype}")
+        rate = rates[name]
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise TypeError(f"rates: expected a number for {name!r}, got {type(rate).__name__}")
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"rates: expected a finite rate >= 0 for {name!r}, got {rate}")
+    return [(value, float(rates[name])) for name, value in parameters.items()]
+
+
+def _squares(parameters: Any, rates: Any) -> tuple[Tensor, Tensor]:
+    """The distinct rates, ascending, and for each the sum of its parameters' squares, float64."""
+    rated = _rated(parameters, rates)
+    device = rated[0][0].device
+    squares: dict[float, Tensor] = {
+        max(rate for _, rate in rated): torch.zeros((), dtype=torch.float64, device=device)
+    }
+    for value, rate in rated:
+        if rate > 0:
+            square = value.to(torch.float64).square().sum().to(device)
+            squares[rate] = squares.get(rate, 0) + square
+    ordered = sorted(squares)
+    return (
+        torch.tensor(ordered, dtype=torch.float64, device=device),
+        torch.stack([squares[rate] for rate in ordered]),
+    )
+
+
+def _log_scale(rate: Tensor, squares: Tensor) -> Tensor:
+    root = _root(rate.tolist(), squares.tolist())
+    if not math.isfinite(root):
+        return squares.sum() * root
+    # Two steps from the detached root have the root's value and its first three derivatives. A
+    # factor that overflows belongs to squares that are as good as zero.
+    finite = torch.finfo(rate.dtype).max
+    weight = (rate * (-2 * root * rate).exp()).clamp(max=finite)
+    step = torch.zeros_like(squares[0])
+    for _ in range(2):
+        terms = weight * squares * (-2 * rate * step).exp()
+        total = terms.sum()
+        step = step + total * total.log() / (2 * (rate * terms).sum())
+    return root + step
+
+
+def _root(rate: list[float], squares: list[float]) -> float:
+    """Root of the logarithm of the sum over groups of ``rate * squares * exp(-2 tau rate)``."""
+    if any(math.isnan(square) for square in squares):
+        return math.nan
+    groups = [
+        (value, math.log(value) + math.log(square))
+        for value, square in zip(rate, squares, strict=True)
+        if value > 0 and square > 0
+    ]
+    if not groups:
+        raise ValueError(
+            "parameters: expected one with a positive rate that is not 0, got a seminorm of 0"
+        )
+    tau = max(offset / (2 * value) for value, offset in groups)
+    if math.isinf(tau):
+        return tau
+    # The function is convex and falls, and is >= 0 at the start: every step goes up.
+    for _ in range(200):
+        terms = [(value, math.exp(offset - 2 * tau * value)) for value, offset in groups]
+        total = math.fsum(term for _, term in terms)
+        step = total * math.log(total) / (2 * math.fsum(value * term for value, term in terms))
+        tau, before = tau + step, tau
+        if step <= 0 or tau == before:
+            break
+    return tau

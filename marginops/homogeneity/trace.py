@@ -1,0 +1,222 @@
+"""From a model to the equations between its rates, by way of ``torch.export``."""
+
+import operator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from .operation import Operation
+from .system import Form, NotQuasiHomogeneousError, System, Value
+from .table import CARRYING, CREATING, RULES, UNSCALED
+
+
+def exported(model: nn.Module, example_input: tuple[Any, ...]) -> Any:
+    """The model as a program of ATen operations without side effects, in evaluation mode."""
+    try:
+        with _evaluation_mode(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, example_input, strict=False)
+            if all(_has_rule(node) for node in program.graph.nodes):
+                return program
+            # Without changes in place and composite operations; takes several times as long.
+            return program.run_decompositions({})
+    except Exception as error:
+        raise RuntimeError(
+            "rates: torch.export cannot trace the model in evaluation mode with this "
+            f"example_input: {error}"
+        ) from error
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Network:
+    """The equations of an exported program.
+
+    Attributes:
+        system: The equations.
+        output: The rate of the output, a form that must be 1.
+        place: Where the output comes from.
+    """
+
+    def __init__(self, model: nn.Module, program: Any, names: list[str]) -> None:
+        self.model = model
+        self.system = System(len(names))
+        output = _output(program)
+        self.place = self._place(output)
+        values = self._inputs(program, names)
+        needed = _ancestors(output)
+        for node in program.graph.nodes:
+            if node in needed and node not in values:
+                values[node] = self._value(node, values)
+        rate = values[output].rate
+        if not values[output].parameters or rate is None:
+            raise NotQuasiHomogeneousError(
+                f"rates: the output, {self.place}, does not depend on any parameter"
+            )
+        self.output = rate
+
+    def _inputs(self, program: Any, names: list[str]) -> dict[Node, Value]:
+        specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+        # Under which of its names a shared parameter is exported is not ours to choose.
+        indices = {id(self.model.get_parameter(name)): i for i, name in enumerate(names)}
+        storages = {_storage(parameter) for parameter in self.model.parameters()} - {0}
+        values = {}
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                spec = specs[node.name]
+                values[node] = self._constant(spec.kind == InputKind.USER_INPUT)
+                held = program.state_dict.get(spec.target, program.constants.get(spec.target))
+                if spec.kind != InputKind.PARAMETER and _storage(held) in storages:
+                    raise ValueError(
+                        f"model: expected buffers with memory of their own, got {spec.target!r}, "
+                        "which shares a parameter's"
+                    )
+                if spec.kind == InputKind.PARAMETER:
+                    parameter = self.model.get_parameter(spec.target)
+                    if _has_rate(parameter):
+                        values[node] = self.system.parameter(indices[id(parameter)])
+        return values
+
+    def _constant(self, varies: bool) -> Value:
+        return Value(self.system.constant(), varies=varies)
+
+    def _value(self, node: Node, values: dict[Node, Value]) -> Value:
+        operands = [values[operand] for operand in node.all_input_nodes]
+        parameters = frozenset[int]().union(*(operand.parameters for operand in operands))
+        varies = any(operand.varies for operand in operands)
+        floating = _is_floating(node)
+        name = _name(node)
+        if node.target is operator.getitem:
+            rate = operands[0].rate
+        elif not parameters:
+            zeros = name in CARRYING and all(operand.rate is None for operand in operands)
+            can_be_zero = zeros or name in CREATING
+            rate = self._rate(node, name, values) if can_be_zero else self.system.constant()
+        elif not any(operand.floating for operand in operands):
+            rate = self.system.constant()
+        else:
+            rate = self._rate(node, name, values)
+        if not floating:
+            rate = self.system.constant()
+        carries = not varies and (name in CARRYING or node.target is operator.getitem)
+        weights = frozenset[int]().union(*(operand.weights for operand in operands))
+        return Value(rate, parameters, weights if carries else frozenset(), varies, floating)
+
+    def _rate(self, node: Node, name: str, values: dict[Node, Value]) -> Form | None:
+        place = self._place(node)
+        if name in UNSCALED:
+            raise NotQuasiHomogeneousError(f"rates: {place} is not quasi-homogeneous")
+        if name not in RULES:
+            raise NotQuasiHomogeneousError(
+                f"rates: {place} is an unknown operation, so nothing can be said of its rate"
+            )
+        given = dict(zip(_argument_names(node), node.args, strict=False))
+        given |= node.kwargs
+        arguments = {key: _replaced(argument, values) for key, argument in given.items()}
+        sizes = {
+            key: tuple(argument.meta["val"].shape)
+            for key, argument in given.items()
+            if isinstance(argument, Node) and isinstance(argument.meta.get("val"), Tensor)
+        }
+        return RULES[name](Operation(name, arguments, self.system, place, sizes))
+
+    def _place(self, node: Node) -> str:
+        """The operation and the module that calls it; in one's own module also the line."""
+        if node.op != "call_function":
+            return node.name
+        if node.target is operator.getitem:
+            return self._place(node.all_input_nodes[0])
+        stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
+        path = stack[-1][0]
+        kind = type_before_parametrizations(self.model.get_submodule(path.split("@")[0]))
+        where = f"{_name(node)} at {path or 'the model'}"
+        if getattr(nn, kind.__name__, None) is kind:
+            return f"{where} (torch.nn.{kind.__name__})"
+        lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+        code = f" in `{lines[-1].strip()}`" if lines else ""
+        return f"{where} ({kind.__qualname__}){code}"
+
+
+def _storage(held: Any) -> int | None:
+    return held.untyped_storage().data_ptr() if isinstance(held, Tensor) else None
+
+
+def _output(program: Any) -> Node:
+    """The one tensor that the program returns."""
+    kept, structure = program.graph.output_node().args[0], program.call_spec.out_spec
+    outputs = kept[len(kept) - structure.num_leaves :]
+    if structure.num_children or not outputs or not isinstance(outputs[0], Node):
+        kind = getattr(structure.type, "__name__", "no tensor")
+        raise ValueError(f"model: expected one tensor as output, got {kind}")
+    if not _is_floating(outputs[0]):
+        raise ValueError(
+            f"model: expected an output of floating point, got {outputs[0].meta['val'].dtype}"
+        )
+    return outputs[0]
+
+
+def _ancestors(output: Node) -> set[Node]:
+    found, left = {output}, [output]
+    while left:
+        for node in left.pop().all_input_nodes:
+            if node not in found:
+                found.add(node)
+                left.append(node)
+    return found
+
+
+def _name(node: Node) -> str:
+    """Of the ATen operation, without namespace and overload; else whatever is called."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        namespace, name = node.target._schema.name.split("::")
+        return name if namespace == "aten" else f"{namespace}::{name}"
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _has_rule(node: Node) -> bool:
+    """Whether an operation changes nothing in place and is known as it stands."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    operation: Any = node.target
+    pure = isinstance(operation, torch._ops.OpOverload) and not operation._schema.is_mutable
+    return pure and (_name(node) in RULES or _name(node) in UNSCALED)
+
+
+def _argument_names(node: Node) -> list[str]:
+    operation: Any = node.target
+    return [argument.name for argument in operation._schema.arguments]
+
+
+def _is_floating(node: Node) -> bool:
+    """Tuples count as floating: their elements are asked one by one."""
+    value = node.meta.get("val")
+    return _has_rate(value) if isinstance(value, Tensor) else True
+
+
+def _has_rate(tensor: Tensor) -> bool:
+    """Integers and booleans have none."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _replaced(argument: Any, values: dict[Node, Value]) -> Any:
+    if isinstance(argument, Node):
+        return values[argument]
+    if isinstance(argument, (list, tuple)):
+        return [_replaced(item, values) for item in argument]
+    return argument

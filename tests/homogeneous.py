@@ -1,0 +1,110 @@
+"""Models for the tests of rates, and what must hold of any rates."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+from marginops.homogeneity import log_scale, rates, rescale
+
+
+def seeded(model: nn.Module, seed: int = 4) -> nn.Module:
+    """Float64 and nothing at its initial value: no zero biases, no unit statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if value.is_floating_point():
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.5 + 0.1)
+                if name.endswith("running_var"):
+                    value.abs_().add_(0.1)
+    return model
+
+
+class Function(nn.Module):
+    """A function of an input and the parameters of these shapes, by name."""
+
+    def __init__(self, function, **shapes):
+        super().__init__()
+        self.function = function
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        seeded(self)
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+def checked_rates(model, *inputs, tolerance=1e-9):
+    """The rates of a model, for which Euler's identity and the scaling of the output hold."""
+    found = rates(model, inputs)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert all(rate >= 0 for rate in found.values())
+    output = model(*inputs)
+    assert output.detach().abs().max() > 1e-6
+    direction = torch.randn(output.shape, dtype=output.dtype)
+    projected = (output * direction).sum()
+    gradients = torch.autograd.grad(projected, list(model.parameters()), allow_unused=True)
+    derivative = sum(
+        (rate * gradient * value).sum()
+        for rate, gradient, value in zip(found.values(), gradients, model.parameters(), strict=True)
+        if gradient is not None
+    )
+    torch.testing.assert_close(derivative, projected, rtol=tolerance, atol=tolerance)
+    alpha = 0.7
+    grown = copy.deepcopy(model)
+    rescale(grown, found, alpha)
+    torch.testing.assert_close(
+        grown(*inputs), math.exp(alpha) * output, rtol=tolerance, atol=tolerance
+    )
+    shift = log_scale(grown, found) - log_scale(model, found)
+    torch.testing.assert_close(shift.item(), alpha, rtol=1e-12, atol=1e-12)
+    return found
+
+
+class Block(nn.Module):
+    """Of a residual network with batch norm."""
+
+    def __init__(self, channels, out_channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = None
+        if stride != 1 or channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def forward(self, x):
+        skip = x if self.downsample is None else self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += skip
+        return self.relu(out)
+
+
+class ResNet18(nn.Module):
+    """The layout of the well-known network, narrower."""
+
+    def __init__(self, width=4, classes=10):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 7, 2, padding=3, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, padding=1),
+        )
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        for i in range(1, 5):
+            first = Block(widths[i - 1], widths[i], 1 if i == 1 else 2)
+            setattr(self, f"layer{i}", nn.Sequential(first, Block(widths[i], widths[i], 1)))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8 * width, classes)
+
+    def forward(self, x):
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
