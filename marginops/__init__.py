@@ -3,6 +3,8 @@
 from . import nn
 from ._native import NativeUnavailableWarning
 from ._version import __version__
+from .norms import log_norm_product, spectrally_normalized_margin
+from .ops.distribution import margin_area, support_vector_counts
 from .ops.linear import (
     linear_classification_margin,
     linear_minimal_margin_score,
@@ -11,6 +13,7 @@ from .ops.linear import (
     linear_select_smallest_margin,
 )
 from .ops.margin import classification_margin, minimal_margin_score
+from .ops.moments import ClassMoments, class_moments
 from .ops.regularization import multi_margin_regularization
 from .ops.select import (
     Selection,
@@ -21,16 +24,20 @@ from .ops.select import (
 from .ops.statistics import SampleStatistics, sample_statistics
 
 __all__ = [
+    "ClassMoments",
     "NativeUnavailableWarning",
     "SampleStatistics",
     "Selection",
     "__version__",
+    "class_moments",
     "classification_margin",
     "linear_classification_margin",
     "linear_minimal_margin_score",
     "linear_sample_statistics",
     "linear_select_minimal_margin",
     "linear_select_smallest_margin",
+    "log_norm_product",
+    "margin_area",
     "minimal_margin_score",
     "multi_margin_regularization",
     "nn",
@@ -38,4 +45,6 @@ __all__ = [
     "select_minimal_margin",
     "select_smallest",
     "select_smallest_margin",
+    "spectrally_normalized_margin",
+    "support_vector_counts",
 ]

@@ -1,0 +1,143 @@
+"""Margins divided by the spectral complexity of the network."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks as checks
+from ..ops.margin import classification_margin
+from . import convolution
+from . import layers as kinds
+from .factors import BatchNorm, Convolution, Factor, factors_of, result_dtype, scaled_weight
+from .product import log_frobenius_norm, log_spectral_norms
+
+
+def spectrally_normalized_margin(
+    logits: Tensor,
+    target: Tensor,
+    model: nn.Module,
+    *,
+    reference: nn.Module | None = None,
+    input: Tensor | None = None,
+    batch_norm: BatchNorm = "fold",
+    conv: Convolution = "flattened",
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""Signed margin of every sample over the spectral complexity of the model.
+
+    With :math:`A_i` the matrices of the layers, :math:`s_i` their spectral norms and :math:`M_i`
+    the matrices of ``reference``,
+
+    .. math:: (f_{n, y_n} - \max_{c \ne y_n} f_{n, c}) / R, \quad
+        R = \prod_i s_i \Bigl(\sum_i
+        \bigl(\lVert A_i^T - M_i^T \rVert_{2, 1} / s_i\bigr)^{2/3}\Bigr)^{3/2}
+
+    where :math:`\lVert A^T \rVert_{2, 1}` adds the 2-norms of the rows of :math:`A`, one for each
+    output. These are the margins of Bartlett, Foster, Telgarsky (2017).
+
+    Args:
+        logits: ``[N, C]``, see :func:`classification_margin`.
+        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+        model: The model that gave the logits, see :func:`log_norm_product`.
+        reference: A model with layers of the same shapes, as a copy at initialisation; by default
+            all :math:`M_i` are 0.
+        input: The data ``[n, ...]``; with it margins are divided by
+            :math:`\lVert X \rVert_F / n`, too.
+        batch_norm: ``"fold"``, ``"last"`` or ``"affine"``, see :func:`log_norm_product`; the
+            reference's by its own statistics.
+        conv: ``"flattened"`` or ``"operator"``, see :func:`log_norm_product`; for the latter
+            padding, if any, has to be with zeros or circular.
+        example_input: See :func:`log_norm_product`.
+        ignore_index: Samples with this target get ``+inf`` and no gradient.
+
+    Returns:
+        ``[N]``, float64 for float64 logits, else float32.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong, see :func:`classification_margin` and
+            :func:`log_norm_product`; or the layers of ``reference`` are not those of ``model``.
+        RuntimeError: A target is outside [0, C) (CPU), on CUDA a device-side assertion; or a
+            spectral norm did not converge to 1e-6.
+
+    Differentiable (once) in ``logits``, in weights and batch norms of both models, and in
+    ``input``. Deterministic. Costs what the spectral :func:`log_norm_product` costs.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = torch.nn.init.eye_(model.weight)
+        >>> logits = model(torch.tensor([[1.0, 0.0]])).detach()
+        >>> marginops.spectrally_normalized_margin(logits, torch.tensor([0]), model).detach()
+        tensor([0.5000])
+    """
+    checks.check_logits(logits)
+    factors = factors_of(model, batch_norm, conv, example_input, stacklevel=2)
+    checks.check_device("model", factors[0].weight, logits, "logits")
+    origins: list[Factor | None] = [None] * len(factors)
+    if reference is not None:
+        others = factors_of(reference, batch_norm, conv, example_input, 2, "reference")
+        _check_reference(others, factors)
+        origins = list(others)
+    dtype = result_dtype(factors)
+    with torch.autocast(logits.device.type, enabled=False):
+        norms = log_spectral_norms(factors, dtype, 1e-6)
+        distances = torch.stack(
+            [
+                _log_two_one_norm(factor, origin, dtype)
+                for factor, origin in zip(factors, origins, strict=True)
+            ]
+        )
+        log_norm = norms.sum() + 1.5 * torch.logsumexp((distances - norms) * (2 / 3), 0)
+        if input is not None:
+            log_norm = log_norm + _log_size(input, logits)
+    return classification_margin(logits, target, log_norm=log_norm, ignore_index=ignore_index)
+
+
+def _log_two_one_norm(factor: Factor, origin: Factor | None, dtype: torch.dtype) -> Tensor:
+    """The logarithm of the sum of the norms of the rows of the difference, in float64."""
+    difference = scaled_weight(factor, dtype)
+    if origin is not None:
+        difference = difference - scaled_weight(origin, dtype)
+    peak = difference.detach().abs().amax()
+    if not 0 < peak.item() < math.inf:
+        return peak.double().log()
+    difference = difference / peak
+    if factor.is_operator:
+        taps = factor.module.kernel_size
+        squares = kinds.blocks(factor.module, difference.double().square())
+        squares = squares.flatten(0, 1).unflatten(1, (-1, *taps)).sum(1)
+        for met in convolution.reach(factor):  # the first axis of taps goes, one of places comes
+            squares = torch.tensordot(squares, met.to(squares), dims=([1], [0]))
+        norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+    else:
+        norms = torch.linalg.vector_norm(kinds.rows(factor.module, difference), dim=1).double()
+    return norms.sum().log() + peak.double().log()
+
+
+def _log_size(input: Any, logits: Tensor) -> Tensor:
+    """The logarithm of the Frobenius norm of the data over their number."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a tensor [n, ...], got {type(input).__name__}")
+    checks.check_tensor("input", input, max(input.dim(), 1), "[n, ...]")
+    checks.check_device("input", input, logits, "logits")
+    if input.numel() == 0:
+        raise ValueError(f"input: expected at least one sample [n, ...], got {list(input.shape)}")
+    exact = input.to(torch.promote_types(input.dtype, torch.float32))
+    return log_frobenius_norm(exact.reshape(exact.shape[0], -1)) - math.log(exact.shape[0])
+
+
+def _check_reference(others: list[Factor], factors: list[Factor]) -> None:
+    """The same matrices, by their shapes."""
+    expected = [(factor.path, [*factor.weight.shape]) for factor in factors]
+    got = [(factor.path, [*factor.weight.shape]) for factor in others]
+    if len(got) != len(expected):
+        raise ValueError(f"reference: expected {len(expected)} layers as model has, got {len(got)}")
+    for (path, shape), (other_path, other_shape) in zip(expected, got, strict=True):
+        if shape != other_shape:
+            raise ValueError(
+                f"reference: expected shape {shape} as {path} of model, got {other_shape} of "
+                f"{other_path}"
+            )
+    checks.check_device("reference", others[0].weight, factors[0].weight, "model")

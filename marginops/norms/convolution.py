@@ -1,0 +1,161 @@
+"""A convolution as one matrix that acts on all places of its input."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import layers as kinds
+from .factors import Factor
+from .spectral import leading_eigenvector, leading_right_vector, random_start
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def places(factor: Factor) -> tuple[list[int], list[int]]:
+    """Sizes of the input and of the output, without channels."""
+    dimensions = factor.weight.dim() - 2
+    assert factor.call is not None
+    return list(factor.call.input[-dimensions:]), list(factor.call.output[-dimensions:])
+
+
+def convolve(factor: Factor, weight: Tensor, input: Tensor) -> Tensor:
+    """What the layer does to ``input``, without its bias."""
+    module = factor.module
+    if isinstance(module, kinds.CONVOLUTIONS):
+        return module._conv_forward(input, weight, None)
+    sizes, results = places(factor)
+    # Whoever calls the layer may ask for another size of its output.
+    least = [
+        (n - 1) * s - 2 * p + d * (k - 1) + 1
+        for n, s, p, d, k in zip(
+            sizes,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.kernel_size,
+            strict=True,
+        )
+    ]
+    more = [result - size for result, size in zip(results, least, strict=True)]
+    return _TRANSPOSED[len(sizes)](
+        input, weight, None, module.stride, module.padding, more, module.groups, module.dilation
+    )
+
+
+def right_vector(factor: Factor, weight: Tensor, tolerance: float) -> Tensor:
+    """The input, of length 1, that the convolution makes largest."""
+    sizes, _ = places(factor)
+    shape = (1, factor.module.in_channels, *sizes)
+
+    def gram(vector: Tensor) -> Tensor:
+        with torch.enable_grad():
+            input = vector.view(shape).requires_grad_()
+            output = convolve(factor, weight, input)
+        return torch.autograd.grad(output, input, output.detach())[0].reshape(-1)
+
+    start = random_start(math.prod(shape), weight)
+    return leading_eigenvector(gram, start, tolerance, factor.path).view(shape)
+
+
+def is_circulant(factor: Factor) -> bool:
+    """Whether every place of a periodic input is treated alike, so that Fourier's basis helps."""
+    module = factor.module
+    if getattr(module, "padding_mode", "zeros") != "circular":
+        return False
+    sizes, results = places(factor)
+    return all(n == m * s for n, m, s in zip(sizes, results, module.stride, strict=True))
+
+
+class Symbol:
+    """The blocks into which Fourier's basis splits a circulant convolution.
+
+    A stride of s lets s frequencies of the input fall on one of the output, so a block's columns
+    are the channels at all of these. Real weights have the same block, conjugated, at the negative
+    frequency: half of the first axis is enough.
+    """
+
+    def __init__(self, factor: Factor) -> None:
+        sizes, self.results = places(factor)
+        self.module, device = factor.module, factor.weight.device
+        self.waves = []
+        for n, s, d, k in zip(
+            sizes,
+            self.module.stride,
+            self.module.dilation,
+            self.module.kernel_size,
+            strict=True,
+        ):
+            turns = torch.outer(torch.arange(n), d * torch.arange(k)).remainder(n) / n
+            wave = torch.polar(torch.ones_like(turns.double()), 2 * math.pi * turns.double())
+            self.waves.append(wave.to(device).unflatten(0, (s, n // s)) / math.sqrt(s))
+
+    def at(self, weight: Tensor, first: int) -> Tensor:
+        """[frequencies of the other axes * groups, rows, columns] at one of the first axis."""
+        module = self.module
+        groups = module.groups
+        parts = weight.to(torch.complex128).unflatten(0, (groups, -1))
+        for axis, wave in enumerate(self.waves):
+            chosen = wave[:, first : first + 1] if axis == 0 else wave
+            parts = torch.tensordot(parts, chosen, dims=([3], [2]))
+        count = len(self.waves)  # parts: group, row, column, then (alias, frequency) for each axis
+        aliases, frequencies = range(3, 3 + 2 * count, 2), range(4, 4 + 2 * count, 2)
+        parts = parts.permute(*frequencies, 0, 1, 2, *aliases)
+        rows = parts.shape[count + 1]
+        return parts.reshape(math.prod(parts.shape[: count + 1]), rows, -1)
+
+    def right_vector(self, weight: Tensor, name: str) -> tuple[int, int, Tensor]:
+        """The frequency of the first axis, the block, and the vector that it makes largest."""
+        found, sizes = [], []
+        for first in range(self.results[0] // 2 + 1):
+            blocks = self.at(weight, first)
+            block, vector = leading_right_vector(blocks, 1e-12, name)
+            found.append((first, block, vector))
+            sizes.append(torch.linalg.vector_norm(blocks[block] @ vector))
+        return found[int(torch.stack(sizes).argmax())]
+
+
+def reach(factor: Factor) -> list[Tensor]:
+    """For each axis [k, places of the output]: whether a tap meets the input there.
+
+    Taps that meet the same input, as those beside a mirrored border do, add before they are
+    squared, which this does not tell.
+    """
+    module = factor.module
+    sizes, results = places(factor)
+    mode = getattr(module, "padding_mode", "zeros")
+    padding = _padding(factor)
+    found = []
+    for axis, (n, m) in enumerate(zip(sizes, results, strict=True)):
+        s, d, k = module.stride[axis], module.dilation[axis], module.kernel_size[axis]
+        out, tap = torch.arange(m), torch.arange(k).unsqueeze(1)
+        if isinstance(module, kinds.TRANSPOSED):
+            source = out + padding[axis] - d * tap
+            met = (source % s == 0) & (source >= 0) & (source // s < n)
+        else:
+            source = s * out - padding[axis] + d * tap
+            met = (source >= 0) & (source < n)
+            inside = bool(met.all())
+            wraps = mode == "circular" and d * (k - 1) >= n
+            if not inside and (wraps or mode not in ("zeros", "circular")):
+                raise ValueError(
+                    f"conv: expected padding with zeros, or circular padding of an input larger "
+                    f'than the kernel, for this norm with "operator", got {factor.path} with '
+                    f"padding_mode={mode!r}"
+                )
+            met = met | (mode == "circular")
+        found.append(met)
+    return found
+
+
+def _padding(factor: Factor) -> list[int]:
+    """What is added before the first place of each axis."""
+    module = factor.module
+    if module.padding == "same":
+        spans = zip(module.dilation, module.kernel_size, strict=True)
+        return [d * (k - 1) // 2 for d, k in spans]
+    if module.padding == "valid":
+        return [0] * len(module.kernel_size)
+    return list(module.padding)

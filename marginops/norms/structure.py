@@ -1,0 +1,191 @@
+"""In which order a model calls its layers, and which batch norm follows which."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import layers as kinds
+
+
+class Call(NamedTuple):
+    """One call of a layer or normalisation, with the shapes that it got and gave."""
+
+    path: str
+    input: torch.Size
+    output: torch.Size
+
+
+@dataclass
+class Structure:
+    """What of a model does not depend on its values."""
+
+    sequence: list[str]  # layers and normalisations in order, one for each call
+    breaking: list[str] = field(default_factory=list)
+    folds: dict[int, str] = field(default_factory=dict)  # a layer's place: its batch norm
+    unfoldable: str | None = None
+    untraceable: str | None = None
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = weakref.WeakKeyDictionary()
+
+
+def structure_of(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
+    """Walk and trace the model, or recall what was found when it had the same modules."""
+    signature = [(path, id(module), type(module)) for path, module in modules.items()]
+    known = _KNOWN.get(model)
+    if known is None or known[0] != signature:
+        known = signature, _examine(model, modules)
+        _KNOWN[model] = known
+    return known[1]
+
+
+def _examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
+    walked = _walk(modules)
+    if not any(kinds.is_layer(modules[path]) for path in walked.sequence):
+        raise ValueError(
+            "model: expected at least one linear layer or convolution, "
+            f"got {type(model).__name__} without any"
+        )
+    if walked.sequence == [""]:
+        return walked
+    try:
+        graph = _trace(_evaluated_copy(model))
+    except Exception as error:
+        walked.untraceable = f"{type(error).__name__}: {error}".split("\n")[0]
+        return walked
+    return _read(graph, modules, walked.breaking)
+
+
+def _walk(modules: dict[str, nn.Module]) -> Structure:
+    """Layers and normalisations in the order of their registration, and what breaks the scale."""
+    found = Structure([])
+    inside: str | None = None
+    for path, module in modules.items():
+        if inside is not None and path.startswith(inside):
+            continue
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        if kinds.is_layer(module) or kinds.is_normalization(module):
+            found.sequence.append(path)
+            inside = f"{path}." if path else ""  # what a parametrization is made of
+            if not kinds.is_layer(module) and not kinds.is_batch_norm(module):
+                found.breaking.append(kinds.described(path, module))
+        elif own and not isinstance(module, nn.PReLU):
+            raise ValueError(
+                "model: expected linear layers, convolutions, normalisations and modules without "
+                f"parameters, got {kinds.described(path, module)} with {', '.join(own)}, for which "
+                "no norm is defined"
+            )
+        elif not kinds.keeps_scale(module):
+            found.breaking.append(kinds.described(path, module))
+    return found
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        if kinds.is_layer(module) or kinds.is_normalization(module):
+            return True
+        own = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
+        return own and next(module.children(), None) is None
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    parameters = inspect.signature(model.forward).parameters.values()
+    # What a caller may leave out has its default; a proxy would be taken for given.
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return _Tracer().trace(model, defaults)
+
+
+def _evaluated_copy(model: nn.Module) -> nn.Module:
+    """The model in evaluation, with the same parameters but nothing else to spoil, and no hooks."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+            elif name.endswith("_hooks") and isinstance(value, dict):
+                memo[id(value)] = type(value)()
+    memo.update((id(parameter), parameter) for parameter in model.parameters())
+    return copy.deepcopy(model, memo).eval()
+
+
+def _read(graph: fx.Graph, modules: dict[str, nn.Module], breaking: list[str]) -> Structure:
+    found = Structure([], list(breaking))
+    places: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = modules[node.target]
+            if kinds.is_batch_norm(module):
+                _fold(node, modules, places, found)
+            if kinds.is_layer(module) or kinds.is_normalization(module):
+                places[node] = len(found.sequence)
+                found.sequence.append(node.target)
+        elif node.op in ("call_function", "call_method"):
+            name = getattr(node.target, "__name__", str(node.target))
+            if name in kinds.BREAKING_FUNCTIONS:
+                inside = list(node.meta.get("nn_module_stack", {}).values())
+                place = inside[-1][0] if inside else ""
+                found.breaking.append(f"{place or 'the model itself'} (function {name})")
+        elif node.op == "get_attr":
+            _check_attribute(node, modules)
+    return found
+
+
+def _fold(
+    node: fx.Node, modules: dict[str, nn.Module], places: dict[fx.Node, int], found: Structure
+) -> None:
+    """Find the layer before a batch norm, past what evaluation leaves out."""
+    source, uses = node.all_input_nodes[0], 1
+    while True:
+        uses = max(uses, len(source.users))
+        module = modules.get(str(source.target)) if source.op == "call_module" else None
+        if not isinstance(module, kinds.IDENTITIES):
+            break
+        source = source.all_input_nodes[0]
+    if module is not None and kinds.is_layer(module) and uses == 1:
+        found.folds[places[source]] = str(node.target)
+    elif found.unfoldable is None:
+        is_shared = module is not None and kinds.is_layer(module)
+        why = "after a layer whose output is used elsewhere too" if is_shared else "after none"
+        found.unfoldable = f"{kinds.described(str(node.target), modules[str(node.target)])} {why}"
+
+
+def _check_attribute(node: fx.Node, modules: dict[str, nn.Module]) -> None:
+    """A weight that is used outside of its layer would not be counted."""
+    path, _, name = str(node.target).rpartition(".")
+    is_parameter = isinstance(getattr(modules.get(path), name, None), nn.Parameter)
+    # Asking for its shape, dtype or device is no use of it.
+    if is_parameter and any(user.target is not getattr for user in node.users):
+        raise ValueError(
+            f"model: expected parameters to be used by their own module only, got {node.target} "
+            f"used elsewhere ({next(iter(node.users)).format_node()})"
+        )
+
+
+def watch(model: nn.Module, example_input: Any) -> list[Call]:
+    """Every call of a layer or normalisation while a copy of the model evaluates the example."""
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    if not inputs or not all(isinstance(value, Tensor) for value in inputs):
+        raise TypeError(
+            "example_input: expected a tensor or a tuple of tensors, "
+            f"got {type(example_input).__name__}"
+        )
+    calls: list[Call] = []
+    copied = _evaluated_copy(model)
+
+    def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, given, result: calls.append(Call(path, given[0].shape, result.shape))
+
+    for path, module in copied.named_modules():
+        if kinds.is_layer(module) or kinds.is_normalization(module):
+            module.register_forward_hook(note(path))
+    with torch.no_grad():
+        copied(*inputs)
+    return calls
