@@ -1,12 +1,14 @@
-"""Training with margins: select the batch from candidates, and real data to try it on."""
+"""Training with margins: select batches, find inversion and stragglers, and data to try it on."""
 
 from .data import ClassificationData, DataError, load_digits, load_fashion_mnist
+from .inversion import InversionMonitor, straggler_stability
 from .loop import Sampling, TrainingHistory, predict, train
 from .selection import evaluation_mode, last_linear, select_batch
 
 __all__ = [
     "ClassificationData",
     "DataError",
+    "InversionMonitor",
     "Sampling",
     "TrainingHistory",
     "evaluation_mode",
@@ -15,5 +17,6 @@ __all__ = [
     "load_fashion_mnist",
     "predict",
     "select_batch",
+    "straggler_stability",
     "train",
 ]
