@@ -43,17 +43,17 @@ def fused(input: Tensor, target: Tensor, classes: int, normalize: bool) -> tuple
     return marginops.class_moments(input, target, classes, normalize=normalize)
 
 
-@pytest.mark.parametrize("provider", ["marginops", "eager", "one_hot", "reading"])
+@pytest.mark.parametrize("provider", ["marginops", "eager", "one_hot", "floor"])
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_moments(time_call, shape, dtype, normalize, provider):
+    if normalize and shape != SHAPES[0]:
+        pytest.skip("one shape shows what it costs")
     rows, columns, classes = shape
     input = torch.randn(rows, columns, device=DEVICE).to(dtype)
     target = torch.randint(classes, (rows,), device=DEVICE)
-    if provider == "reading":
-        if normalize:
-            pytest.skip("the same reading")
+    if provider == "floor":
         exact = input.double().sum()
 
         def call() -> Tensor:
@@ -76,7 +76,7 @@ def bench_moments(time_call, shape, dtype, normalize, provider):
     time_call(
         call,
         check,
-        op="class_moments normalize" if normalize else "class_moments",
+        op="class_moments, normalize=True" if normalize else "class_moments",
         shape=" x ".join(map(str, shape)),
         dtype=name(dtype),
         provider=provider,

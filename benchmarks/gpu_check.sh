@@ -33,7 +33,9 @@ PROGRAM
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 step "install" "$python" -m pip install --quiet --no-deps --no-build-isolation .
 step "build" "$python" -c 'from marginops import _native; assert _native.load("cuda")'
-step "tests" "${pytest[@]}" tests/test_{margin,select,statistics,linear}*.py tests/test_cuda.py
+step "tests" "${pytest[@]}" \
+  tests/test_{margin,select,statistics,linear,moments,regularization,distribution}*.py \
+  tests/test_{norms,homogeneity,metrics}*.py tests/test_cuda.py
 for tool in memcheck racecheck initcheck synccheck; do
   # Without torch's caching allocator, so that a tool sees where each tensor ends.
   step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

@@ -8,6 +8,7 @@ NAMES = {
     "compile": "`torch.compile`",
     "topk": "`torch.topk`",
     "unfused": "product and op",
+    "one_hot": "the one-hot product",
     "cross_entropy": "`cross_entropy`",
     "linear_cross_entropy": "`linear_cross_entropy`",
     "product": "the bare product",
