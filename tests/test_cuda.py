@@ -32,12 +32,18 @@ def softmax_statistics(f: Tensor, y: Tensor, n: Tensor) -> tuple[Tensor, ...]:
     return (statistics.loss + statistics.entropy + statistics.confidence, *statistics)
 
 
+def moments(f: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, ...]:
+    return marginops.class_moments(f[:, :70], y, f.shape[1], normalize=normalize)[1:]
+
+
 CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
     "margin": lambda f, w, y, n: (marginops.classification_margin(f, y, log_norm=n),),
     "score": lambda f, w, y, n: (marginops.minimal_margin_score(f, w),),
     "nearest": lambda f, w, y, n: (marginops.minimal_margin_score(f, w, rival="nearest"),),
     "statistics": lambda f, w, y, n: softmax_statistics(f, y, n),
     "shard": lambda f, w, y, n: OPS.shard_statistics(f, y, True),
+    "moments": lambda f, w, y, n: moments(f, y, False),
+    "unit moments": lambda f, w, y, n: moments(f, y, True),
     "select": lambda f, w, y, n: marginops.select_smallest(f[:, 0], len(f) // 10),
     "select margin": lambda f, w, y, n: marginops.select_smallest_margin(f, y, len(f) // 10),
     "select score": lambda f, w, y, n: marginops.select_minimal_margin(f, w, len(f) // 10),
@@ -66,10 +72,10 @@ def test_every_kernel(classes, dtype):
         for value, wanted in zip(actual, expected, strict=True):
             if not value.is_floating_point():
                 continue
-            torch.testing.assert_close(value, wanted, rtol=3e-5, atol=1e-6)
+            torch.testing.assert_close(value, wanted, rtol=3e-5, atol=1e-6, equal_nan=True)
         logits.requires_grad_()
         weight.requires_grad_()
-        for name in ("margin", "score", "nearest", "statistics", "select margin", "select score"):
+        for name in CALLS.keys() - {"shard", "select"}:
             CALLS[name](logits, weight, target, log_norm)[0].sum().backward()
         pair = torch.randint(classes, (rows, 2), device=DEVICE)
         distance = OPS.pair_distance(weight.detach(), None, pair)

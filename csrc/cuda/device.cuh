@@ -71,6 +71,15 @@ __device__ __forceinline__ void store_pack(Scalar* aligned, const Pack<Scalar>& 
   *reinterpret_cast<uint4*>(aligned) = raw;
 }
 
+// On all lanes of a whole warp.
+template <class Number>
+__device__ __forceinline__ Number warp_sum(Number sum) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  return sum;
+}
+
 // First position in the sorted key whose entry is not less than bound.
 __device__ __forceinline__ int64_t lower_bound(const int64_t* key, int64_t size, int64_t bound) {
   int64_t begin = 0;

@@ -8,14 +8,6 @@
 
 namespace marginops::cuda {
 
-template <class Number>
-__device__ __forceinline__ Number warp_sum(Number sum) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    sum += __shfl_xor_sync(kAllLanes, sum, distance);
-  return sum;
-}
-
 // The larger one; NaN if either is.
 template <class Number>
 __device__ __forceinline__ Number larger(Number a, Number b) {

@@ -28,6 +28,8 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
 
 #include "cuda/margin.cu"
 #include "cuda/margin_ops.cpp"
+#include "cuda/moments.cu"
+#include "cuda/moments_ops.cpp"
 #include "cuda/select.cu"
 #include "cuda/select_ops.cpp"
 #include "cuda/statistics.cu"

@@ -1,11 +1,14 @@
 // Runs the launchers of csrc/cuda on the CPU: `driver CASES DATA RESULTS`. Cases and expected
 // results live in the Python files beside it; here is only the way from one to the other.
 #include "cuda/margin.cu"
+#include "cuda/moments.cu"
 #include "cuda/select.cu"
 #include "cuda/statistics.cu"
 
+#include <algorithm>
 #include <cstdio>
 #include <functional>
+#include <numeric>
 
 #include "case.h"
 
@@ -171,6 +174,37 @@ cudaError_t run_statistics_gradient(const Case& from) {
                                     a.output<void>("grad_logits"), nullptr);
 }
 
+// Stands in for the library's sort.
+template <class Key>
+void sort_rows(Key* key, std::vector<int64_t>& row) {
+  std::iota(row.begin(), row.end(), 0);
+  std::stable_sort(row.begin(), row.end(), [&](int64_t a, int64_t b) { return key[a] < key[b]; });
+  std::stable_sort(key, key + row.size());
+}
+
+cudaError_t run_class_moments(const Case& from) {
+  const Matrix input = matrix(from.array("input"));
+  const Target target{index_vector(from.array("target")), from.ints.at("ignore_index")};
+  const int64_t classes = from.ints.at("classes");
+  const bool normalize = from.ints.at("normalize") != 0;
+  const int bytes = moment_key_bytes(classes);
+  const Buffer key(input.rows * bytes);
+  const cudaError_t error = moment_keys(target, classes, key.data(), nullptr);
+  if (error != cudaSuccess) return error;
+  std::vector<int64_t> row(input.rows);
+  if (bytes == 1)
+    sort_rows(reinterpret_cast<uint8_t*>(key.data()), row);
+  else if (bytes == 2)
+    sort_rows(reinterpret_cast<int16_t*>(key.data()), row);
+  else
+    sort_rows(reinterpret_cast<int32_t*>(key.data()), row);
+  const Buffer workspace(class_moments_workspace_bytes(input, classes, normalize));
+  return class_moments(
+      input, {key.data(), row.data()}, classes, normalize,
+      {from.output<int64_t>("count"), from.output<void>("mean"), from.output<void>("radius")},
+      workspace.data(), nullptr);
+}
+
 cudaError_t run_select_sorted(const Case& from) {
   return select_sorted(vector(from.array("scores")), from.ints.at("k"), from.output<void>("values"),
                        from.output<int64_t>("index"), nullptr);
@@ -199,6 +233,7 @@ const std::map<std::string, std::function<cudaError_t(const Case&)>> kLaunchers{
     {"sample_statistics", run_statistics},
     {"shard_statistics", run_shard_statistics},
     {"sample_statistics_gradient", run_statistics_gradient},
+    {"class_moments", run_class_moments},
     {"select_sorted", run_select_sorted},
     {"select_unsorted", run_select_unsorted},
     {"fits_one_block", run_fits_one_block},

@@ -146,6 +146,38 @@ def class_sums(
 
 
 @dataclass
+class Moments:
+    """What exact arithmetic says of each class; NaN for empty classes and where not finite."""
+
+    count: NDArray[np.int64]
+    mean: Floats
+    radius: Floats
+    reach: Floats  # the largest distance from the first row, by column
+
+
+def class_moments(
+    input: Tensor, target: Tensor, classes: int, normalize: bool, ignore_index: int
+) -> Moments:
+    """Count, mean and radius of the rows of each class, in extended precision."""
+    rows, label = as_float64(input).astype(np.longdouble), target.numpy()
+    if normalize:
+        length = np.sqrt((rows**2).sum(1, keepdims=True))
+        rows = np.where(np.isfinite(length), rows / np.where(length == 0, 1, length), np.nan)
+    count = np.bincount(label[label != ignore_index], minlength=classes)
+    mean, reach = np.full((2, classes, rows.shape[1]), np.nan)
+    radius = np.full(classes, np.nan)
+    for c in count.nonzero()[0]:
+        own = rows[label == c]
+        away = own - own[0]
+        middle = away.mean(0)
+        reach[c] = np.abs(away).max(0)
+        mean[c] = own[0] + middle
+        radius[c] = np.sqrt(((away - middle) ** 2).sum(1).mean())
+    mean[~np.isfinite(mean)] = np.nan
+    return Moments(count, mean, radius, reach)
+
+
+@dataclass
 class Softmax:
     """What exact arithmetic says of each row and its label; NaN without a finite maximum."""
 
