@@ -1,4 +1,4 @@
-"""The command line: ``marginops doctor`` and ``marginops demo``."""
+"""The command line: ``marginops doctor``, ``marginops demo`` and ``marginops observe``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import signal
 from collections.abc import Sequence
 
-from . import _native, demo
+from . import _native, demo, observe
 from ._native import doctor
 from ._version import __version__
 
@@ -27,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("demo", help="train with and without selection on real data")
     demo.add_arguments(command)
     command.set_defaults(run=demo.run)
+
+    described = "train on real data and watch margins, neural collapse and class manifolds"
+    command = commands.add_parser("observe", help=described, description=described)
+    observe.add_arguments(command)
+    command.set_defaults(run=observe.run)
 
     options = parser.parse_args(arguments)
     try:
