@@ -1,7 +1,6 @@
 """Areas under the curve of margins, support vectors, and the op that adds up a distribution."""
 
 import math
-import struct
 
 import numpy as np
 import pytest
@@ -168,11 +167,10 @@ def new_state(device):
 def state_by_brute_force(values):
     """Of Python floats: bins that are not empty, counts, sums, extremes."""
     kept = [value for value in values if value != math.inf]
-    bins = {}
-    for value in kept:
-        number = np.float32(value)
-        (bits,) = struct.unpack("<I", struct.pack("<f", number))
-        bins[bits >> 16] = bins.get(bits >> 16, 0) + 1
+    with np.errstate(over="ignore"):
+        bits = np.array(kept, dtype=np.float64).astype(np.float32).view(np.uint32)
+    numbers, times = np.unique(bits >> 16, return_counts=True)
+    bins = dict(zip(numbers.tolist(), times.tolist(), strict=True))
     has_nan = any(map(math.isnan, kept))
     sums = [math.nan if has_nan else math.fsum(kept)] if -math.inf not in kept else [-math.inf]
     sums = [math.nan] if has_nan else sums
@@ -212,7 +210,7 @@ def test_state_matches_brute_force(device, which, batches):
 
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", [1, 17, 1023, 1025, 32_768, 40_001])
+@pytest.mark.parametrize("size", [1, 17, 1023, 1025, 140_001])
 def test_state_of_many_margins(device, dtype, which, size):
     """Tails of vectors, tiles, chunks and threads; scales that only float64 tells from 0."""
     scale = 10.0 ** torch.randint(-45, 38, (size,))
@@ -221,15 +219,16 @@ def test_state_of_many_margins(device, dtype, which, size):
     margins[::7] = math.inf
     margins[5::11] = 0
     margins[6::13] = -0.0
+    values = margins.tolist()
     for spread in (margins, margins.repeat_interleave(2)[::2]):
         state = new_state(device)
         with implementation(which):
             update_margin_distribution(*state, spread.to(device))
-        assert_state(state, margins.tolist())
+        assert_state(state, values)
 
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", [3, 50_000])
+@pytest.mark.parametrize("size", [3, 140_000])
 def test_every_nan_is_one_and_stays(device, which, size):
     for bits in (0x7F800001, 0x7FC00000, -0x007FFFFF, -1):
         margins = torch.ones(size)

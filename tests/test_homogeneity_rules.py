@@ -59,6 +59,16 @@ RULES = {
         lambda m, x: torch.stack([x @ m.w, x.new_zeros(3, 4), torch.zeros(3, 4).double()]),
         {"w": 1.0},
     ),
+    "constant zero": (
+        lambda m, x: torch.where(x > 0, x @ m.w, torch.tensor(0.0).double()),
+        {"w": 1.0},
+    ),
+    "zero as index": (lambda m, x: (x @ m.w)[torch.zeros(2).long()], {"w": 1.0}),
+    "distance": (lambda m, x: torch.cdist(x @ m.w, m.a[None]), {"w": 1.0, "a": 1.0}),
+    "counts": (  # torch cannot differentiate these
+        lambda m, x: (_counts(torch.cdist, x @ m.w) + _counts(torch.dist, m.a)) * m.b[0],
+        {"w": 0.0, "a": 0.0, "b": 1.0},
+    ),
     "constants": (
         lambda m, x: (torch.sin(x) @ m.w) * torch.softmax(x, 1) / (1 + x.square()),
         {"w": 1.0},
@@ -92,6 +102,10 @@ RULES = {
 def _double_half(x):
     x[:, :2].mul_(2.0)
     return x
+
+
+def _counts(distance, x):
+    return distance(x.detach(), 2 * x.detach(), p=0)
 
 
 def _without_gradient(x):
@@ -248,6 +262,10 @@ def test_wrong_models_and_inputs():
     with pytest.raises(ValueError, match=r"got 'layer\.alias', which shares a parameter's"):
         model.layer.alias = model.layer.weight.detach()
         rates(model, x.double())
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight.data = tied[0].weight.data
+    with pytest.raises(ValueError, match=r"got '1\.weight' in the memory of '0\.weight'"):
+        rates(tied, x)
 
 
 def test_missing_scipy_says_what_to_install(monkeypatch):

@@ -285,6 +285,10 @@ def test_wrong_arguments(name):
         for alpha, error in ((math.nan, ValueError), ("1", TypeError), (True, TypeError)):
             with pytest.raises(error, match=r"^alpha: expected a"):
                 rescale(linear, good, alpha)
+        before = linear.bias.tolist()
+        with pytest.raises(ValueError, match=r"^alpha: .* in the range of float64, got 1000\.0"):
+            rescale(linear, {"weight": 1.0, "bias": 0.5}, 1000.0)
+        assert linear.bias.tolist() == before
         return
     for parameters, message in (
         ({"a": 1.0}, "a tensor for 'a', got float"),

@@ -112,7 +112,7 @@ def test_every_kind_of_bin_is_as_wide_as_it_says():
     margins = bits.view(torch.float32).flatten()
     margins = torch.cat((margins, -margins)).sort().values
     probabilities = np.arange(len(margins)) / (len(margins) - 1)
-    metric = MarginDistribution(quantiles=probabilities.tolist())
+    metric = MarginDistribution(quantiles=probabilities)
     metric.update(margins)
     expected = margins.double().numpy()
     error = np.abs(metric.compute().quantiles.numpy() - expected)
@@ -347,6 +347,8 @@ def test_wrong_arguments():
         ({"quantiles": []}, ValueError, r"quantiles: expected probabilities in \[0, 1\], got"),
         ({"quantiles": [0.5, 1.1]}, ValueError, "quantiles: expected probabilities"),
         ({"quantiles": [math.nan]}, ValueError, "quantiles: expected probabilities"),
+        ({"quantiles": 0.5}, TypeError, "quantiles: expected a sequence of floats, got 0.5"),
+        ({"quantiles": ["a"]}, TypeError, "quantiles: expected a sequence of floats"),
         ({"decades": 0}, ValueError, "decades: expected at least 1, got 0"),
         ({"decades": 1.5}, TypeError, "decades: expected an int, got float"),
         ({"bins": 5}, ValueError, "bins"),

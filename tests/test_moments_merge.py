@@ -57,6 +57,16 @@ def test_merge_keeps_a_nan(device):
         assert merged.radius.isnan().tolist() == [True, False]
 
 
+def test_merge_keeps_an_infinite_radius_beside_an_empty_class(device):
+    input = torch.tensor([[3e38, 3e38], [-3e38, -3e38]], device=device)
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    wide, empty = (class_moments(rows, target[: len(rows)], 1) for rows in (input, input[:0]))
+    assert wide.radius == math.inf  # in float32
+    for merged in (wide.merge(empty), empty.merge(wide)):
+        assert_same(merged.radius, wide.radius)
+        assert_same(merged.mean, wide.mean)
+
+
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 def test_another_ignore_index_and_nothing_but_ignored(device, which):
     input, target = torch.randn(6, 3, device=device), torch.tensor([0, 1, 7, 0, 1, 7])

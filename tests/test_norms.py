@@ -1,19 +1,21 @@
-"""log_norm_product: values, batch norms, what it refuses, and that it leaves the model alone."""
+"""log_norm_product: values, batch norms, and that it leaves the model alone."""
 
 import copy
 import itertools
 import math
-import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import fusion, parametrizations, parametrize, prune
+from torch.nn.utils import fusion, parametrizations, parametrize
 
 from marginops.norms import log_norm_product
-from models_for_norms import Residual, resnet18, with_statistics
+from models_for_norms import Function, Residual, resnet18, with_statistics
 
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def log_norms(model: nn.Module, **how) -> float:
@@ -32,12 +34,11 @@ def fused(model: nn.Module) -> nn.Module:
     for parent in model.modules():
         children = list(parent.named_children())
         for (name, layer), (norm_name, norm) in itertools.pairwise(children):
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and isinstance(layer, LAYERS):
+            if isinstance(norm, BATCH_NORMS) and isinstance(layer, LAYERS):
                 if isinstance(layer, nn.Linear):
                     new = fusion.fuse_linear_bn_eval(layer, norm)
                 else:
-                    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-                    new = fusion.fuse_conv_bn_eval(layer, norm, transposed)
+                    new = fusion.fuse_conv_bn_eval(layer, norm, isinstance(layer, TRANSPOSED))
                 setattr(parent, name, new)
                 setattr(parent, norm_name, nn.Identity())
     return model
@@ -90,6 +91,17 @@ def test_folding_equals_the_fused_network(device, norm, order, memory_format):
     assert log_norm_product(model, norm=norm).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_folding_past_functional_dropout():
+    model = Function(lambda m, x: m.norm(F.dropout(m.layer(x), 0.3, training=m.training)))
+    model.norm = nn.BatchNorm1d(3)
+    expected = log_norm_product(nn.Sequential(model.layer, with_statistics(model.norm)))
+    assert log_norm_product(model) == expected
+    always = Function(lambda m, x: m.norm(F.dropout(m.layer(x))))
+    always.norm = model.norm
+    with pytest.raises(ValueError, match=r"norm \(torch.nn.BatchNorm1d\) after none"):
+        log_norm_product(always)
+
+
 def test_folding_into_every_kind_of_layer(device):
     model = mixed()
     expected = fused(nn.Sequential(*[m for part in model for m in flat(part)]))
@@ -113,8 +125,18 @@ def test_last_and_affine():
     plain = mlp(3, 4, 5)
     products = [log_norm_product(plain, batch_norm=how) for how in ("fold", "last", "affine")]
     assert products[0] == products[1] == products[2]
-    spectral = log_norm_product(nn.Sequential(nn.Linear(4, 4), model[3]), batch_norm="affine")
-    assert spectral.isfinite()
+
+
+def test_all_layers_after_the_last_normalization_count():
+    model = with_statistics(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), mlp(4, 5, 3)))
+    result = log_norm_product(model, batch_norm="last")
+    assert result.item() == pytest.approx(log_norms(model[2], ord="fro"), rel=1e-5)
+
+
+def test_wrappers_do_not_count():
+    model = with_statistics(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    for wrapped in (nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
+        assert log_norm_product(wrapped) == log_norm_product(model)
 
 
 def test_spectral_affine_takes_the_largest_gamma():
@@ -277,156 +299,12 @@ def test_a_model_that_changes_is_traced_again():
     assert log_norm_product(model).item() == pytest.approx(log_norms(model, ord="fro"), rel=1e-5)
     model.append(nn.Linear(2, 9))
     assert log_norm_product(model).item() == pytest.approx(log_norms(model, ord="fro"), rel=1e-5)
-
-
-class Branching(nn.Module):
-    """What torch.fx cannot trace."""
-
-    def __init__(self, *others) -> None:
-        super().__init__()
-        self.layer, self.others = nn.Linear(3, 3), nn.Sequential(*others)
-
-    def forward(self, x):
-        if x.sum() > 0:
-            x = torch.relu(self.layer(x))
-        return self.others(self.layer(x))
-
-
-def test_what_cannot_be_traced():
-    model = Branching()
-    one = log_norm_product(model.layer)
-    with pytest.warns(UserWarning, match=r"once for each name .* torch.fx cannot trace"):
-        assert log_norm_product(model) == one
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        twice = log_norm_product(model, example_input=torch.ones(1, 3))
-        torch.testing.assert_close(twice, 2 * one)
-        torch.testing.assert_close(log_norm_product(model, example_input=-torch.ones(1, 3)), one)
-    with pytest.raises(ValueError, match=r'torch.fx can trace .* use batch_norm="last"'):
-        log_norm_product(Branching(nn.BatchNorm1d(3), nn.Linear(3, 2)))
-
-
-class Functional(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.layer, self.function = nn.Linear(3, 3), function
-
-    def forward(self, x):
-        return self.function(self.layer(x))
-
-
-@pytest.mark.parametrize(
-    ("model", "place"),
-    [
-        (nn.Sequential(nn.Linear(3, 3), nn.Tanh()), r"1 \(torch.nn.Tanh\)"),
-        (nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.GELU())), r"0.1 \(torch.nn.GELU\)"),
-        (nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), r"1 \(torch.nn.LayerNorm\)"),
-        (nn.Sequential(Functional(nn.functional.silu)), r"0 \(function silu\)"),
-        (Functional(lambda x: x.sigmoid()), r"the model itself \(function sigmoid\)"),
-    ],
-)
-def test_what_breaks_homogeneity_is_named(model, place):
-    with pytest.warns(UserWarning, match=f"depend on the scale of the layers, because of {place}"):
-        log_norm_product(model)
-
-
-def test_what_keeps_the_scale_is_not_named():
-    parts = nn.PReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Dropout(), nn.Identity()
-    model = nn.Sequential(nn.Conv1d(1, 2, 3), *parts, nn.Linear(4, 2), Functional(torch.relu))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        log_norm_product(model)
-        log_norm_product(
-            nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)), batch_norm="last"
-        )
-
-
-class Owner(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.gain = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
-
-
-class Borrowing(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    def forward(self, x):
-        x = self.layer(x.to(self.layer.weight.dtype))
-        return nn.functional.linear(x, self.layer.weight)
-
-
-class Own(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-def pruned():
-    layer = nn.Linear(2, 2)
-    prune.identity(layer, "weight")
-    return layer
-
-
-NORM = nn.BatchNorm1d(2)
-
-
-@pytest.mark.parametrize(
-    ("model", "how", "message"),
-    [
-        (nn.ReLU(), {}, "model: expected at least one linear layer or convolution, got ReLU"),
-        (nn.Sequential(), {}, "without any"),
-        (nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)), {}, r"got 0 \(torch.nn.Embedding\)"),
-        (nn.Bilinear(2, 2, 2), {}, r"Bilinear\) with weight, bias"),
-        (nn.MultiheadAttention(4, 2), {}, "MultiheadAttention"),
-        (nn.Sequential(nn.LSTM(2, 2)), {}, r"0 \(torch.nn.LSTM\)"),
-        (Owner(), {}, r"Owner\) with gain"),
-        (Borrowing(), {}, "expected parameters to be used by their own module only, got layer.w"),
-        (Own(2, 2), {}, r"test_norms.Own\) with weight, bias"),
-        (pruned(), {}, "as the only parameters .* got bias, weight_orig"),
-        (nn.Linear(2, 2, device="meta"), {}, "to have values, got a tensor on the meta device"),
-        (nn.LazyLinear(2), {}, "to be initialized"),
-        (nn.Sequential(nn.Linear(2, 2), nn.ReLU(), NORM), {}, r"2 \(.*after none; use batch_norm"),
-        (nn.Sequential(nn.Linear(3, 3), NORM), {}, "of 2 features after 0 of 3 outputs"),
-        (
-            nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)),
-            {},
-            "with running statistics",
-        ),
-        (nn.Sequential(nn.Linear(2, 2), NORM), {"batch_norm": "last"}, "follows the last layer"),
-        (mlp(2, 2), {"batch_norm": "none"}, 'batch_norm: expected "fold", "last" or "affine"'),
-        (mlp(2, 2), {"norm": "nuclear"}, 'norm: expected "frobenius" or "spectral"'),
-        (mlp(2, 2), {"conv": "fft"}, 'conv: expected "flattened" or "operator"'),
-        (mlp(2, 2), {"conv": "operator"}, "example_input: expected an input of the model"),
-        (mlp(2, 2), {"tolerance": 0.0}, "tolerance: expected a float between 0 and 1"),
-    ],
-)
-def test_what_is_refused(model, how, message):
-    with pytest.raises(ValueError, match=message):
-        log_norm_product(model, **how)
-
-
-def test_a_batch_norm_of_an_output_that_is_used_elsewhere_too():
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
-
-        def forward(self, x):
-            x = self.layer(x)
-            return x + self.norm(x)
-
-    with pytest.raises(ValueError, match=r"norm .* whose output is used elsewhere too"):
-        log_norm_product(Both())
-
-
-def test_wrong_types():
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
-        log_norm_product({})
-    with pytest.raises(TypeError, match=r"example_input: expected a tensor or a tuple"):
-        log_norm_product(mlp(2, 2), conv="operator", example_input=[1.0])
-    with pytest.raises(TypeError, match=r"real floating-point dtype, got torch.complex64"):
-        log_norm_product(nn.Linear(2, 2, dtype=torch.complex64))
+    branching = Function(lambda m, x: m.last(x) if m.is_short else m.last(m.layer(x)))
+    branching.last, branching.is_short = nn.Linear(3, 2), True
+    assert log_norm_product(branching) == log_norm_product(branching.last)
+    branching.is_short = False
+    both = log_norm_product(branching.last) + log_norm_product(branching.layer)
+    torch.testing.assert_close(log_norm_product(branching), both)
 
 
 def test_residual_blocks_count_all_their_layers():

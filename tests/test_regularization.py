@@ -120,6 +120,24 @@ def test_gradient_in_low_precision_is_that_of_float64(device, dtype):
         )
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("size", [1e-18, 1e18])
+def test_gradient_of_features_and_weights_of_any_size(device, reduction, size):
+    """The value is that of size 1, where the square of the mean distance is not in float32."""
+    input, weight, target = case(device)
+    logits = (input @ weight.t()).detach()
+    value = multi_margin_regularization(input, weight, target, logits=logits, reduction=reduction)
+    wanted = torch.autograd.grad(value, (input, weight))
+    scaled = [
+        (v.detach() * s).float().requires_grad_() for v, s in ((input, size), (weight, 1 / size))
+    ]
+    actual = multi_margin_regularization(*scaled, target, logits=logits, reduction=reduction)
+    torch.testing.assert_close(actual.double(), value, rtol=1e-5, atol=0)
+    gradients = torch.autograd.grad(actual, scaled)
+    for gradient, expected, s in zip(gradients, wanted, (size, 1 / size), strict=True):
+        torch.testing.assert_close(gradient.double() * s, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_closed_form_of_an_orthonormal_head(device):
     input = torch.eye(4, device=device) * torch.tensor([1.0, 3.0, 2.0, 3.0], device=device)
     input.requires_grad_()

@@ -1,11 +1,13 @@
 // Adds a batch of margins to the state of their distribution on the CPU.
 //
-// A tile is read twice while it lies in the first cache: once in vectors for sums, extremes and
-// numbers, once to count the upper halves of its floats, which is all that a bin is. Sums are those
-// of fixed chunks, added in order, so the number of threads does not change them.
+// One reading does both: vectors for sums, extremes and numbers, and, margin by margin, counting
+// the upper halves of the floats, which is all that a bin is. The counting takes a cycle a margin
+// whatever is done, and the vectors fit in between. Sums are those of fixed chunks, added in order,
+// so the number of threads does not change them.
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "tensor.h"
@@ -20,6 +22,8 @@ constexpr int64_t kTile = 1024;
 constexpr int64_t kSlab = int64_t{1} << 31;  // counts of so many fit into 32 bits
 // Neighbours count into different tables: an increment need not wait for the one before it.
 constexpr int kTables = 2;
+constexpr int64_t kBlock = 32;            // bins
+constexpr int64_t kTableGrain = 1 << 17;  // margins that are worth tables of a thread's own
 
 // In double, two vectors for one of float.
 template <class Value>
@@ -76,21 +80,17 @@ struct Lanes {
   Widened<Value> sum{}, positive_sum{};
   Vector minimum = Vector{} + kInfinity, maximum = Vector{} - kInfinity;
 
-  // `size` is a multiple of kLanes.
-  void add(const Value* values, int64_t size) {
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const Vector value = load(values + i);
-      const auto is_ignored = value == kInfinity;
-      const Vector kept = is_ignored ? Vector{} : value;
-      ignored -= is_ignored;
-      positive -= kept > Value{0};
-      minimum = cpu::minimum(value, minimum);
-      maximum = cpu::maximum(is_ignored ? Vector{} - kInfinity : value, maximum);
-      const Widened<Value> wide = widen(kept);
-      for (int p = 0; p < Widened<Value>::kCount; ++p) {
-        sum.part[p] += wide.part[p];
-        positive_sum.part[p] += cpu::maximum(wide.part[p], VectorOf<double>{});
-      }
+  void add(Vector value) {
+    const auto is_ignored = value == kInfinity;
+    const Vector kept = is_ignored ? Vector{} : value;
+    ignored -= is_ignored;
+    positive -= kept > Value{0};
+    minimum = cpu::minimum(value, minimum);
+    maximum = cpu::maximum(is_ignored ? Vector{} - kInfinity : value, maximum);
+    const Widened<Value> wide = widen(kept);
+    for (int p = 0; p < Widened<Value>::kCount; ++p) {
+      sum.part[p] += wide.part[p];
+      positive_sum.part[p] += cpu::maximum(wide.part[p], VectorOf<double>{});
     }
   }
 
@@ -110,18 +110,13 @@ struct Lanes {
 };
 
 template <int kTableCount, class Count>
-void count_bins(const float* values, int64_t size, Count* counts) {
-  const auto bin = [values](int64_t i) {
+[[gnu::always_inline]] inline void count_bins(const float* values, int size, Count* counts) {
+#pragma GCC unroll 16
+  for (int i = 0; i < size; ++i) {
     uint32_t bits;
     memcpy(&bits, values + i, sizeof bits);
-    return static_cast<size_t>(bits >> 16);
-  };
-  int64_t i = 0;
-  for (; i + 8 <= size; i += 8) {
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) ++counts[bin(i + k) * kTableCount + k % kTableCount];
+    ++counts[static_cast<size_t>(bits >> 16) * kTableCount + i % kTableCount];
   }
-  for (; i < size; ++i) ++counts[bin(i) * kTableCount];
 }
 
 template <class T>
@@ -135,17 +130,13 @@ class Reader {
   template <int kTableCount, class Count>
   Summary read(int64_t begin, int64_t end, Count* counts) {
     Lanes<Value> lanes;
-    int64_t padding = 0;
     for (int64_t i = begin; i < end; i += kTile) {
       const int64_t size = std::min(kTile, end - i);
       const Value* values = tile(i, size);
-      const int64_t padded = (size + kLanes - 1) / kLanes * kLanes;
-      padding += padded - size;
-      lanes.add(values, padded);
-      count_bins<kTableCount>(narrow(values, size), size, counts);
+      lanes = add_tile<kTableCount>(lanes, values, narrow(values, size), size, counts);
     }
     Summary summary = lanes.summary();
-    summary.ignored -= padding;
+    summary.ignored -= -(end - begin) & (kLanes - 1);  // what fills up the last vector
     for (int64_t i = begin; i < end && summary.sum != summary.sum && !summary.nan; ++i) {
       summary.nan = value_of(margins_[i]) != value_of(margins_[i]);
     }
@@ -153,6 +144,22 @@ class Reader {
   }
 
  private:
+  // `lanes` is a copy, which stays in registers.
+  template <int kTableCount, class Count>
+  static Lanes<Value> add_tile(Lanes<Value> lanes, const Value* values, const float* floats,
+                               int64_t size, Count* counts) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      lanes.add(load(values + i));
+      count_bins<kTableCount>(floats + i, kLanes, counts);
+    }
+    if (i < size) {
+      lanes.add(load(values + i));
+      count_bins<kTableCount>(floats + i, static_cast<int>(size - i), counts);
+    }
+    return lanes;
+  }
+
   // Margins next to each other, and +inf up to a multiple of kLanes.
   const Value* tile(int64_t begin, int64_t size) {
     const bool dense = margins_.stride == 1;
@@ -180,25 +187,26 @@ class Reader {
 };
 
 // Most bins are empty, so look at several before adding.
-void add_tables(const uint32_t* counts, int64_t* bin_counts) {
-  constexpr int kBlock = 32;
-  for (int64_t bin = 0; bin < kBins; bin += kBlock, counts += kBlock * kTables) {
+void add_table(const uint32_t* counts, int64_t begin, int64_t end, int64_t* bin_counts) {
+  for (int64_t bin = begin; bin < end; bin += kBlock) {
+    const uint32_t* block = counts + bin * kTables;
     uint32_t any = 0;
-    for (int i = 0; i < kBlock * kTables; ++i) any |= counts[i];
+    for (int i = 0; i < kBlock * kTables; ++i) any |= block[i];
     if (any == 0) continue;
-    for (int i = 0; i < kBlock * kTables; ++i) bin_counts[bin + i / kTables] += counts[i];
+    for (int i = 0; i < kBlock * kTables; ++i) bin_counts[bin + i / kTables] += block[i];
   }
 }
 
 template <class T>
 Summary add_slab(const Vector<T>& margins, int64_t* bin_counts) {
-  if (margins.size <= kGrain) {
+  if (margins.size <= kTableGrain) {
     return Reader<T>(margins).template read<1>(0, margins.size, bin_counts);
   }
   const int64_t chunks = (margins.size + kChunk - 1) / kChunk;
   std::vector<Summary> summaries(static_cast<size_t>(chunks));
+  std::vector<std::vector<uint32_t>> tables;
   std::mutex mutex;
-  parallel(chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
+  parallel(chunks, kTableGrain / kChunk, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> counts(kTables * kBins);
     Reader<T> reader(margins);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -206,8 +214,14 @@ Summary add_slab(const Vector<T>& margins, int64_t* bin_counts) {
           chunk * kChunk, std::min(margins.size, (chunk + 1) * kChunk), counts.data());
     }
     const std::lock_guard<std::mutex> lock(mutex);
-    add_tables(counts.data(), bin_counts);
+    tables.push_back(std::move(counts));
   });
+  parallel(kBins / kBlock, kGrain / static_cast<int64_t>(kBlock * kTables * tables.size()),
+           [&](int64_t begin, int64_t end) {
+             for (const auto& counts : tables) {
+               add_table(counts.data(), begin * kBlock, end * kBlock, bin_counts);
+             }
+           });
   Summary all;
   for (const Summary& summary : summaries) all.add(summary);
   return all;

@@ -152,9 +152,8 @@ def interpolation(*names: str) -> Rule:
 
 
 def cast(operation: Operation) -> Form | None:
-    """Another dtype; integers would round."""
-    dtype = operation.arguments.get("dtype")
-    if dtype is not None and dtype in INTEGERS:
+    """Another dtype; integers would round, except zeros."""
+    if operation.arguments.get("dtype") in INTEGERS and operation.first().rate is not None:
         raise operation.error("rounds, so it is not quasi-homogeneous")
     return keep(operation)
 
@@ -182,7 +181,12 @@ def variance_and_mean(operation: Operation) -> Form | None:
     return operation.system.constant()
 
 
-def counted_norm(operation: Operation) -> Form | None:
-    """The 0-norm counts; all others keep."""
-    order = operation.arguments.get("ord", operation.arguments.get("p"))
-    return choose(operation) if order == 0 else keep(operation)
+def normed(rule: Rule) -> Rule:
+    """A norm of what has the rate of this rule; the 0-norm only counts."""
+
+    def counted(operation: Operation) -> Form | None:
+        rate = rule(operation)
+        order = operation.arguments.get("ord", operation.arguments.get("p"))
+        return operation.system.constant() if order == 0 else rate
+
+    return counted

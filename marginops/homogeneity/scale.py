@@ -164,7 +164,8 @@ def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
         alpha: A finite number; ``-log_scale(model, rates)`` gives the network scale 1.
 
     Raises:
-        TypeError, ValueError: As for :func:`lambda_seminorm`, or ``alpha`` is not a finite number.
+        TypeError, ValueError: As for :func:`lambda_seminorm`, or ``alpha`` is not a finite number
+            or too large, in which case nothing has changed.
 
     Not recorded by autograd. Afterwards :func:`log_scale` is larger by ``alpha``.
 
@@ -183,10 +184,17 @@ def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
     alpha = float(alpha.detach()) if isinstance(alpha, Tensor) else float(alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    rated = _rated(model, rates)
+    try:
+        factors = [math.exp(alpha * rate) for _, rate in rated]
+    except OverflowError as error:
+        raise ValueError(
+            f"alpha: expected a number whose exponential is in the range of float64, got {alpha}"
+        ) from error
     with torch.no_grad():
-        for value, rate in _rated(model, rates):
+        for (value, rate), factor in zip(rated, factors, strict=True):
             if rate > 0:
-                value.mul_(math.exp(alpha * rate))
+                value.mul_(factor)
 
 
 def _rated(parameters: Any, rates: Any) -> list[tuple[Tensor, float]]:

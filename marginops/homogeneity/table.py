@@ -40,8 +40,7 @@ NORMALIZE = """
 CAST = "to _to_copy"
 
 EQUAL = {
-    "self other": "add sub rsub max min maximum minimum fmax fmin where gt ge lt le eq ne dist",
-    "x1 x2": "cdist",
+    "self other": "add sub rsub max min maximum minimum fmax fmin where gt ge lt le eq ne",
     "tensors": "cat concat concatenate stack hstack vstack dstack column_stack row_stack",
     "self value": "masked_fill index_fill",
     "self source": "masked_scatter index_add index_copy",
@@ -101,7 +100,9 @@ def _table() -> dict[str, Rule]:
     follow(rules.threshold, "threshold")
     follow(rules.padded, "pad constant_pad_nd")
     follow(rules.cast, CAST)
-    follow(rules.counted_norm, "linalg_vector_norm norm")
+    follow(rules.normed(rules.keep), "linalg_vector_norm norm")
+    follow(rules.normed(rules.equal("self", "other")), "dist")
+    follow(rules.normed(rules.equal("x1", "x2")), "cdist")
     follow(rules.parametric_relu, "prelu _prelu_kernel")
     follow(rules.interpolation("self", "end", "weight"), "lerp")
     follow(rules.interpolation("input", "grid"), "grid_sampler grid_sampler_2d grid_sampler_3d")

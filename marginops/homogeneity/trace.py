@@ -55,6 +55,7 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, program: Any, names: list[str]) -> None:
+        _check_memory(model)
         self.model = model
         self.system = System(len(names))
         output = _output(program)
@@ -87,6 +88,8 @@ class Network:
                         f"model: expected buffers with memory of their own, got {spec.target!r}, "
                         "which shares a parameter's"
                     )
+                if spec.kind == InputKind.CONSTANT_TENSOR and not held.any():
+                    values[node] = Value(None)
                 if spec.kind == InputKind.PARAMETER:
                     parameter = self.model.get_parameter(spec.target)
                     if _has_rate(parameter):
@@ -151,6 +154,18 @@ class Network:
         lines = (node.meta.get("stack_trace") or "").strip().splitlines()
         code = f" in `{lines[-1].strip()}`" if lines else ""
         return f"{where} ({kind.__qualname__}){code}"
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Scaling one parameter scales no other."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        pointer = parameter.data_ptr()  # 0 for what has no memory
+        if pointer and owners.setdefault(pointer, name) != name:
+            raise ValueError(
+                "model: expected parameters with memory of their own, or shared as one "
+                f"torch.nn.Parameter, got {name!r} in the memory of {owners[pointer]!r}"
+            )
 
 
 def _storage(held: Any) -> int | None:

@@ -13,7 +13,6 @@ from torchmetrics.utilities import dim_zero_cat
 from ..ops import _checks as checks
 from ..ops.distribution import (
     BINS,
-    check_decades,
     decade_thresholds,
     update_margin_distribution,
 )
@@ -118,12 +117,10 @@ class MarginDistribution(Metric):
     ) -> None:
         if not isinstance(exact, bool):
             raise TypeError(f"exact: expected a bool, got {type(exact).__name__}")
-        if not quantiles or not all(0 <= quantile <= 1 for quantile in quantiles):
-            raise ValueError(f"quantiles: expected probabilities in [0, 1], got {quantiles!r}")
-        check_decades(decades)
+        checks.check_int("decades", decades, 1)
         super().__init__(**kwargs)
         self.exact = exact
-        self.quantiles = tuple(quantiles)
+        self.quantiles = _as_probabilities(quantiles)
         self.decades = decades
 
         def add(name: str, default: Tensor | list[Tensor], reduction: str) -> None:
@@ -191,10 +188,7 @@ class MarginDistribution(Metric):
             TypeError, ValueError: ``bins`` is not such a number; or the margins are not all
                 finite, or there are none.
         """
-        if not isinstance(bins, int) or isinstance(bins, bool):
-            raise TypeError(f"bins: expected an int, got {type(bins).__name__}")
-        if bins < 1:
-            raise ValueError(f"bins: expected at least 1, got {bins}")
+        checks.check_int("bins", bins, 1)
         with self._synced():
             least, largest = float(self.minimum), float(self.maximum)
             if not math.isfinite(largest - least):
@@ -301,3 +295,13 @@ class MarginDistribution(Metric):
             elif value is not None:
                 state_dict[key] = [kept.to(device, copy=True) for kept in value]
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _as_probabilities(quantiles: Any) -> tuple[float, ...]:
+    try:
+        probabilities = tuple(float(quantile) for quantile in quantiles)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"quantiles: expected a sequence of floats, got {quantiles!r}") from error
+    if not probabilities or not all(0 <= probability <= 1 for probability in probabilities):
+        raise ValueError(f"quantiles: expected probabilities in [0, 1], got {quantiles!r}")
+    return probabilities

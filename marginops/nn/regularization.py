@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops import _checks as checks
 from ..ops.regularization import Reduction, check_reduction, multi_margin_regularization
 
 
@@ -55,7 +56,7 @@ class MultiMarginRegularization(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        _check_count("epochs", epochs, 1)
+        checks.check_int("epochs", epochs, 1)
         for name, value in (("alpha_start", alpha_start), ("alpha_end", alpha_end)):
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
@@ -71,7 +72,7 @@ class MultiMarginRegularization(nn.Module):
 
     def set_epoch(self, epoch: int) -> None:
         """Say that this epoch begins, the first one being 0."""
-        _check_count("epoch", epoch, 0)
+        checks.check_int("epoch", epoch, 0)
         self.epoch.fill_(epoch)
 
     @property
@@ -106,10 +107,3 @@ class MultiMarginRegularization(nn.Module):
             f"epochs={self.epochs}, alpha_start={self.alpha_start}, alpha_end={self.alpha_end}, "
             f"reduction={self.reduction!r}, ignore_index={self.ignore_index}"
         )
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")

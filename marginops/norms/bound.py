@@ -130,14 +130,14 @@ def _log_size(input: Any, logits: Tensor) -> Tensor:
 
 def _check_reference(others: list[Factor], factors: list[Factor]) -> None:
     """The same matrices, by their shapes."""
-    expected = [(factor.path, [*factor.weight.shape]) for factor in factors]
-    got = [(factor.path, [*factor.weight.shape]) for factor in others]
-    if len(got) != len(expected):
-        raise ValueError(f"reference: expected {len(expected)} layers as model has, got {len(got)}")
-    for (path, shape), (other_path, other_shape) in zip(expected, got, strict=True):
-        if shape != other_shape:
+    if len(others) != len(factors):
+        raise ValueError(
+            f"reference: expected {len(factors)} layers as model has, got {len(others)}"
+        )
+    for other, factor in zip(others, factors, strict=True):
+        if other.weight.shape != factor.weight.shape:
             raise ValueError(
-                f"reference: expected shape {shape} as {path} of model, got {other_shape} of "
-                f"{other_path}"
+                f"reference: expected shape {[*factor.weight.shape]} as {factor.name} of model, "
+                f"got {[*other.weight.shape]} of {other.name}"
             )
     checks.check_device("reference", others[0].weight, factors[0].weight, "model")

@@ -56,8 +56,11 @@ def right_vector(factor: Factor, weight: Tensor, tolerance: float) -> Tensor:
             output = convolve(factor, weight, input)
         return torch.autograd.grad(output, input, output.detach())[0].reshape(-1)
 
-    start = random_start(math.prod(shape), weight)
-    return leading_eigenvector(gram, start, tolerance, factor.path).view(shape)
+    # The adjoint needs autograd, which has no use for tensors of inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        weight = weight.clone()
+        start = random_start(math.prod(shape), weight)
+        return leading_eigenvector(gram, start, tolerance, factor.name).view(shape)
 
 
 def is_circulant(factor: Factor) -> bool:
@@ -142,7 +145,7 @@ def reach(factor: Factor) -> list[Tensor]:
             if not inside and (wraps or mode not in ("zeros", "circular")):
                 raise ValueError(
                     f"conv: expected padding with zeros, or circular padding of an input larger "
-                    f'than the kernel, for this norm with "operator", got {factor.path} with '
+                    f'than the kernel, for this norm with "operator", got {factor.name} with '
                     f"padding_mode={mode!r}"
                 )
             met = met | (mode == "circular")

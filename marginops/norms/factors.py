@@ -14,6 +14,7 @@ from .structure import Call, Structure, structure_of, watch
 
 BatchNorm = Literal["fold", "last", "affine"]
 Convolution = Literal["flattened", "operator"]
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class Factor(NamedTuple):
@@ -24,6 +25,11 @@ class Factor(NamedTuple):
     weight: Tensor
     batch_norm: Any  # folded into the rows; None if there is none
     call: Call | None  # with conv="operator"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return kinds.described(self.path, self.module)
 
     @property
     def is_operator(self) -> bool:
@@ -45,7 +51,9 @@ def factors_of(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(model).__name__}")
     _check(batch_norm, conv, example_input)
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    while hasattr(model, "_orig_mod") or isinstance(model, _PARALLEL):
+        # What torch.compile wraps, or one of these.
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     modules = kinds.modules_of(model)
     structure = structure_of(model, modules)
     sequence, calls = structure.sequence, None
@@ -71,7 +79,7 @@ def factors_of(
                 'batch_norm: expected "fold" or "affine" where a normalisation follows the last '
                 f'layer, got "last" with {name}'
             )
-        chosen, folds = layers[-1:], {}
+        chosen, folds = [i for i in layers if i > norms[-1]], {}
     elif batch_norm == "affine":
         chosen = [i for i, path in enumerate(sequence) if not _is_other(modules[path])]
         folds = {}
@@ -79,7 +87,9 @@ def factors_of(
         chosen = layers
         if has_batch_norm:
             _check_folds(structure, modules)
-    _warn(structure, batch_norm == "last" and bool(norms), calls is not None, stacklevel + 1)
+    # One last layer's scale is the model's whatever those before it do.
+    is_free = batch_norm == "last" and bool(norms) and len(chosen) == 1
+    _warn(structure, is_free, calls is not None, stacklevel + 1)
     operator = calls if conv == "operator" else None
     weights: dict[str, Tensor] = {}
     found = []
@@ -174,16 +184,15 @@ def _check_folds(structure: Structure, modules: dict[str, Any]) -> None:
             )
 
 
-def _warn(structure: Structure, is_last: bool, has_calls: bool, stacklevel: int) -> None:
-    # The last layer's scale is the model's whatever other layers do.
-    if structure.breaking and not is_last:
+def _warn(structure: Structure, is_free: bool, has_calls: bool, stacklevel: int) -> None:
+    if structure.breaking and not is_free:
         warnings.warn(
             "model: margins divided by this norm product depend on the scale of the layers, "
             f"because of {', '.join(structure.breaking)}",
             UserWarning,
             stacklevel=stacklevel + 1,
         )
-    if structure.untraceable is not None and not has_calls and not is_last:
+    if structure.untraceable is not None and not has_calls:
         warnings.warn(
             "model: every layer counts once for each name that it is registered under, because "
             f"torch.fx cannot trace the model ({structure.untraceable}); pass example_input to "

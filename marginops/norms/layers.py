@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..ops._checks import FLOATING
@@ -12,7 +11,7 @@ from ..ops._checks import FLOATING
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
-BATCH_NORMS = (_BatchNorm,)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # They normalise by what they get, in evaluation too.
 OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, *_INSTANCE_NORMS)
@@ -33,25 +32,34 @@ HOMOGENEOUS = (
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict),
 )
-# Functions and methods of tensors that do not keep the scale of their input, as a trace names them.
+# Functions and methods of tensors that do not keep the scale of their input, as a trace names them,
+# without the underscore at the end of those in place.
 BREAKING_FUNCTIONS = {
-    *("tanh", "sigmoid", "logsigmoid", "gelu", "silu", "mish", "elu", "selu", "celu", "glu"),
-    *("softplus", "softsign", "hardtanh", "relu6", "hardswish", "hardsigmoid", "tanhshrink"),
-    *("softshrink", "hardshrink", "threshold", "softmax", "log_softmax", "softmin", "layer_norm"),
-    *("group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize", "exp", "log"),
-    *("erf", "scaled_dot_product_attention"),
+    *("tanh", "sigmoid", "logsigmoid", "log_sigmoid", "special_expit", "gelu", "silu", "mish"),
+    *("elu", "selu", "celu", "glu", "softplus", "softsign", "hardtanh", "relu6", "hardswish"),
+    *("hardsigmoid", "tanhshrink", "softshrink", "hardshrink", "threshold", "_threshold"),
+    *("softmax", "log_softmax", "softmin", "gumbel_softmax", "logsumexp", "batch_norm"),
+    *("layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"),
+    *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "atan", "erf"),
+    *("pow", "square", "sqrt", "rsqrt", "reciprocal", "scaled_dot_product_attention"),
 }
+# A weight is not used by who asks for these.
+DESCRIBING = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 
 
 def is_layer(module: nn.Module) -> bool:
-    """A linear layer or convolution whose forward is that of PyTorch."""
-    kind = type(module)
-    return any(isinstance(module, base) and kind.forward is base.forward for base in LAYERS)
+    """A linear layer or convolution."""
+    return _runs_as(module, LAYERS)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
     """A batch norm of any dimension."""
-    return isinstance(module, BATCH_NORMS)
+    return _runs_as(module, BATCH_NORMS)
+
+
+def _runs_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """An instance of one of these whose forward is that of PyTorch."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def is_normalization(module: nn.Module) -> bool:
@@ -146,7 +154,7 @@ def blocks(module: Any, weight: Tensor) -> Tensor:
         return weight.reshape(-1, 1, 1)
     if isinstance(module, TRANSPOSED):
         split = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)
-        return split.flatten(3).flatten(2) if weight.numel() else split.flatten(2)
+        return split.flatten(2)
     return weight.reshape(getattr(module, "groups", 1), -1, weight[0].numel())
 
 

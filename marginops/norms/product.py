@@ -49,21 +49,21 @@ def log_norm_product(
     ============ ===============================================================================
     ``"fold"``   each multiplies the rows of the layer directly before it by
                  :math:`\gamma / \sqrt{\mathrm{var} + \varepsilon}`
-    ``"last"``   the last layer counts alone, all layers that a normalisation follows being free
-                 of scale; any normalisation, as ``torch.nn.LayerNorm``, counts as one
+    ``"last"``   only layers after the last normalisation count, mostly the last layer alone: those
+                 before are free of scale; ``torch.nn.LayerNorm`` is a normalisation, too
     ``"affine"`` layers count as they are, and each batch norm as the diagonal matrix of its
                  :math:`\gamma`: by :math:`\lVert \gamma \rVert_2` for the Frobenius norm, by
                  :math:`\max |\gamma|` for the spectral; without one :math:`\gamma` is 1
     ============ ===============================================================================
 
-    Biases do not count. What does not keep the scale of its input, as ``torch.nn.Tanh``,
+    Biases do not count. What is known not to keep the scale of its input, as ``torch.nn.Tanh``,
     ``torch.nn.LayerNorm``, ``gelu``, is named in a ``UserWarning``, and what parameters it has
-    do not count.
+    do not count. Arithmetic in a forward, as ``x * x`` or ``x + 1``, is not judged.
 
     Args:
         model: Its weights in float32, float64, bfloat16 or float16, on one device. Left as it is,
             training mode and buffers too. Weights of ``torch.nn.utils.parametrizations`` count as
-            in evaluation.
+            in evaluation. What ``torch.compile`` or data parallelism wraps counts as by itself.
         norm: ``"frobenius"`` or ``"spectral"``, the largest singular value.
         batch_norm: ``"fold"``, ``"last"`` or ``"affine"``, see above.
         conv: A convolution's matrix: ``"flattened"``, ``[out, in * kernel]`` (block-diagonal with
@@ -191,13 +191,14 @@ def _log_spectral_norm(factor: Factor, dtype: torch.dtype, tolerance: float) -> 
     if not factor.is_operator:
         blocks = kinds.blocks(factor.module, weight)
         with torch.no_grad():
-            exact = blocks if min(blocks.shape[1:]) > GRAM else blocks.double()
-            block, vector = leading_right_vector(exact, tolerance, factor.path)
+            is_quick = min(blocks.shape[1:]) > GRAM and tolerance >= 1e-6
+            exact = blocks if is_quick else blocks.double()
+            block, vector = leading_right_vector(exact, tolerance, factor.name)
         image = blocks[block].to(vector.dtype) @ vector
     elif convolution.is_circulant(factor):
         symbol = convolution.Symbol(factor)
         with torch.no_grad():
-            first, block, vector = symbol.right_vector(weight, factor.path)
+            first, block, vector = symbol.right_vector(weight, factor.name)
         image = symbol.at(weight, first)[block] @ vector
     else:
         weight = weight.double()

@@ -39,12 +39,25 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = weakref.We
 
 def structure_of(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
     """Walk and trace the model, or recall what was found when it had the same modules."""
-    signature = [(path, id(module), type(module)) for path, module in modules.items()]
+    signature = [
+        (path, id(module), type(module), *_switches(module)) for path, module in modules.items()
+    ]
     known = _KNOWN.get(model)
     if known is None or known[0] != signature:
         known = signature, _examine(model, modules)
         _KNOWN[model] = known
     return known[1]
+
+
+def _switches(module: nn.Module) -> list[Any]:
+    """What somebody's own forward may branch on."""
+    if type(module).__module__.startswith("torch."):
+        return []
+    return [
+        (name, id(value) if callable(value) else value)
+        for name, value in vars(module).items()
+        if name != "training" and (callable(value) or isinstance(value, (int, float, str)))
+    ]
 
 
 def _examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
@@ -128,8 +141,8 @@ def _read(graph: fx.Graph, modules: dict[str, nn.Module], breaking: list[str]) -
                 places[node] = len(found.sequence)
                 found.sequence.append(node.target)
         elif node.op in ("call_function", "call_method"):
-            name = getattr(node.target, "__name__", str(node.target))
-            if name in kinds.BREAKING_FUNCTIONS:
+            name = _name(node)
+            if name.rstrip("_") in kinds.BREAKING_FUNCTIONS:
                 inside = list(node.meta.get("nn_module_stack", {}).values())
                 place = inside[-1][0] if inside else ""
                 found.breaking.append(f"{place or 'the model itself'} (function {name})")
@@ -146,7 +159,7 @@ def _fold(
     while True:
         uses = max(uses, len(source.users))
         module = modules.get(str(source.target)) if source.op == "call_module" else None
-        if not isinstance(module, kinds.IDENTITIES):
+        if not (isinstance(module, kinds.IDENTITIES) or _is_idle_dropout(source)):
             break
         source = source.all_input_nodes[0]
     if module is not None and kinds.is_layer(module) and uses == 1:
@@ -157,15 +170,29 @@ def _fold(
         found.unfoldable = f"{kinds.described(str(node.target), modules[str(node.target)])} {why}"
 
 
+def _name(node: fx.Node) -> str:
+    """Of a function or method."""
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _is_idle_dropout(node: fx.Node) -> bool:
+    """One of ``torch.nn.functional`` that was told that this is evaluation."""
+    return "dropout" in _name(node) and node.kwargs.get("training") is False
+
+
 def _check_attribute(node: fx.Node, modules: dict[str, nn.Module]) -> None:
     """A weight that is used outside of its layer would not be counted."""
     path, _, name = str(node.target).rpartition(".")
     is_parameter = isinstance(getattr(modules.get(path), name, None), nn.Parameter)
-    # Asking for its shape, dtype or device is no use of it.
-    if is_parameter and any(user.target is not getattr for user in node.users):
+    uses = [
+        user
+        for user in node.users
+        if user.target is not getattr or user.args[1] not in kinds.DESCRIBING
+    ]
+    if is_parameter and uses:
         raise ValueError(
             f"model: expected parameters to be used by their own module only, got {node.target} "
-            f"used elsewhere ({next(iter(node.users)).format_node()})"
+            f"used elsewhere ({uses[0].format_node()})"
         )
 
 
@@ -180,12 +207,16 @@ def watch(model: nn.Module, example_input: Any) -> list[Call]:
     calls: list[Call] = []
     copied = _evaluated_copy(model)
 
-    def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda module, given, result: calls.append(Call(path, given[0].shape, result.shape))
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, named: Any, result: Tensor) -> None:
+            value = given[0] if given else next(iter(named.values()))
+            calls.append(Call(path, value.shape, result.shape))
+
+        return hook
 
     for path, module in copied.named_modules():
         if kinds.is_layer(module) or kinds.is_normalization(module):
-            module.register_forward_hook(note(path))
+            module.register_forward_hook(note(path), with_kwargs=True)
     with torch.no_grad():
         copied(*inputs)
     return calls

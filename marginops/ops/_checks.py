@@ -26,6 +26,14 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
     raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
 
 
+def check_int(name: str, value: Any, least: int | None = None) -> None:
+    """An int, or one of a compiled graph, that is not too small."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
 def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
     """``value`` lies where ``like`` lies."""
     if value.device != like.device:
@@ -55,8 +63,7 @@ def check_target(target: Any, logits: Tensor, ignore_index: Any, beside: str = "
             f"got {list(target.shape)}"
         )
     check_device("target", target, logits, beside)
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    check_int("ignore_index", ignore_index)
 
 
 def check_features(input: Any, logits: Tensor) -> None:

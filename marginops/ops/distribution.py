@@ -1,7 +1,7 @@
 """The distribution of margins: areas under its curve, support vectors, and a state to add up."""
 
 import math
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def margin_area(margins: Tensor, *, form: AreaForm = "rank") -> Tensor:
         (tensor(1.), tensor(1.6667))
     """
     checks.check_tensor("margins", margins, 1, "[N]")
-    if form not in ("rank", "cdf"):
+    if form not in get_args(AreaForm):
         raise ValueError(f'form: expected "rank" or "cdf", got {form!r}')
     is_kept = margins != math.inf
     kept = torch.where(is_kept, margins, 0)
@@ -91,19 +91,11 @@ def support_vector_counts(margins: Tensor, decades: int = 3) -> Tensor:
         tensor([2, 3, 4])
     """
     checks.check_tensor("margins", margins, 1, "[N]")
-    check_decades(decades)
+    checks.check_int("decades", decades, 1)
     wide = margins.detach().double()
     smallest = torch.cat((wide.new_full((1,), math.inf), wide)).amin()
     # Without any margin the threshold is +inf, below which none lies.
     return torch.stack([(wide < t).sum() for t in decade_thresholds(smallest, decades).unbind()])
-
-
-def check_decades(decades: Any) -> None:
-    """A positive int."""
-    if not isinstance(decades, int) or isinstance(decades, bool):
-        raise TypeError(f"decades: expected an int, got {type(decades).__name__}")
-    if decades < 1:
-        raise ValueError(f"decades: expected at least 1, got {decades}")
 
 
 def decade_thresholds(smallest: Tensor, decades: int) -> Tensor:

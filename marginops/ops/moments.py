@@ -59,7 +59,8 @@ class ClassMoments(NamedTuple):
             for has, moments in ((here, self), (there, other))
         )
         between = share * (1 - share) * step.square().sum(1)
-        square = torch.lerp(square, other_square, share) + between
+        # Not by lerp, where an infinity beside an empty class is NaN.
+        square = (1 - share) * square + share * other_square + between
         # The root of 0 has no derivative; that of the radius is 0 there.
         radius = torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
         mean = torch.addcmul(mean, step, share.unsqueeze(1))
@@ -108,8 +109,9 @@ def class_moments(
     Differentiable in ``input``, any number of times; the radius has gradient 0 where it is 0, and
     so has a row of zeros with ``normalize``. Deterministic, whatever the number of threads. The
     radius does not cancel: it stays accurate however far the class is from 0, and is exactly 0 for
-    equal rows. Reads the input once; on the CPU one whose columns are not adjacent is copied first,
-    other temporaries are a few per cent of it.
+    equal rows. The squares of distances only have to be in the range of float64. Reads the input
+    once; on the CPU one whose columns are not adjacent is copied first, other temporaries are a few
+    per cent of it.
 
     Example:
         >>> input = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
@@ -122,15 +124,8 @@ def class_moments(
     """
     checks.check_tensor("input", input, 2, "[N, D]")
     checks.check_target(target, input, ignore_index, "input")
-    _check_num_classes(num_classes)
+    checks.check_int("num_classes", num_classes, 1)
     return ClassMoments._make(class_moments_op(input, target, num_classes, normalize, ignore_index))
-
-
-def _check_num_classes(num_classes: Any) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
-        raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
 
 
 def _unit_rows(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:

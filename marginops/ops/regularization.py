@@ -55,10 +55,12 @@ def multi_margin_regularization(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
         RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
 
-    Differentiable (once) in ``weight``, both rows of each pair, and in ``input``, the row of
-    largest norm (the first among equals); a pair of equal rows has gradient 0. The rivals are
-    constants. Deterministic. Reads the logits once and two rows of ``weight`` a sample; without
-    logits the product comes on top, see :func:`linear_classification_margin`.
+    The features' squares have to be in the range of the result's dtype, as in
+    ``torch.linalg.vector_norm``. Differentiable (once) in ``weight``, both rows of each pair, and
+    in ``input``, the row of largest norm (the first among equals); a pair of equal rows has
+    gradient 0. The rivals are constants. Deterministic. Reads the logits once and two rows of
+    ``weight`` a sample; without logits the product comes on top, see
+    :func:`linear_classification_margin`.
 
     Example:
         >>> features, weight = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.eye(2)
@@ -174,6 +176,8 @@ def _gradient(
     for_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and weight, each empty unless it is asked for."""
+    # In float64: parts of a product in the range of float32 may lie outside.
+    wide, distance, radius = grad.double(), distance.double(), radius.double()
     mean = distance.sum() * share
     grad_input, grad_weight = input.new_empty(0), weight.new_empty(0)
     if for_input:
@@ -182,16 +186,16 @@ def _gradient(
         # d value / d radius = 2 radius (the mean that the radius is squared with).
         square = distance.square().sum() * share if mean_of_square else mean.square()
         longest = input.index_select(0, row.reshape(1))
-        scaled = 2 * grad * square * longest.to(grad.dtype)
+        scaled = 2 * wide * square * longest
         grad_input.index_copy_(0, row.reshape(1), scaled.to(input.dtype))
     if for_weight:
-        scale = 2 * grad * share * radius.square()
+        scale = 2 * wide * share * radius.square()
         if mean_of_square:
             coefficient = scale.expand_as(distance)
         else:
             coefficient = torch.where(distance == 0, 0, scale * mean / distance)
         ignored, pair = _pair(target, rival, ignore_index)
-        coefficient = torch.where(ignored, 0, coefficient)
+        coefficient = torch.where(ignored, 0, coefficient).to(grad.dtype)
         classes = weight.shape[0]
         first, second = pair.unbind(1)
         key, order = torch.cat((first * classes + second, second * classes + first)).sort(

@@ -41,8 +41,8 @@ class InversionMonitor:
     """
 
     def __init__(self, num_classes: int, *, first_epoch: int = 20, per_class: bool = True) -> None:
-        _check_int("num_classes", num_classes, 1)
-        _check_int("first_epoch", first_epoch, 2)
+        checks.check_int("num_classes", num_classes, 1)
+        checks.check_int("first_epoch", first_epoch, 2)
         self.num_classes = num_classes
         self.first_epoch = first_epoch
         self.per_class = per_class
@@ -201,7 +201,7 @@ def straggler_stability(
         >>> straggler_stability(first, second, population=100)
         4.82
     """
-    _check_int("population", population, 1)
+    checks.check_int("population", population, 1)
     if len(sets_a) != len(sets_b):
         raise ValueError(f"sets_b: expected {len(sets_a)} sets as in sets_a, got {len(sets_b)}")
     if len(sets_a) < 2:
@@ -238,10 +238,3 @@ def _as_masks(name: str, sets: Sequence[Any], population: int) -> Tensor:
             if masks[index].sum() != len(values):
                 raise ValueError(f"{where}: expected distinct indices, got some more than once")
     return masks
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
