@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marginops.metrics import ClassManifolds, ClassManifoldsSummary
+from marginops.metrics import ClassManifolds, NeuralCollapse, ClassManifoldsSummary
 
 CLASSES, FEATURES = 4, 6
 
@@ -208,3 +208,13 @@ def test_bad_arguments_change_nothing(input, target, error, message):
     with pytest.raises(error, match=message):
         metric.update(input, torch.zeros(3, dtype=torch.int64) if target is None else target)
     assert_close(metric.compute(), expected, 0)
+
+
+def test_state_keeps_its_dtype(device):
+    for metric in (ClassManifolds(3, 4), NeuralCollapse(3, 4)):
+        kept = {name: getattr(metric, name).dtype for name in metric._defaults}
+        modules = torch.nn.ModuleDict({"metric": metric}).to(device).to(torch.bfloat16).half()
+        modules["metric"].set_dtype(torch.float16)
+        for name, dtype in kept.items():
+            state = getattr(metric, name)
+            assert state.dtype == dtype and state.device == torch.device(device), name

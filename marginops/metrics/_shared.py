@@ -1,18 +1,20 @@
-"""What the metrics of class geometry share: their arguments' checks."""
+"""What the metrics share."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torchmetrics import Metric
 
 from ..ops import _checks as checks
 
 
-def check_at_least(name: str, value: Any, least: int) -> None:
-    """An integer, not too small."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+class FixedDtypeMetric(Metric):
+    """A metric whose state moves between devices but keeps its dtypes, in which it is exact."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
 
 
 def check_columns(name: str, value: Any, rows: str, columns: int, device: torch.device) -> None:

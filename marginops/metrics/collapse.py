@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from ..ops import _checks as checks
 from ..ops.moments import class_moments
 from . import _shared as shared
 
@@ -52,7 +52,7 @@ def _batch_scatter(input: Tensor, target: Tensor, num_classes: int, ignore_index
     return _Scatter(count, mean, deviation.T @ deviation)
 
 
-class NeuralCollapse(Metric):
+class NeuralCollapse(shared.FixedDtypeMetric):
     r"""The four signs of neural collapse, each 0 when it is complete.
 
     With :math:`\mu_c` the mean feature of class c, :math:`\mu` the mean of the class means, M the
@@ -124,8 +124,8 @@ class NeuralCollapse(Metric):
         self, num_classes: int, num_features: int, *, ignore_index: int = -100, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        shared.check_at_least("num_classes", num_classes, 2)
-        shared.check_at_least("num_features", num_features, 1)
+        checks.check_int("num_classes", num_classes, 2)
+        checks.check_int("num_features", num_features, 1)
         self.num_classes, self.num_features = num_classes, num_features
         self.ignore_index = ignore_index
         zeros = torch.zeros(num_classes, num_features, dtype=torch.float64)

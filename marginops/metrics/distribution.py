@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ..ops import _checks as checks
@@ -16,6 +15,7 @@ from ..ops.distribution import (
     decade_thresholds,
     update_margin_distribution,
 )
+from ._shared import FixedDtypeMetric
 from ._sorted import SortedMargins
 
 _STATE = ("bin_counts", "counts", "sums", "minimum", "maximum")
@@ -36,7 +36,7 @@ class MarginSummary(NamedTuple):
     support_vectors: Tensor
 
 
-class MarginDistribution(Metric):
+class MarginDistribution(FixedDtypeMetric):
     r"""The distribution of all margins that it has seen: a few numbers, a histogram, a plot.
 
     ``compute()`` gives a :class:`MarginSummary` of 0-d tensors unless said otherwise, float64 but
@@ -278,10 +278,6 @@ class MarginDistribution(Metric):
             )
 
         return compute_in_shape
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        # The state moves between devices, but in another dtype it could not count.
-        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any

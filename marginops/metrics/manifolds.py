@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from ..ops import _checks as checks
 from ..ops.moments import ClassMoments, class_moments
 from . import _shared as shared
 
@@ -19,7 +19,7 @@ class ClassManifoldsSummary(NamedTuple):
     distance: Tensor
 
 
-class ClassManifolds(Metric):
+class ClassManifolds(shared.FixedDtypeMetric):
     r"""Gyration radius of every class and the distances between the class means.
 
     With :math:`z = h / \lVert h \rVert_2` the features scaled to the unit sphere (h itself without
@@ -82,8 +82,8 @@ class ClassManifolds(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        shared.check_at_least("num_classes", num_classes, 2)
-        shared.check_at_least("num_features", num_features, 1)
+        checks.check_int("num_classes", num_classes, 2)
+        checks.check_int("num_features", num_features, 1)
         self.num_classes, self.num_features = num_classes, num_features
         self.normalize, self.ignore_index = normalize, ignore_index
         # Those of no samples; merging leaves them out.

@@ -104,7 +104,9 @@ def class_moments(
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
-        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+        RuntimeError: A target is outside [0, C) (CPU), on CUDA a device-side assertion; or there
+            are 2**31 rows or more on CUDA, more than PyTorch sorts there: merge the moments of
+            parts.
 
     Differentiable in ``input``, any number of times; the radius has gradient 0 where it is 0, and
     so has a row of zeros with ``normalize``. Deterministic, whatever the number of threads. The
