@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marginops.metrics import ClassManifolds, NeuralCollapse, ClassManifoldsSummary
+from marginops.metrics import ClassManifolds, ClassManifoldsSummary, NeuralCollapse
 
 CLASSES, FEATURES = 4, 6
 
