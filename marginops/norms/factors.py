@@ -67,7 +67,7 @@ def factors_of(
             f"got {len(calls)} calls instead of {len(sequence)}"
         )
     layers = [i for i, path in enumerate(sequence) if kinds.is_layer(modules[path])]
-    norms = [i for i in range(len(sequence)) if i not in set(layers)]
+    norms = [i for i, path in enumerate(sequence) if not kinds.is_layer(modules[path])]
     if not layers:
         raise ValueError("example_input: expected it to reach a layer, got no call of any")
     has_batch_norm = any(kinds.is_batch_norm(modules[sequence[i]]) for i in norms)

@@ -1,5 +1,6 @@
 """Kinds of modules: which have a matrix, which keep the scale of their input, which do not."""
 
+import functools
 from typing import Any
 
 import torch
@@ -49,17 +50,20 @@ DESCRIBING = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 
 def is_layer(module: nn.Module) -> bool:
     """A linear layer or convolution."""
-    return _runs_as(module, LAYERS)
+    kind: Any = type(module)
+    return _runs_as(kind, LAYERS)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
     """A batch norm of any dimension."""
-    return _runs_as(module, BATCH_NORMS)
+    kind: Any = type(module)
+    return _runs_as(kind, BATCH_NORMS)
 
 
-def _runs_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """An instance of one of these whose forward is that of PyTorch."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+@functools.lru_cache(maxsize=1024)
+def _runs_as(own: type[nn.Module], kinds: tuple[type[nn.Module], ...]) -> bool:
+    """A subclass of one of these whose forward is that of PyTorch."""
+    return any(issubclass(own, kind) and own.forward is kind.forward for kind in kinds)
 
 
 def is_normalization(module: nn.Module) -> bool:

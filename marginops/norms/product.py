@@ -136,7 +136,7 @@ def log_frobenius_norms(factors: list[Factor], dtype: torch.dtype) -> Tensor:
     parts = (norms * scale).split(outputs)
     lowest, highest = torch.stack(torch.aminmax(norms.detach())).tolist()
     if lowest >= _SAFE[0] and highest <= _SAFE[1]:
-        return torch.stack([torch.linalg.vector_norm(part) for part in parts]).log()
+        return torch.stack(torch._foreach_norm(parts)).log()
     return torch.stack(
         [log_frobenius_norm(matrix, scale) for matrix, scale in zip(matrices, scales, strict=True)]
     )
