@@ -5,7 +5,6 @@ import gzip
 import json
 import re
 import struct
-import sys
 from pathlib import Path
 
 import pytest
@@ -154,52 +153,3 @@ def test_fashion_mnist_files_are_used(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (
         "fashion-mnist: 60 training and 20 test samples; MLP 784-12-10" in capsys.readouterr().out
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--data", "fashion-mnist", "--data-dir", "nowhere"], "nowhere/train-images-idx3-ubyte: "),
-        (["--batch-size", "200"], "200 times --candidates 10 is 2000, more than the 1347 training"),
-        (["--output", "nowhere/figure.png"], "the folder nowhere does not exist; create it first"),
-        (["--json", "nowhere/report.json"], "the folder nowhere does not exist; create it first"),
-        (["--output", "figure.docx"], "--output figure.docx: expected a name ending in one of "),
-        (["--device", "cuda:99"], "--device cuda:99: PyTorch sees "),
-        ([*SMALL, "--learning-rate", "1e9"], "training diverged (uniform, seed 1); lower --learn"),
-    ],
-)
-def test_errors_are_one_line_and_exit_with_two(
-    options: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run(*options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("marginops demo: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["sklearn", "matplotlib", "tqdm"])
-def test_missing_packages_are_named(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    assert run() == 2
-    error = capsys.readouterr().err
-    assert f'{name} not installed; install with: pip install "marginops[demo]"' in error
-
-
-@pytest.mark.parametrize(
-    "options",
-    [["--updates", "0"], ["--seeds", "two"], ["--learning-rate", "nan"], ["--device", "abacus"]],
-)
-def test_bad_options_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        run(*options)
-    assert exit_info.value.code == 2
-    assert f"argument {options[0]}: expected a " in capsys.readouterr().err

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,51 +294,3 @@ def test_quiet_and_regularized(
     first, _, last = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["epoch"]
     assert first == done.written["epoch"][0]
     assert last != done.written["epoch"][2]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--data", "fashion-mnist", "--data-dir", "nowhere"], "nowhere/train-images-idx3-ubyte: "),
-        (["--output", "nowhere/figure.png"], "the folder nowhere does not exist; create it first"),
-        (["--json", "nowhere/report.json"], "the folder nowhere does not exist; create it first"),
-        (["--output", "figure.docx"], "--output figure.docx: expected a name ending in one of "),
-        (["--device", "cuda:99"], "--device cuda:99: PyTorch sees "),
-        ([*SMALL, "--learning-rate", "1e9"], "training diverged in epoch 1; lower --learning-rate"),
-    ],
-)
-def test_errors_are_one_line_and_exit_with_two(
-    options: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run(*options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("marginops observe: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["sklearn", "matplotlib", "scipy", "torchmetrics"])
-def test_missing_packages_are_named(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    assert run() == 2
-    error = capsys.readouterr().err
-    assert f'{name} not installed; install with: pip install "marginops[demo]"' in error
-
-
-@pytest.mark.parametrize(
-    "options",
-    [["--epochs", "0"], ["--seed", "-1"], ["--seed", str(2**63)], ["--learning-rate", "inf"]],
-)
-def test_bad_options_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        run(*options)
-    assert exit_info.value.code == 2
-    assert f"argument {options[0]}: expected a " in capsys.readouterr().err

@@ -2,8 +2,6 @@
 
 import operator
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from ..evaluation import evaluation_mode
 from .operation import Operation
 from .system import Form, NotQuasiHomogeneousError, System, Value
 from .table import CARRYING, CREATING, RULES, UNSCALED
@@ -20,7 +19,7 @@ from .table import CARRYING, CREATING, RULES, UNSCALED
 def exported(model: nn.Module, example_input: tuple[Any, ...]) -> Any:
     """The model as a program of ATen operations without side effects, in evaluation mode."""
     try:
-        with _evaluation_mode(model), warnings.catch_warnings():
+        with evaluation_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, example_input, strict=False)
             if all(_has_rule(node) for node in program.graph.nodes):
@@ -32,17 +31,6 @@ def exported(model: nn.Module, example_input: tuple[Any, ...]) -> Any:
             "rates: torch.export cannot trace the model in evaluation mode with this "
             f"example_input: {error}"
         ) from error
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class Network:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..evaluation import evaluation_mode
 from ..ops.margin import classification_margin
 from .data import ClassificationData
-from .selection import evaluation_mode, last_linear, select_batch
+from .selection import last_linear, select_batch
 
 Sampling = Literal["uniform", "minimal_margin"]
 

@@ -1,12 +1,12 @@
 """Choosing the samples to train on from a larger batch of candidates."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..evaluation import evaluation_mode
 from ..ops.linear import linear_select_minimal_margin
 from ..ops.margin import Rival
 from ..ops.select import select_minimal_margin
@@ -112,32 +112,6 @@ def last_linear(network: nn.Module, num_classes: int) -> nn.Linear:
     raise ValueError(
         f"network: {problem}; pass head=, the torch.nn.Linear that computes the logits"
     )
-
-
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put the network in evaluation mode, and every module back into its own mode at the end.
-
-    Unlike ``network.eval()`` followed by ``network.train()``, layers that were frozen in
-    evaluation mode stay frozen.
-
-    Example:
-        >>> import torch
-        >>> from marginops.training import evaluation_mode
-        >>> network = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Dropout().eval())
-        >>> with evaluation_mode(network):
-        ...     [module.training for module in network]
-        [False, False]
-        >>> [module.training for module in network]
-        [True, False]
-    """
-    training = [module for module in network.modules() if module.training]
-    try:
-        network.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _body_and_head(
