@@ -3,19 +3,21 @@
 A shape is samples x features x classes.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import marginops
-from conftest import DEVICE, peak_memory
+from conftest import DEVICE, peak_memory, peer
 
 LARGE, SMALL = (8192, 768, 32000), (8192, 512, 1000)
 CASES = [(LARGE, torch.float32), (LARGE, torch.bfloat16), (SMALL, torch.float32)]
 BACKWARD_CASES = [((2048, 768, 32000), torch.float32), (SMALL, torch.float32)]
 if DEVICE != "cpu":
-    CASES.append(((8192, 4096, 128000), torch.bfloat16))
+    CASES.insert(0, ((8192, 4096, 128_000), torch.bfloat16))
 
 
 def make_head(
@@ -39,6 +41,19 @@ def chunked_cross_entropy(
     )
 
 
+def liger_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Which computes the gradients in the forward call too, if they are wanted."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(features, weight, target, reduction="none")
+
+
+def cut_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(features, weight, target, reduction="none")
+
+
 def what(op: str, shape: tuple[int, ...], dtype: torch.dtype, provider: str) -> dict[str, object]:
     rows, _, classes = shape
     return {
@@ -55,9 +70,16 @@ def close(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(result.double(), expected.double(), rtol=rounding, atol=rounding)
 
 
-@pytest.mark.parametrize("provider", ["marginops", "unfused", "product", "linear_cross_entropy"])
+PEERS = {"liger": liger_cross_entropy, "cut_cross_entropy": cut_cross_entropy}
+# What gives the loss alone.
+LOSSES = {"linear_cross_entropy": partial(chunked_cross_entropy, reduction="none"), **PEERS}
+
+
+@pytest.mark.parametrize("provider", ["marginops", "unfused", "product", *LOSSES])
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def bench_linear_statistics(time_call, shape, dtype, provider):
+    if provider in PEERS and (DEVICE == "cpu" or dtype == torch.float32):
+        pytest.skip("its kernels are a GPU's, and made for bfloat16")
     features, weight, target = make_head(*shape, dtype)
     some = slice(0, 64)
     exact = marginops.sample_statistics(features[some].double() @ weight.double().t(), target[some])
@@ -70,17 +92,19 @@ def bench_linear_statistics(time_call, shape, dtype, provider):
     def check(result):
         if provider == "product":
             return
-        loss = result if provider == "linear_cross_entropy" else result.loss
+        loss = result if provider in LOSSES else result.loss
         close(loss[some], exact.loss, dtype)
-        if provider != "linear_cross_entropy":
+        if provider not in LOSSES:
             close(result.margin[some], exact.margin, dtype)
 
     call = {
         "marginops": lambda: marginops.linear_sample_statistics(features, weight, target),
         "unfused": unfused,
         "product": lambda: torch.mm(features, weight.t(), out=buffer),
-        "linear_cross_entropy": lambda: chunked_cross_entropy(features, weight, target, "none"),
+        **{name: partial(loss, features, weight, target) for name, loss in LOSSES.items()},
     }[provider]
+    if provider in PEERS:
+        peer(call)
     time_call(
         call,
         check,

@@ -1,11 +1,14 @@
 """Scores of logits, and score with selection, against what a user would write in PyTorch."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import marginops
-from conftest import DEVICE, PROVIDERS, compiled
+from conftest import DEVICE, PROVIDERS, compiled, make_values
 
 SHAPES = [
     (1280, 10, 512),
@@ -16,6 +19,11 @@ SHAPES = [
     (1_000_000, 100, 64),
 ]
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
+# On a GPU: a training batch, and logits that no cache holds, in short, long and very few rows.
+BATCHES = [(1280, 10, 512), (1280, 100, 512), (1280, 1000, 512)]
+LARGE = [(10_000_000, 10), (1_000_000, 100), *((2**27 // c, c) for c in (1024, 8192, 131_072))]
+FEW_ROWS = (4, 1_000_000)
+VALUES = ("tied", "sorted", "equal", "infinite")
 
 
 def eager_score(logits: Tensor, weight: Tensor) -> Tensor:
@@ -34,16 +42,20 @@ def eager_margin(logits: Tensor, target: Tensor) -> Tensor:
     return own - others.amax(1)
 
 
-def exact_score(logits: Tensor, weight: Tensor) -> Tensor:
-    """The score in float64, chunk by chunk."""
-    table = weight.double()
-    parts = [eager_score(part.double(), table) for part in logits.split(100_000)]
-    return torch.cat(parts)
+def exact_score(logits: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The score in float64 with the lowest of tied classes, and whether two classes are ahead."""
+    table, scores, decided = weight.double(), [], []
+    for part in logits.split(100_000):
+        values, classes = part.double().sort(dim=1, descending=True, stable=True)
+        distance = (table[classes[:, 0]] - table[classes[:, 1]]).norm(dim=1)
+        scores.append((values[:, 0] - values[:, 1]) / distance)
+        decided.append(values[:, 1] != values[:, 2])
+    return torch.cat(scores), torch.cat(decided)
 
 
-def make_logits(rows: int, classes: int, dtype: torch.dtype) -> Tensor:
+def make_logits(rows: int, classes: int, dtype: torch.dtype, values: str = "random") -> Tensor:
     torch.manual_seed(0)
-    return torch.randn(rows, classes, device=DEVICE).to(dtype)
+    return make_values(values, torch.randn(rows, classes, device=DEVICE)).to(dtype)
 
 
 def eager_select_margin(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -57,55 +69,84 @@ EAGER = {
     "select_minimal_margin": eager_select,
     "select_smallest_margin": eager_select_margin,
 }
+
+
+def provided(provider: str, op: str) -> Callable[..., Any]:
+    if provider == "triton":
+        from triton_score import triton_score
+
+        return triton_score
+    if provider == "floor":
+        return lambda logits, *_: logits.amax(1)
+    if provider == "marginops":
+        return getattr(marginops, op)
+    return compiled(EAGER[op]) if provider == "compile" else EAGER[op]
+
+
+# op, shape, values
 CASES = [
-    *(("select_minimal_margin", shape) for shape in SHAPES),
-    *(("minimal_margin_score", SHAPES[i]) for i in (0, 2, 5)),
+    *(("select_minimal_margin", shape, "random") for shape in SHAPES),
+    *(("minimal_margin_score", SHAPES[i], "random") for i in (0, 2, 5)),
     *(
-        (op, shape)
+        (op, shape, "random")
         for op in ("classification_margin", "select_smallest_margin")
         for shape in ((1280, 10), (8192, 1000), (1_000_000, 100))
     ),
 ]
+GPU_CASES = [
+    *(("select_minimal_margin", shape, "random") for shape in BATCHES),
+    *(("select_smallest_margin", shape[:2], "random") for shape in BATCHES),
+    *(("minimal_margin_score", (*shape, 64), "random") for shape in (*LARGE, FEW_ROWS)),
+    *(("classification_margin", shape, "random") for shape in (*LARGE, FEW_ROWS)),
+    *(("minimal_margin_score", (*LARGE[2], 64), values) for values in VALUES),
+]
 
 
-@pytest.mark.parametrize("provider", [*PROVIDERS, "floor"])
+@pytest.mark.parametrize("provider", [*PROVIDERS, "triton", "floor"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "shape"), CASES)
-def bench_margin(time_call, op, shape, dtype, provider):
+@pytest.mark.parametrize(("op", "shape", "values"), CASES if DEVICE == "cpu" else GPU_CASES)
+def bench_margin(time_call, op, shape, values, dtype, provider):
     rows, classes, *columns = shape
-    logits = make_logits(rows, classes, dtype)
+    if provider == "triton" and (DEVICE == "cpu" or op != "minimal_margin_score"):
+        pytest.skip("the Triton kernel is the score's, and a GPU's")
+    if DEVICE != "cpu" and (provider == "floor" or (provider == "compile" and rows > 10_000)):
+        pytest.skip("on a GPU the floor is a copy, and few shapes are worth compiling for")
+    logits = make_logits(rows, classes, dtype, values)
     if columns:
         other = torch.randn(classes, *columns, device=DEVICE).to(dtype)
-        exact = exact_score(logits, other)
+        exact, decided = exact_score(logits, other)
     else:
         other = torch.randint(classes, (rows,), device=DEVICE)
         exact = eager_margin(logits.double(), other)
-    arguments = (logits, other, rows // 10) if op.startswith("select") else (logits, other)
+        decided = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+    selected = rows // 10 if op.startswith("select") else 0
+    arguments = (logits, other, selected) if selected else (logits, other)
     rounding = 1e-4 if dtype == torch.float32 else 2e-2
+
+    def close(scores, expected):
+        torch.testing.assert_close(
+            scores.double(), expected, rtol=rounding, atol=rounding * 1e-1, equal_nan=True
+        )
 
     def check(result):
         if provider == "floor":
             return
-        if op.startswith("select"):  # the scores, and those of the indices
-            expected = exact.sort().values[: rows // 10]
-            pairs = [(result[0].double(), expected), (exact[result[1]], expected)]
-        else:
-            pairs = [(result.double(), exact)]
-        for value, expected in pairs:
-            torch.testing.assert_close(value, expected, rtol=rounding, atol=rounding * 1e-1)
+        scores, rows = result if selected else (result, slice(None))
+        if provider == "marginops":
+            close(scores, exact[rows])
+            if selected:
+                close(scores, exact.sort().values[:selected])
+        else:  # the others may take any of tied classes
+            close(scores[decided[rows]], exact[rows][decided[rows]])
 
-    call = {
-        "marginops": getattr(marginops, op),
-        "eager": EAGER[op],
-        "compile": compiled(EAGER[op]),
-        "floor": lambda logits, *_: logits.amax(1),
-    }[provider]
+    call = provided(provider, op)
     time_call(
         lambda: call(*arguments),
         check,
         op=op,
-        shape=" x ".join(map(str, shape)),
+        shape=" x ".join(map(str, shape)) + ("" if values == "random" else f", {values}"),
         dtype=str(dtype).removeprefix("torch."),
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),
+        bytes_besides=other.numel() * other.element_size() + (12 * selected or 4 * rows),
     )

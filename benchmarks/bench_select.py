@@ -1,26 +1,15 @@
-"""Selection alone against ``torch.topk``, on random scores and on those that hurt selections."""
+"""Selection alone against ``torch.topk`` and flashinfer, on random scores and harder ones."""
 
 import pytest
 import torch
+from torch import Tensor
 
 import marginops
-from conftest import DEVICE
+from conftest import DEVICE, make_values, peer
 
 SIZES = [1_000, 10_000, 100_000, 1_000_000, 10_000_000]
-
-
-def make_scores(kind: str, size: int) -> torch.Tensor:
-    torch.manual_seed(0)
-    scores = torch.randn(size, device=DEVICE)
-    if kind == "tied":
-        return scores.mul(2).round()
-    if kind == "sorted":
-        return scores.sort().values
-    if kind == "equal":
-        return torch.ones_like(scores)
-    if kind == "infinite":
-        return torch.where(scores > 0, torch.inf, scores)
-    return scores
+if DEVICE != "cpu":
+    SIZES.append(100_000_000)
 
 
 def cases():
@@ -31,10 +20,22 @@ def cases():
         yield kind, 1_000_000, 100_000
 
 
-@pytest.mark.parametrize("provider", ["marginops", "topk"])
+def flashinfer_top_k(negated: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Which has the largest only."""
+    import flashinfer
+
+    values, indices = flashinfer.top_k(negated.unsqueeze(0), k, sorted=True)
+    return -values[0], indices[0]
+
+
+@pytest.mark.parametrize("provider", ["marginops", "topk", "flashinfer"])
 @pytest.mark.parametrize(("kind", "size", "k"), cases())
 def bench_select_smallest(time_call, kind, size, k, provider):
-    scores = make_scores(kind, size)
+    if provider == "flashinfer" and DEVICE == "cpu":
+        pytest.skip("flashinfer needs a GPU")
+    torch.manual_seed(0)
+    scores = make_values(kind, torch.randn(size, device=DEVICE))
+    negated = -scores
     expected = scores.sort(stable=True)
 
     def check(result):
@@ -45,7 +46,10 @@ def bench_select_smallest(time_call, kind, size, k, provider):
     call = {
         "marginops": lambda: marginops.select_smallest(scores, k),
         "topk": lambda: scores.topk(k, largest=False, sorted=True),
+        "flashinfer": lambda: flashinfer_top_k(negated, k),
     }[provider]
+    if provider == "flashinfer":
+        peer(call)
     time_call(
         call,
         check,
@@ -54,4 +58,5 @@ def bench_select_smallest(time_call, kind, size, k, provider):
         dtype="float32",
         provider=provider,
         bytes_read=scores.numel() * scores.element_size(),
+        bytes_besides=12 * k,
     )

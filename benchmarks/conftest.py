@@ -1,10 +1,15 @@
-"""How a provider's call is checked and timed; the figures go to pytest-benchmark's JSON."""
+"""How a provider's call is checked and timed; the figures go to pytest-benchmark's JSON.
+
+What pytest-benchmark times is the whole call, on a GPU until it has finished. There, the time
+between two events around the call is taken too, each time after the cache has been overwritten.
+"""
 
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -12,15 +17,35 @@ DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 PROVIDERS = ["marginops", "eager", "compile"]
 
 
+def make_values(kind: str, random: torch.Tensor) -> torch.Tensor:
+    """Random values, or what is made of them to be hard on a kernel; by the last dimension."""
+    if kind == "tied":
+        return random.mul(2).round()
+    if kind == "sorted":
+        return random.sort().values
+    if kind == "equal":
+        return torch.ones_like(random)
+    if kind == "infinite":
+        return torch.where(random > 0, torch.inf, random)
+    return random
+
+
 @pytest.fixture
 def time_call(benchmark: Any) -> Callable[..., None]:
     """Time ``call`` and note what it is, after one call whose result ``check`` accepts."""
 
     def run(
-        call: Callable[[], Any], check: Callable[[Any], None], *, bytes_read: int, **what: Any
+        call: Callable[[], Any],
+        check: Callable[[Any], None],
+        *,
+        bytes_read: int,
+        bytes_besides: int = 0,
+        **what: Any,
     ) -> None:
+        """``bytes_read`` are those of the large input, ``bytes_besides`` what else must move."""
         check(call())
         benchmark.extra_info.update(what, bytes_read=bytes_read)
+        benchmark.extra_info["mib_moved"] = (bytes_read + bytes_besides) / 2**20
 
         def timed() -> None:
             call()
@@ -28,14 +53,33 @@ def time_call(benchmark: Any) -> Callable[..., None]:
                 torch.cuda.synchronize()
 
         benchmark(timed)
+        if DEVICE != "cpu":
+            benchmark.extra_info.update(gpu_figures(call))
 
     return run
+
+
+def gpu_figures(call: Callable[[], Any]) -> dict[str, float]:
+    """Median and interquartile range of the GPU's time for a call that finds a cold cache."""
+    from triton.testing import do_bench
+
+    times = do_bench(call, warmup=10, rep=80, return_mode="all")
+    low, median, high = numpy.percentile(times, (25, 50, 75))
+    return {"gpu_ms": float(median), "gpu_iqr_ms": float(high - low)}
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` by ``torch.compile``, for the shapes of one benchmark."""
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def peer(call: Callable[[], Any]) -> None:
+    """Skip, and say why, where another library is missing or cannot do the call."""
+    try:
+        call()
+    except Exception as error:
+        pytest.skip(f"does not run here: {type(error).__name__}: {error}")
 
 
 def peak_memory(call: Callable[[], Any]) -> float:

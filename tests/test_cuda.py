@@ -1,8 +1,9 @@
 """What only a GPU can show: graphs, streams, launches, synchronisation, very large inputs."""
 
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 import marginops
 from conftest import DTYPES, OPS
+from kernels import FILES, declared
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is false"
 )
 DEVICE = "cuda:0"
+SMALL_RUNS = (2, 10, 100, 1000, 40_000)  # classes
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -50,12 +53,48 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [2, 10, 100, 1000, 40_000])
-def test_every_kernel(classes, dtype):
-    """A small run of every kernel, forward and backward; the sanitizer tools run this one."""
-    for rows in (1, 5, 3000):
-        if rows * classes > 10_000_000:
+def head_input(f: Tensor, w: Tensor) -> Tensor:
+    """Features made of logits and weight, so that they are as fresh, and their logits small."""
+    return f @ w / 80
+
+
+# What multiplies matrices too.
+HEADS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "linear margin": lambda f, w, y, n: (
+        marginops.linear_classification_margin(head_input(f, w), w, y),
+    ),
+    "linear score": lambda f, w, y, n: (
+        marginops.linear_minimal_margin_score(head_input(f, w), w),
+    ),
+    "linear statistics": lambda f, w, y, n: marginops.linear_sample_statistics(
+        head_input(f, w), w, y
+    ),
+    "linear select": lambda f, w, y, n: marginops.linear_select_minimal_margin(
+        head_input(f, w), w, len(f) // 10
+    ),
+    "linear select margin": lambda f, w, y, n: marginops.linear_select_smallest_margin(
+        head_input(f, w), w, y, len(f) // 10
+    ),
+    "regularization": lambda f, w, y, n: (
+        marginops.multi_margin_regularization(head_input(f, w), w, y, logits=f),
+    ),
+}
+ALL = CALLS | HEADS
+
+
+def assert_same(name: str, values: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """The same bits; but for products, which the vendor may compute in other ways."""
+    for value, wanted in zip(values, expected, strict=True):
+        if name in CALLS:
+            assert torch.equal(value, wanted)
+        elif value.is_floating_point():
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
+
+
+def run_every_kernel(classes: int, dtype: torch.dtype) -> None:
+    """Small runs, forward and backward, compared with those of the CPU."""
+    for rows in (1, 5, 3000, 20_000):
+        if rows * classes > 5_000_000:
             continue
         logits, weight, target, log_norm = make_inputs(rows, classes, dtype)
         log_norm = log_norm.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -88,15 +127,37 @@ def test_every_kernel(classes, dtype):
         total = OPS.class_sum_forward(key, coefficient, features, classes)
         wanted = OPS.class_sum_forward(key.cpu(), coefficient.cpu(), features.cpu(), classes)
         torch.testing.assert_close(total.cpu(), wanted, rtol=1e-4, atol=1e-3)
+    wide = torch.randn(200, 2100, device=DEVICE).to(dtype), torch.arange(200, device=DEVICE) % 7
+    actual = marginops.class_moments(*wide, 7, normalize=True)
+    expected = marginops.class_moments(wide[0].cpu(), wide[1].cpu(), 7, normalize=True)
+    for value, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value.cpu(), wanted, rtol=3e-5, atol=1e-6)
     large = torch.randn(200_000, device=DEVICE).to(dtype)
     chosen = marginops.select_smallest(large, 50_000)
     assert torch.equal(chosen.indices, torch.sort(large, stable=True).indices[:50_000])
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", SMALL_RUNS)
+def test_every_kernel(classes, dtype):
+    """The sanitizer tools run this one."""
+    run_every_kernel(classes, dtype)
+
+
+def test_small_runs_launch_every_kernel():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for classes in SMALL_RUNS:
+            run_every_kernel(classes, torch.float32)
+        torch.cuda.synchronize()
+    names = " ".join(event.name for event in profile.events())
+    launched = set(re.findall(r"marginops::cuda::(\w+_kernel)", names))
+    assert launched == set().union(*map(declared, FILES))
+
+
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("rows", [1280, 300_000])
 def test_graph_replays_on_fresh_inputs(name, rows):
-    call = CALLS[name]
+    call = ALL[name]
     inputs = make_inputs(rows, 10)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -109,30 +170,70 @@ def test_graph_replays_on_fresh_inputs(name, rows):
         for value, fresh in zip(inputs, make_inputs(rows, 10), strict=True):
             value.copy_(fresh)
         graph.replay()
-        for value, expected in zip(captured, call(*inputs), strict=True):
-            assert torch.equal(value, expected)
+        assert_same(name, captured, call(*inputs))
 
 
-@pytest.mark.parametrize("name", CALLS)
+def gradients(name: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    leaves = tuple(value.detach().requires_grad_() for value in inputs[:2])
+    result = ALL[name](*leaves, *inputs[2:])[0]
+    return torch.autograd.grad(result.sum(), leaves, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("name", ALL.keys() - {"shard", "select"})
+def test_graph_replays_gradients(name):
+    inputs = make_inputs()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        gradients(name, inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(name, inputs)
+    for value, fresh in zip(inputs, make_inputs(), strict=True):
+        value.copy_(fresh)
+    graph.replay()
+    assert_same(name, captured, gradients(name, inputs))
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_side_stream(name):
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         inputs = make_inputs(50_000, 1000)
-        actual = CALLS[name](*inputs)
+        actual = ALL[name](*inputs)
     side.synchronize()
-    for value, expected in zip(actual, CALLS[name](*inputs), strict=True):
-        assert torch.equal(value, expected)
+    assert_same(name, actual, ALL[name](*inputs))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_autocast_is_the_product_in_bfloat16(name):
+    logits, weight, target, log_norm = make_inputs()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        actual = HEADS[name](logits, weight, target, log_norm)
+    half = logits.bfloat16(), weight.bfloat16(), target, log_norm
+    for value, wanted in zip(actual, HEADS[name](*half), strict=True):
+        if value.is_floating_point():
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, wanted, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_autocast_leaves_logits_as_they_are(name):
+    inputs = make_inputs()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        actual = CALLS[name](*inputs)
+    assert_same(name, actual, CALLS[name](*inputs))
+
+
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("rows", [1280, 300_000])
 def test_no_host_synchronisation(name, rows):
     inputs = make_inputs(rows, 10)
     inputs[0].requires_grad_()
-    CALLS[name](*inputs)
+    ALL[name](*inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = CALLS[name](*inputs)[0]
+        result = ALL[name](*inputs)[0]
         if result.requires_grad:
             result.sum().backward()
     finally:
@@ -153,15 +254,14 @@ def test_at_most_two_launches_for_a_batch(name, classes):
     assert 1 <= len(device) <= 2, device
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ALL)
 def test_reduce_overhead(name):
     torch.compiler.reset()
-    compiled = torch.compile(CALLS[name], fullgraph=True, mode="reduce-overhead")
+    compiled = torch.compile(ALL[name], fullgraph=True, mode="reduce-overhead")
     for _ in range(4):
         inputs = make_inputs()
         actual = [value.clone() for value in compiled(*inputs)]
-        for value, expected in zip(actual, CALLS[name](*inputs), strict=True):
-            assert torch.equal(value, expected)
+        assert_same(name, actual, ALL[name](*inputs))
 
 
 def test_more_elements_than_32_bits():

@@ -11,13 +11,12 @@ import pytest
 from torch.utils import cpp_extension
 
 from cudacpu import harness
+from kernels import CUDA, FILES, declared
 from marginops._native import recipe
 
 ARCHS = ("80", "90", "120")
 # 256 threads of 128 registers are half of a multiprocessor's register file.
 MOST_REGISTERS = 128
-CUDA = harness.SOURCES / "cuda"
-FILES = sorted(path.name for path in CUDA.glob("*.cu"))
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
 
@@ -82,18 +81,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Kernel]]
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(FILES, pool.map(compiled, FILES), strict=True))
-
-
-def included(file: str) -> set[str]:
-    """The headers of device code that a file includes, and those that they include."""
-    found = set(re.findall(r'#include "(\w+\.cuh)"', (CUDA / file).read_text()))
-    return found.union(*map(included, found))
-
-
-def declared(file: str) -> set[str]:
-    """The names of the kernels in a file and the headers that it includes."""
-    text = "".join((CUDA / name).read_text() for name in (file, *included(file)))
-    return set(re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", text))
 
 
 @pytest.mark.parametrize("file", FILES)
