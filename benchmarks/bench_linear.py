@@ -113,6 +113,27 @@ def bench_linear_statistics(time_call, shape, dtype, provider):
     )
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the default of the CPU is settled")
+@pytest.mark.parametrize("mebibytes", [16, 32, 64, 128, 256])
+def bench_buffer(time_call, mebibytes):
+    """The buffer's size: small ones stay in the GPU's cache, large ones make better products."""
+    shape, dtype = CASES[0]
+    features, weight, target = make_head(*shape, dtype)
+    exact = marginops.sample_statistics(features[:64].double() @ weight.double().t(), target[:64])
+
+    def call() -> marginops.SampleStatistics:
+        return marginops.linear_sample_statistics(
+            features, weight, target, chunk_bytes=mebibytes << 20
+        )
+
+    time_call(
+        call,
+        lambda result: close(result.loss[:64], exact.loss, dtype),
+        peak_mib=peak_memory(call),
+        **what(f"linear_sample_statistics, buffer of {mebibytes} MiB", shape, dtype, "marginops"),
+    )
+
+
 @pytest.mark.parametrize("provider", ["marginops", "unfused", "product"])
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def bench_linear_selection(time_call, shape, dtype, provider):

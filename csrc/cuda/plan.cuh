@@ -61,13 +61,9 @@ cudaError_t write_rows(const Plan& plan, const Logits<Scalar>& logits,
   const int64_t rows = logits.rows.size;
   if (rows == 0) return cudaSuccess;
   if constexpr (!Output::kWholeWarps) {
-    if (plan.tile) {
-      // An odd number of banks from row to row, or of bank pairs for float64.
-      constexpr int kUnit = sizeof(Scalar) < 4 ? 4 : sizeof(Scalar);
-      const int units = (logits.classes * int{sizeof(Scalar)} + kUnit - 1) / kUnit | 1;
+    if (plan.tile)
       return launch(tile_kernel<Scalar, Output>, blocks_for(rows, kTileRows), kTileRows, stream,
-                    logits, units * kUnit / int{sizeof(Scalar)}, output);
-    }
+                    logits, TileLayout<Scalar>(logits.classes), output);
   }
   const auto run = [&](int threads, unsigned parts, Phase phase) {
     const dim3 grid(blocks_for(rows, kRowsBlock / threads), parts);

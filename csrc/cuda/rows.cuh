@@ -3,6 +3,8 @@
 // deterministic.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace marginops::cuda {
@@ -154,57 +156,86 @@ __global__ void __launch_bounds__(kRowsBlock, kRowsBlocks<Scalar>)
   }
 }
 
-// Short rows: a block brings 128 of them into shared memory, neighbouring threads reading
-// neighbouring scalars, and each thread then has a row. `pitch` keeps the rows in different banks.
+// What a lane reads from shared memory at once: a bank, or two for float64.
+template <class Scalar>
+using BankUnit = std::conditional_t<sizeof(Scalar) == 8, uint2, unsigned>;
+
+// Where a tile keeps the scalars of its rows. Rows of a multiple of 16 bytes are a unit apart, as
+// side by side they would share few banks. Others lie as in memory, so that their packs are just
+// copied: a warp that reads a column asks a bank for two words at most.
+template <class Scalar>
+struct TileLayout {
+  using Unit = BankUnit<Scalar>;
+  static constexpr int kUnits = 16 / sizeof(Unit);
+
+  unsigned padding;     // scalars after a row
+  unsigned reciprocal;  // above 2^24 / classes by at most 1: exact for the scalars of a tile
+
+  explicit TileLayout(unsigned classes)
+      : padding(classes * sizeof(Scalar) % 16 == 0 ? sizeof(Unit) / sizeof(Scalar) : 0),
+        reciprocal((1u << 24) / classes + 1) {}
+
+  __device__ __forceinline__ int row(int i) const { return static_cast<int>(i * reciprocal >> 24); }
+  __device__ __forceinline__ int place(int i) const { return i + row(i) * padding; }
+
+  // `aligned` is where pack 0 goes: with padding, the first row.
+  __device__ __forceinline__ void store(Scalar* aligned, int p, const uint4& pack) const {
+    if (padding == 0) {
+      reinterpret_cast<uint4*>(aligned)[p] = pack;
+      return;
+    }
+    Unit unit[kUnits];
+    memcpy(unit, &pack, sizeof unit);
+    Unit* first = reinterpret_cast<Unit*>(aligned + place(p * Pack<Scalar>::kSize));
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j) first[j] = unit[j];
+  }
+};
+
+// Short rows: a block brings 128 of them into shared memory, and each thread then has a row. Rows
+// side by side are read in packs from the first 16-byte boundary on, others scalar by scalar. There
+// is a block for every tile, however many: more than a grid may have would not fit in memory.
 template <class Scalar, class Output>
 __global__ void __launch_bounds__(kTileRows)
-    tile_kernel(Logits<Scalar> logits, int pitch, Output output) {
-  __shared__ __align__(16) unsigned char storage[kTileRows * (kTileRowBytes + 8)];
-  Scalar* tile = reinterpret_cast<Scalar*>(storage);
+    tile_kernel(Logits<Scalar> logits, TileLayout<Scalar> layout, Output output) {
+  constexpr int kSize = Pack<Scalar>::kSize;
+  constexpr int kRowBytes = kTileRowBytes + sizeof(BankUnit<Scalar>);
+  __shared__ __align__(16) unsigned char storage[kTileRows * kRowBytes];
   const int thread = threadIdx.x, classes = logits.classes;
-  const bool dense =
-      logits.rows.data == nullptr && logits.col_stride == 1 && logits.row_stride == classes;
-  for (int64_t first = int64_t{blockIdx.x} * kTileRows; first < logits.rows.size;
-       first += int64_t{gridDim.x} * kTileRows) {
-    const int rows = static_cast<int>(min(int64_t{kTileRows}, logits.rows.size - first));
-    const Row<Scalar> own = logits.row(first + thread);
-    const int64_t label = output.label(own);
-    const int count = rows * classes;
-    int row = thread / classes, column = thread % classes;
-    const int row_step = kTileRows / classes, column_step = kTileRows % classes;
-    const auto place = [&] {
-      const int offset = row * pitch + column;
-      row += row_step;
-      column += column_step;
-      if (column >= classes) column -= classes, ++row;
-      return offset;
-    };
-    if (dense) {
-      const Scalar* source = logits.data + first * classes;
-      int i = thread;
-      for (; i + 3 * kTileRows < count; i += 4 * kTileRows) {
-        Scalar scalar[4];
+  const int64_t first = int64_t{blockIdx.x} * kTileRows;
+  const Row<Scalar> own = logits.row(first + thread);
+  const int64_t label = output.label(own);
+
+  const int offset = reinterpret_cast<uintptr_t>(logits.data) % 16 / sizeof(Scalar);
+  const bool packed = logits.rows.data == nullptr && logits.col_stride == 1 &&
+                      logits.row_stride == classes && (layout.padding == 0 || offset == 0);
+  Scalar* tile = reinterpret_cast<Scalar*>(storage) + (packed ? offset : 0);
+  const int count = static_cast<int>(min(int64_t{kTileRows}, logits.rows.size - first)) * classes;
+  const int head = min((kSize - offset) % kSize, count);
+  const int packs = packed ? (count - head) / kSize : 0;
+  const auto* source = reinterpret_cast<const uint4*>(logits.data + first * classes + head);
+  for (int p = thread; p < packs; p += 4 * kTileRows) {
+    uint4 pack[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) scalar[j] = __ldg(source + i + j * kTileRows);
+    for (int j = 0; j < 4; ++j)
+      if (p + j * kTileRows < packs) pack[j] = __ldg(source + p + j * kTileRows);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) tile[place()] = scalar[j];
-      }
-      for (; i < count; i += kTileRows) tile[place()] = __ldg(source + i);
-    } else {
-      for (int i = thread; i < count; i += kTileRows) {
-        const Scalar* source = logits.row(first + row).data + column * logits.col_stride;
-        tile[place()] = __ldg(source);
-      }
-    }
-    __syncthreads();
-    const Row<Scalar> staged{tile + thread * pitch, 1,         classes, own.source,
-                             own.position,          own.active};
-    typename Output::Accumulator found;
-    if (staged.active) found.add_row(staged);
-    found.settle();
-    output.write(staged, label, found, 0, 1);
-    __syncthreads();
+    for (int j = 0; j < 4; ++j)
+      if (p + j * kTileRows < packs) layout.store(tile + head, p + j * kTileRows, pack[j]);
   }
+  for (int j = thread; j < count - packs * kSize; j += kTileRows) {
+    const int i = j < head ? j : j + packs * kSize, row = layout.row(i);
+    const Row<Scalar> from = logits.row(first + row);
+    tile[layout.place(i)] = __ldg(from.data + (i - row * classes) * from.stride);
+  }
+  __syncthreads();
+
+  const Row<Scalar> staged{
+      tile + layout.place(thread * classes), 1, classes, own.source, own.position, own.active};
+  typename Output::Accumulator found;
+  if (staged.active) found.add_row(staged);
+  found.settle();
+  output.write(staged, label, found, 0, 1);
 }
 
 }  // namespace marginops::cuda

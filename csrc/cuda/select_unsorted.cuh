@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(kStreamBlock)
       const bool is_at = i < range.end && head == search.prefix;
       const unsigned below_votes = __ballot_sync(kAllLanes, is_below);
       const unsigned at_votes = __ballot_sync(kAllLanes, is_at);
+      if ((below_votes | at_votes) == 0) continue;
       const unsigned earlier = (1u << lane) - 1;
       const int64_t at_rank = at + __popc(at_votes & earlier);
       if (is_below || (is_at && at_rank < search.wanted)) {

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from cudacpu import expected
 from cudacpu.harness import Case
-from cudacpu.tensors import LAYOUTS, Checked, assert_near, assert_same, laid_out, logits_of
+from cudacpu.tensors import (
+    LAYOUTS,
+    Checked,
+    assert_near,
+    assert_same,
+    laid_out,
+    logits_of,
+    short_rows,
+)
 
 IGNORE = -100
 
@@ -36,6 +44,8 @@ def classification_margin(small: bool = False) -> Iterator[Checked]:
         norm, result = next(norms), expected.result_dtype(logits.dtype)
         on_device = norm is not None and seed % 2 == 0
         yield margin_case(logits, target, norm, on_device, f"{label} {norm} {result}")
+    for logits, label in short_rows(small):
+        yield margin_case(logits, target_for(logits, 0, "contiguous"), None, False, label)
 
 
 def margin_case(

@@ -94,7 +94,11 @@ def statistics_case(
 
 def shard_statistics(small: bool = False) -> Iterator[Checked]:
     """Statistics of a part of the classes, one class at least; targets may lie elsewhere."""
-    for rows, dtype, layout in [(3, torch.float32, "padded"), (130, torch.bfloat16, "contiguous")]:
+    for rows, dtype, layout in (
+        (3, torch.float32, "padded"),
+        (130, torch.bfloat16, "contiguous"),
+        (129, torch.float16, "misaligned"),
+    ):
         logits = laid_out(filled((rows, 1), dtype, "infinite", 0), layout)
         target = target_for(logits, 0, "contiguous")
         yield shard_case(logits, target, f"{dtype} [{rows}, 1]")

@@ -126,3 +126,17 @@ def logits_of(small: bool) -> Iterator[tuple[Tensor, str, int]]:
         layout, kind = LAYOUTS[seed % len(LAYOUTS)], VALUES[seed % len(VALUES)]
         label = f"{dtype} [{rows}, {cols}] {layout} {kind}"
         yield laid_out(filled((rows, cols), dtype, kind, seed), layout), label, seed
+
+
+def short_rows(small: bool) -> Iterator[tuple[Tensor, str]]:
+    """Logits of rows of at most 128 bytes side by side, on a 16-byte boundary and beside one."""
+    counts = itertools.cycle((129, 1, 300, 127, 128))
+    for dtype in DTYPES:
+        pack = 16 // dtype.itemsize
+        for classes in (2, 5, pack, 12, 2 * pack) if small else range(2, 8 * pack + 1):
+            for offset in (0, 1 + classes % (pack - 1)):
+                rows = next(counts)
+                buffer = torch.full((offset + rows * classes,), torch.nan, dtype=dtype)
+                logits = buffer[offset:].view(rows, classes)
+                logits.copy_(filled((rows, classes), dtype, "normal", classes))
+                yield logits, f"{dtype} [{rows}, {classes}] after {offset} scalars"
