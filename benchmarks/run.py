@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tables import tables
+from tables import tables, time_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -124,7 +124,7 @@ def better(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
         known = {what(row): row for row in csv.DictReader(file)}
     for row in rows:
         kept = known.setdefault(what(row), row)
-        if float(row["median_ms"]) < float(kept["median_ms"]):
+        if time_of(row) < time_of(kept):
             known[what(row)] = row
         elif not kept.get("peak_mib"):
             kept["peak_mib"] = row.get("peak_mib", "")
