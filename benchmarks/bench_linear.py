@@ -104,7 +104,7 @@ def bench_linear_statistics(time_call, shape, dtype, provider):
         **{name: partial(loss, features, weight, target) for name, loss in LOSSES.items()},
     }[provider]
     if provider in PEERS:
-        peer(call)
+        peer(provider, call, check)
     time_call(
         call,
         check,

@@ -83,6 +83,13 @@ def provided(provider: str, op: str) -> Callable[..., Any]:
     return compiled(EAGER[op]) if provider == "compile" else EAGER[op]
 
 
+def least_other_bytes(other: Tensor, rows: int) -> int:
+    """Of a target all, of a weight the rows of the two classes of each sample."""
+    if other.dim() == 1:
+        return other.numel() * other.element_size()
+    return min(len(other), 2 * rows) * other.shape[1] * other.element_size()
+
+
 # op, shape, values
 CASES = [
     *(("select_minimal_margin", shape, "random") for shape in SHAPES),
@@ -148,5 +155,5 @@ def bench_margin(time_call, op, shape, values, dtype, provider):
         dtype=str(dtype).removeprefix("torch."),
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),
-        bytes_besides=other.numel() * other.element_size() + (12 * selected or 4 * rows),
+        bytes_besides=least_other_bytes(other, rows) + (12 * selected or 4 * rows),
     )

@@ -49,7 +49,7 @@ def bench_select_smallest(time_call, kind, size, k, provider):
         "flashinfer": lambda: flashinfer_top_k(negated, k),
     }[provider]
     if provider == "flashinfer":
-        peer(call)
+        peer("flashinfer", call, check)
     time_call(
         call,
         check,

@@ -67,18 +67,20 @@ def tables(path: Path, linear: bool) -> str:
 def introduction(rows: list[Row]) -> str:
     """Where and with what it was measured, and what the figures are."""
     first, copied = rows[0], copy_rate(rows)
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows if row["commit"]))
+    commits = "".join(f", {name}" for name in dict.fromkeys(row["commit"] for row in rows) if name)
+    commits = commits.replace(", ", ", commits ", 1)
     threads = "" if copied else f", {first['threads']} threads"
-    where = f"{first['device']}{threads}, torch {first['torch']}, commits {commits}, "
+    where = f"{first['device']}{threads}, torch {first['torch']}{commits}, "
     where += f"{first['date']}; "
     if not copied:
         return where + "the lowest median of several runs, in brackets its interquartile range."
-    launch = min(time_of(row) for row in rows if row["shape"] == "1 scalar")
+    copies = [row for row in rows if row["op"] == "copy"]
+    least = min(copies, key=lambda row: float(row["mib_moved"]))
     return (
         f"{where}the median of the GPU's times with a cold cache, in brackets the interquartile "
         f"range; the share of the {copied * 2**20 / 1e9:.2f} TB/s of a copy; the median of whole "
         "calls, until they are done; and how much faster that is, by the GPU's time and by the "
-        f"whole call. So timed, copying one scalar takes {milliseconds(launch)}."
+        f"whole call. So timed, a copy of {least['shape']} takes {milliseconds(time_of(least))}."
     )
 
 

@@ -76,7 +76,7 @@ def test_gpu_tables(load, tmp_path):
         writer.writerows(ROWS)
     tables: ModuleType = load("tables")
     text = tables.tables(path, linear=False)
-    assert "3.36 TB/s" in text and "one scalar takes 2 us" in text and "`copy`" not in text
+    assert "3.36 TB/s" in text and "a copy of 1 scalar takes 2 us" in text and "`copy`" not in text
     wanted = ["200 us (1 us)", "95%", "220 us", "10 x, 9.2 x"]
     assert line_of(text, f"{LONG} ")[1:] == wanted
     head = line_of(tables.tables(path, linear=True), "8192")
