@@ -212,7 +212,7 @@ def test_side_stream(name):
     with on_side_stream():
         inputs = make_inputs(50_000, 1000)
         actual = ALL[name](*inputs)
-    torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     assert_same(name, actual, ALL[name](*inputs))
 
 
