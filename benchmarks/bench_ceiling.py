@@ -19,7 +19,7 @@ def bench_copy(time_call, mebibytes, dtype):
         lambda result: torch.testing.assert_close(result, source),
         op="copy",
         shape=f"{mebibytes} MiB" if mebibytes else "1 scalar",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         provider="ceiling",
         bytes_read=size * dtype.itemsize,
         bytes_besides=size * dtype.itemsize,

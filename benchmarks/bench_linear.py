@@ -59,7 +59,7 @@ def what(op: str, shape: tuple[int, ...], dtype: torch.dtype, provider: str) -> 
     return {
         "op": op,
         "shape": " x ".join(map(str, shape)),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "provider": provider,
         "bytes_read": rows * classes * dtype.itemsize,
     }

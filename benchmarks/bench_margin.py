@@ -152,7 +152,7 @@ def bench_margin(time_call, op, shape, values, dtype, provider):
         check,
         op=op,
         shape=" x ".join(map(str, shape)) + ("" if values == "random" else f", {values}"),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),
         bytes_besides=least_other_bytes(other, rows) + (12 * selected or 4 * rows),

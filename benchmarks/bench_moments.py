@@ -7,7 +7,6 @@ from torch import Tensor
 
 import marginops
 from bench_margin import DTYPES
-from bench_statistics import name
 from conftest import DEVICE
 
 SHAPES = [(100_000, 512, 100), (100_000, 64, 10), (50_000, 512, 1000)]  # N, D, C
@@ -80,7 +79,7 @@ def bench_moments(time_call, shape, dtype, normalize, provider):
         check,
         op="class_moments, normalize=True" if normalize else "class_moments",
         shape=" x ".join(map(str, shape)),
-        dtype=name(dtype),
+        dtype=dtype,
         provider=provider,
         bytes_read=input.numel() * input.element_size(),
         bytes_besides=8 * rows + 4 * classes * (columns + 3),

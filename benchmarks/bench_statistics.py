@@ -46,10 +46,6 @@ def fused(logits: Tensor, target: Tensor, features: Tensor | None) -> tuple[Tens
     return marginops.sample_statistics(logits, target, input=features)
 
 
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @pytest.mark.parametrize("provider", ["marginops", "eager", "compile", "cross_entropy"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -82,7 +78,7 @@ def bench_statistics(time_call, shape, dtype, provider):
         check,
         op="sample_statistics",
         shape=" x ".join(map(str, shape)),
-        dtype=name(dtype),
+        dtype=dtype,
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),
         # Target and rival, five or six numbers, a truth value, and the features.
@@ -122,7 +118,7 @@ def bench_statistics_backward(time_call, shape, dtype, provider):
         ),
         op="sample_statistics backward",
         shape=" x ".join(map(str, shape)),
-        dtype=name(dtype),
+        dtype=dtype,
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),
         bytes_besides=logits.numel() * logits.element_size(),

@@ -46,6 +46,7 @@ def time_call(benchmark: Any) -> Callable[..., None]:
     ) -> None:
         """``bytes_read`` are those of the large input, ``bytes_besides`` what else must move."""
         check(call())
+        what["dtype"] = str(what["dtype"]).removeprefix("torch.")
         benchmark.extra_info.update(what, bytes_read=bytes_read)
         benchmark.extra_info["mib_moved"] = (bytes_read + bytes_besides) / 2**20
 

@@ -54,7 +54,7 @@ step() { # step NAME COMMAND...: runs it and notes the outcome
   "$@" >"$logs/$name.log" 2>&1 || outcome=FAILED
   local summary
   summary=$(grep -E '[0-9]+ (passed|failed)' "$logs/$name.log" | tail -n 1 | tr -d '=')
-  echo "| $name | $outcome | $((SECONDS - began)) s | $summary |" | tee "$logs/$name.step"
+  echo "| $name | $outcome | $((SECONDS - began)) s | $summary |" | tee -a "$logs/steps"
   [ $outcome = passed ] || tail -n 40 "$logs/$name.log"
 }
 
@@ -72,11 +72,12 @@ sanitize() { # sanitize TOOL: a small run of every kernel
     grep -q '[0-9] passed' "$logs/$1.out" && grep -q 'SUMMARY: ' "$logs/$1.out"
 }
 
-benchmark() { # benchmark KEYWORDS FAMILY...: one by one, so that the limit takes no results with it
-  local keywords=$1 family outcome=0
+benchmark() { # benchmark KEYWORDS FILE...: one by one, so that the limit takes no results with it
+  local keywords=$1 file outcome=0
   shift
-  for family in "$@"; do
-    limited "$python" benchmarks/run.py --merge -k "bench_$family and ($keywords)" || outcome=1
+  for file in "$@"; do
+    limited "$python" benchmarks/run.py --merge -k "$(basename "$file" .py) and ($keywords)" ||
+      outcome=1
   done
   return $outcome
 }
@@ -111,9 +112,8 @@ if wanted benchmarks; then
   rm -f "$results"
   # Other libraries in a process of their own: a fault there would end ours, too.
   others='flashinfer or liger or cut_cross_entropy'
-  step benchmarks benchmark "not ($others)" \
-    ceiling margin select statistics linear moments regularization distribution norms
-  step others benchmark "$others" select linear
+  step benchmarks benchmark "not ($others)" benchmarks/bench_*.py
+  step others benchmark "$others" $(grep -l 'peer(' benchmarks/bench_*.py)
 fi
 
 {
@@ -121,9 +121,7 @@ fi
 import torch
 print(f"# {torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}")'
   printf '\n| step | outcome | time | |\n|---|---|---:|---|\n'
-  for name in install wheels build tests memcheck racecheck initcheck synccheck benchmarks others; do
-    cat "$logs/$name.step" 2>/dev/null
-  done
+  cat "$logs/steps"
   if wanted benchmarks && [ -f "$results" ]; then
     echo
     "$python" benchmarks/goals.py "$results"

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tables import tables, time_of
+from tables import read_results, tables, time_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -120,8 +120,7 @@ def better(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     def what(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in ("op", "shape", "dtype", "provider"))
 
-    with path.open(newline="") as file:
-        known = {what(row): row for row in csv.DictReader(file)}
+    known = {what(row): row for row in read_results(path)}
     for row in rows:
         kept = known.setdefault(what(row), row)
         if time_of(row) < time_of(kept):

@@ -43,6 +43,16 @@ ROWS = [
 ]
 
 
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    path = tmp_path / "gpu.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
 def line_of(table: str, name: str) -> list[str]:
     (line,) = (line for line in table.splitlines() if line.startswith(f"| {name}"))
     return [cell.strip() for cell in line.strip("|").split("|")]
@@ -68,29 +78,19 @@ def test_goals_need_a_ceiling(load):
         load("goals").goals_table(ROWS[3:])
 
 
-def test_gpu_tables(load, tmp_path):
-    path = tmp_path / "gpu.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ROWS[0])
-        writer.writeheader()
-        writer.writerows(ROWS)
+def test_gpu_tables(load, results):
     tables: ModuleType = load("tables")
-    text = tables.tables(path, linear=False)
+    text = tables.tables(results, linear=False)
     assert "3.36 TB/s" in text and "a copy of 1 scalar takes 2 us" in text and "`copy`" not in text
     wanted = ["200 us (1 us)", "95%", "220 us", "10 x, 9.2 x"]
     assert line_of(text, f"{LONG} ")[1:] == wanted
-    head = line_of(tables.tables(path, linear=True), "8192")
+    head = line_of(tables.tables(results, linear=True), "8192")
     assert head[1:] == ["11 ms (1 us)", "140", "11 ms", "1.10"]
 
 
-def test_merging_keeps_the_faster_by_the_gpu(load, tmp_path):
-    path = tmp_path / "gpu.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ROWS[0])
-        writer.writeheader()
-        writer.writerows(ROWS)
+def test_merging_keeps_the_faster_by_the_gpu(load, results):
     new = [row("minimal_margin_score", LONG, "marginops", 0.1, 608), row("new", "1", "eager", 1)]
-    merged = load("run").better(new, path)
+    merged = load("run").better(new, results)
     assert [one["gpu_ms"] for one in merged if one["shape"] == LONG] == ["0.1", "2.0"]
     assert len(merged) == len(ROWS) + 1
 
