@@ -12,7 +12,7 @@ import marginops.norms
 from conftest import DEVICE
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from models_for_norms import Residual, resnet18, with_statistics
+from helpers.models_for_norms import Residual, resnet18, with_statistics
 
 LAYERS = (nn.Linear, nn.Conv2d)
 

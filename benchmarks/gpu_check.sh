@@ -9,6 +9,7 @@
 #     PYTHON   the interpreter (python3)
 #     WHEELS   a folder of wheels to install, from the root of the repository: libraries to compare
 #              with, and what they need
+#     COMMIT   the commit that this folder is an unchanged copy of, where it has no .git
 #     LIMIT    seconds after which what still runs is ended and has failed (560)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -62,7 +63,7 @@ sanitize() { # sanitize TOOL: a small run of every kernel
   # Without torch's caching allocator, so that a tool sees where each tensor ends.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   limited compute-sanitizer --tool "$1" --target-processes all --print-limit 5000 \
-    "${pytest[@]}" tests/test_cuda.py -k "test_every_kernel and float32" >"$logs/$1.out" 2>&1
+    "${pytest[@]}" tests/ops/test_cuda.py -k "test_every_kernel and float32" >"$logs/$1.out" 2>&1
   local outcome=$?
   tail -n 20 "$logs/$1.out"
   # What a tool has against kernels of torch and its libraries is not for us to mend.
@@ -70,16 +71,6 @@ sanitize() { # sanitize TOOL: a small run of every kernel
   head -n 20 "$logs/$1.ours"
   [ $outcome = 0 ] && [ ! -s "$logs/$1.ours" ] &&
     grep -q '[0-9] passed' "$logs/$1.out" && grep -q 'SUMMARY: ' "$logs/$1.out"
-}
-
-benchmark() { # benchmark KEYWORDS FILE...: one by one, so that the limit takes no results with it
-  local keywords=$1 file outcome=0
-  shift
-  for file in "$@"; do
-    limited "$python" benchmarks/run.py --merge -k "$(basename "$file" .py) and ($keywords)" ||
-      outcome=1
-  done
-  return $outcome
 }
 
 # A fresh cache: the build is timed, and what was compiled from other sources is not found.
@@ -97,7 +88,7 @@ from marginops import _native
 assert _native.load("cpu") and _native.load("cuda")'
 
 # Emulation, compilation and packaging need no GPU.
-tests=$(ls tests/test_*.py | grep -v -E 'test_(cudacpu|cuda_|packaging|native)')
+tests='tests/ops tests/models tests/metrics tests/training tests/commands'
 # Many processes share the host's cores.
 if wanted tests; then
   OMP_NUM_THREADS=2 step tests limited "${pytest[@]}" -n 8 --dist loadfile $tests &
@@ -110,10 +101,7 @@ fi
 wait
 if wanted benchmarks; then
   rm -f "$results"
-  # Other libraries in a process of their own: a fault there would end ours, too.
-  others='flashinfer or liger or cut_cross_entropy'
-  step benchmarks benchmark "not ($others)" benchmarks/bench_*.py
-  step others benchmark "$others" $(grep -l 'peer(' benchmarks/bench_*.py)
+  step benchmarks limited "$python" benchmarks/run.py ${COMMIT:+--commit "$COMMIT"}
 fi
 
 {

@@ -9,17 +9,17 @@ from .ops.linear import (
     linear_classification_margin,
     linear_minimal_margin_score,
     linear_sample_statistics,
+    linear_select_classification_margin,
     linear_select_minimal_margin,
-    linear_select_smallest_margin,
 )
 from .ops.margin import classification_margin, minimal_margin_score
 from .ops.moments import ClassMoments, class_moments
 from .ops.regularization import multi_margin_regularization
 from .ops.select import (
     Selection,
+    select_classification_margin,
     select_minimal_margin,
     select_smallest,
-    select_smallest_margin,
 )
 from .ops.statistics import SampleStatistics, sample_statistics
 
@@ -34,17 +34,17 @@ __all__ = [
     "linear_classification_margin",
     "linear_minimal_margin_score",
     "linear_sample_statistics",
+    "linear_select_classification_margin",
     "linear_select_minimal_margin",
-    "linear_select_smallest_margin",
     "log_norm_product",
     "margin_area",
     "minimal_margin_score",
     "multi_margin_regularization",
     "nn",
     "sample_statistics",
+    "select_classification_margin",
     "select_minimal_margin",
     "select_smallest",
-    "select_smallest_margin",
     "spectrally_normalized_margin",
     "support_vector_counts",
 ]

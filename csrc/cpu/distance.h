@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "../common/margin.h"
+#include "../common/margin_math.h"
 #include "tensor.h"
 
 namespace marginops::cpu {

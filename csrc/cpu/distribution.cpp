@@ -262,7 +262,7 @@ void update_margin_distribution(const Tensor& bin_counts, const Tensor& counts, 
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
   m.impl("update_margin_distribution", TORCH_BOX(&update_margin_distribution));
 }
 

@@ -2,7 +2,7 @@
 //
 // Rows are independent and spread over threads; nothing is summed across rows, so results do not
 // depend on the number of threads.
-#include "margin.h"
+#include "fused_scores.h"
 
 #include <tuple>
 
@@ -180,11 +180,11 @@ Tensor minimal_margin_score(const Tensor& logits, const Tensor& weight,
   return score;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
-  m.impl("classification_margin_forward", TORCH_BOX(&classification_margin));
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
+  m.impl("classification_margin", TORCH_BOX(&classification_margin));
   m.impl("classification_margin_rival", TORCH_BOX(&classification_margin_rival));
-  m.impl("minimal_margin_score_forward", TORCH_BOX(&minimal_margin_score));
-  m.impl("minimal_margin_pair_forward", TORCH_BOX(&minimal_margin_pair));
+  m.impl("minimal_margin_score", TORCH_BOX(&minimal_margin_score));
+  m.impl("minimal_margin_pair", TORCH_BOX(&minimal_margin_pair));
   m.impl("pair_distance", TORCH_BOX(&pair_distance));
 }
 

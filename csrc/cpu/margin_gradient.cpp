@@ -112,9 +112,9 @@ Tensor class_sum(const Tensor& key, const Tensor& coefficient, const Tensor& row
   return result;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
-  m.impl("pair_gradient_forward", TORCH_BOX(&pair_gradient));
-  m.impl("class_sum_forward", TORCH_BOX(&class_sum));
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
+  m.impl("pair_gradient", TORCH_BOX(&pair_gradient));
+  m.impl("class_sum", TORCH_BOX(&class_sum));
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 // Samples are ordered by class first, and every class is cut into pieces of a fixed number of
 // samples, which are spread over threads and merged in order. So results do not depend on the
 // number of threads.
-#include "moments.h"
+#include "moment_rows.h"
 
 #include <memory>
 #include <tuple>
@@ -268,8 +268,8 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(const Tensor& input, const Tens
   return {count, mean, radius};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
-  m.impl("class_moments_forward", TORCH_BOX(&class_moments));
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
+  m.impl("class_moments", TORCH_BOX(&class_moments));
 }
 
 }  // namespace

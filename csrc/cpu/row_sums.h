@@ -2,7 +2,7 @@
 // once: the exponentials are a second loop over classes that are still in cache.
 #pragma once
 
-#include "../common/statistics.h"
+#include "../common/statistics_math.h"
 #include "exp.h"
 #include "rows.h"
 

@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "../common/order.h"
-#include "margin.h"
+#include "fused_scores.h"
 
 namespace marginops::cpu {
 namespace {
@@ -245,17 +245,17 @@ std::tuple<Tensor, Tensor> select_minimal_margin(const Tensor& logits, const Ten
   return select_smallest(minimal_margin_score(logits, weight, bias, nearest), k);
 }
 
-std::tuple<Tensor, Tensor> select_smallest_margin(const Tensor& logits, const Tensor& target,
-                                                  const std::optional<Tensor>& log_norm, int64_t k,
-                                                  int64_t ignore_index) {
+std::tuple<Tensor, Tensor> select_classification_margin(const Tensor& logits, const Tensor& target,
+                                                        const std::optional<Tensor>& log_norm,
+                                                        int64_t k, int64_t ignore_index) {
   check_k(k, logits);
   return select_smallest(classification_margin(logits, target, log_norm, ignore_index), k);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
-  m.impl("select_smallest_forward", TORCH_BOX(&select_smallest));
-  m.impl("select_minimal_margin_forward", TORCH_BOX(&select_minimal_margin));
-  m.impl("select_smallest_margin_forward", TORCH_BOX(&select_smallest_margin));
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
+  m.impl("select_smallest", TORCH_BOX(&select_smallest));
+  m.impl("select_minimal_margin", TORCH_BOX(&select_minimal_margin));
+  m.impl("select_classification_margin", TORCH_BOX(&select_classification_margin));
 }
 
 }  // namespace

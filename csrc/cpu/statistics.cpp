@@ -182,8 +182,7 @@ Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, co
   return grad_logits;
 }
 
-std::tuple<Tensor, Tensor> shard_statistics(const Tensor& logits, const Tensor& target,
-                                            bool with_sums) {
+std::tuple<Tensor, Tensor> row_sums(const Tensor& logits, const Tensor& target, bool with_sums) {
   check_logits(logits, 1);
   check_target(target, logits);
   const int64_t count = logits.size(0), classes = logits.size(1);
@@ -220,10 +219,10 @@ std::tuple<Tensor, Tensor> shard_statistics(const Tensor& logits, const Tensor& 
   return {values, leaders};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CPU, m) {
-  m.impl("sample_statistics_forward", TORCH_BOX(&sample_statistics));
-  m.impl("sample_statistics_gradient_forward", TORCH_BOX(&sample_statistics_gradient));
-  m.impl("shard_statistics", TORCH_BOX(&shard_statistics));
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
+  m.impl("sample_statistics", TORCH_BOX(&sample_statistics));
+  m.impl("sample_statistics_gradient", TORCH_BOX(&sample_statistics_gradient));
+  m.impl("row_sums", TORCH_BOX(&row_sums));
 }
 
 }  // namespace

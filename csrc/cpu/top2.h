@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "../common/margin.h"
+#include "../common/margin_math.h"
 #include "simd.h"
 
 namespace marginops::cpu {

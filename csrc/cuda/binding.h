@@ -16,7 +16,7 @@
 #include <optional>
 #include <tuple>
 
-#include "margin.h"
+#include "margin_launch.h"
 
 namespace marginops::cuda {
 

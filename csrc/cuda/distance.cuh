@@ -3,7 +3,7 @@
 // only on the shape, so a distance is the same wherever it is computed.
 #pragma once
 
-#include "common/margin.h"
+#include "common/margin_math.h"
 #include "device.cuh"
 
 namespace marginops::cuda {

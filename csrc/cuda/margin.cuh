@@ -1,7 +1,7 @@
 // What comes out of a row and its label.
 #pragma once
 
-#include "margin.h"
+#include "margin_launch.h"
 #include "rows.cuh"
 #include "top2.cuh"
 

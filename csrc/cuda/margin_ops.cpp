@@ -140,14 +140,14 @@ Tensor pair_distance_op(const Tensor& weight, const std::optional<Tensor>& bias,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CUDA, m) {
-  m.impl("classification_margin_forward", TORCH_BOX(&classification_margin_op));
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CUDA, m) {
+  m.impl("classification_margin", TORCH_BOX(&classification_margin_op));
   m.impl("classification_margin_rival", TORCH_BOX(&classification_margin_rival_op));
-  m.impl("minimal_margin_score_forward", TORCH_BOX(&minimal_margin_score_op));
-  m.impl("minimal_margin_pair_forward", TORCH_BOX(&minimal_margin_pair_op));
-  m.impl("pair_gradient_forward", TORCH_BOX(&pair_gradient_op));
+  m.impl("minimal_margin_score", TORCH_BOX(&minimal_margin_score_op));
+  m.impl("minimal_margin_pair", TORCH_BOX(&minimal_margin_pair_op));
+  m.impl("pair_gradient", TORCH_BOX(&pair_gradient_op));
   m.impl("pair_distance", TORCH_BOX(&pair_distance_op));
-  m.impl("class_sum_forward", TORCH_BOX(&class_sum_op));
+  m.impl("class_sum", TORCH_BOX(&class_sum_op));
 }
 
 }  // namespace marginops::cuda

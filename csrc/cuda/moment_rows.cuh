@@ -4,9 +4,9 @@
 
 #include <limits>
 
-#include "common/margin.h"
+#include "common/margin_math.h"
 #include "device.cuh"
-#include "moments.h"
+#include "moments_launch.h"
 
 namespace marginops::cuda {
 

@@ -1,4 +1,4 @@
-#include "moments.h"
+#include "moments_launch.h"
 
 #include "moments.cuh"
 

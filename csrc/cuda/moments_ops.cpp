@@ -1,5 +1,5 @@
 // The CUDA kernels of the ops declared in marginops/ops/moments.py.
-#include "moments.h"
+#include "moments_launch.h"
 
 #include <array>
 
@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> class_moments_op(const Tensor& input, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CUDA, m) {
-  m.impl("class_moments_forward", TORCH_BOX(&class_moments_op));
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CUDA, m) {
+  m.impl("class_moments", TORCH_BOX(&class_moments_op));
 }
 
 }  // namespace marginops::cuda

@@ -1,4 +1,4 @@
-#include "select.h"
+#include "select_launch.h"
 
 #include <type_traits>
 

@@ -2,7 +2,7 @@
 #include <array>
 
 #include "binding.h"
-#include "select.h"
+#include "select_launch.h"
 
 namespace marginops::cuda {
 namespace {
@@ -65,9 +65,10 @@ std::tuple<Tensor, Tensor> select_minimal_margin_op(const Tensor& logits, const 
   return select_smallest_op(minimal_margin_score_op(logits, weight, bias, nearest), k);
 }
 
-std::tuple<Tensor, Tensor> select_smallest_margin_op(const Tensor& logits, const Tensor& target,
-                                                     const std::optional<Tensor>& log_norm,
-                                                     int64_t k, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> select_classification_margin_op(const Tensor& logits,
+                                                           const Tensor& target,
+                                                           const std::optional<Tensor>& log_norm,
+                                                           int64_t k, int64_t ignore_index) {
   const Matrix matrix = logits_of(logits);
   check_k(k, matrix.rows);
   if (k == 0) return empty_selection(logits, result_type(matrix.dtype));
@@ -76,10 +77,10 @@ std::tuple<Tensor, Tensor> select_smallest_margin_op(const Tensor& logits, const
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CUDA, m) {
-  m.impl("select_smallest_forward", TORCH_BOX(&select_smallest_op));
-  m.impl("select_minimal_margin_forward", TORCH_BOX(&select_minimal_margin_op));
-  m.impl("select_smallest_margin_forward", TORCH_BOX(&select_smallest_margin_op));
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CUDA, m) {
+  m.impl("select_smallest", TORCH_BOX(&select_smallest_op));
+  m.impl("select_minimal_margin", TORCH_BOX(&select_minimal_margin_op));
+  m.impl("select_classification_margin", TORCH_BOX(&select_classification_margin_op));
 }
 
 }  // namespace marginops::cuda

@@ -1,4 +1,4 @@
-#include "statistics.h"
+#include "statistics_launch.h"
 
 #include "plan.cuh"
 #include "statistics.cuh"
@@ -72,8 +72,8 @@ cudaError_t sample_statistics(const Matrix& logits, const Target& target, const 
   });
 }
 
-cudaError_t shard_statistics(const Matrix& logits, const IndexVector& target, bool with_sums,
-                             void* values, int64_t* classes, void* workspace, cudaStream_t stream) {
+cudaError_t row_sums(const Matrix& logits, const IndexVector& target, bool with_sums, void* values,
+                     int64_t* classes, void* workspace, cudaStream_t stream) {
   return with_scalar(logits.dtype, [&](auto scalar) {
     using Number = Value<decltype(scalar)>;
     const auto write = [&](auto found) {

@@ -1,9 +1,9 @@
 // Statistics of each sample's softmax, from one reading of its row of logits.
 #pragma once
 
-#include "common/statistics.h"
+#include "common/statistics_math.h"
 #include "margin.cuh"
-#include "statistics.h"
+#include "statistics_launch.h"
 
 namespace marginops::cuda {
 

@@ -1,5 +1,5 @@
 // The CUDA kernels of the ops declared in marginops/ops/statistics.py.
-#include "statistics.h"
+#include "statistics_launch.h"
 
 #include "binding.h"
 
@@ -101,26 +101,25 @@ Tensor sample_statistics_gradient_op(
   return grad_logits;
 }
 
-std::tuple<Tensor, Tensor> shard_statistics_op(const Tensor& logits, const Tensor& target,
-                                               bool with_sums) {
+std::tuple<Tensor, Tensor> row_sums_op(const Tensor& logits, const Tensor& target, bool with_sums) {
   const Matrix matrix = logits_of(logits, 1);
   const Target labels = target_of(target, matrix, logits, 0);
   const Launch launch(logits);
   Tensor values = torch::stable::new_empty(logits, {matrix.rows, 6}, result_type(matrix.dtype));
   Tensor classes = torch::stable::new_empty(logits, {matrix.rows, 2}, ScalarType::Long);
   Tensor workspace = new_workspace(logits, statistics_workspace_bytes(matrix));
-  STD_CUDA_CHECK(shard_statistics(matrix, labels.index, with_sums, values.mutable_data_ptr(),
-                                  classes.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
-                                  launch.stream()));
+  STD_CUDA_CHECK(row_sums(matrix, labels.index, with_sums, values.mutable_data_ptr(),
+                          classes.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
+                          launch.stream()));
   return {values, classes};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(marginops, CUDA, m) {
-  m.impl("sample_statistics_forward", TORCH_BOX(&sample_statistics_op));
-  m.impl("sample_statistics_gradient_forward", TORCH_BOX(&sample_statistics_gradient_op));
-  m.impl("shard_statistics", TORCH_BOX(&shard_statistics_op));
+STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CUDA, m) {
+  m.impl("sample_statistics", TORCH_BOX(&sample_statistics_op));
+  m.impl("sample_statistics_gradient", TORCH_BOX(&sample_statistics_gradient_op));
+  m.impl("row_sums", TORCH_BOX(&row_sums_op));
 }
 
 }  // namespace marginops::cuda

@@ -2,7 +2,7 @@
 // accumulator adds classes in ascending order and merges with others in any order.
 #pragma once
 
-#include "common/margin.h"
+#include "common/margin_math.h"
 #include "device.cuh"
 
 namespace marginops::cuda {

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks as checks
-from ..ops._library import result_dtype
+from .. import _checks as checks
+from .._checks import result_dtype
 
 Version = Literal["tau", "lambda_max"]
 Parameters = nn.Module | Mapping[str, Tensor]

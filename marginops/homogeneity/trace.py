@@ -10,7 +10,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..evaluation import evaluation_mode
+from ..networks import evaluation_mode
 from .operation import Operation
 from .system import Form, NotQuasiHomogeneousError, System, Value
 from .table import CARRYING, CREATING, RULES, UNSCALED

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from ..ops import _checks as checks
+from .. import _checks as checks
 
 
 class FixedDtypeMetric(Metric):

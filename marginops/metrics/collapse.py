@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import _checks as checks
+from .. import _checks as checks
 from ..ops.moments import class_moments
 from . import _shared as shared
 

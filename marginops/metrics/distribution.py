@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from ..ops import _checks as checks
+from .. import _checks as checks
 from ..ops.distribution import (
     BINS,
     decade_thresholds,
-    update_margin_distribution,
+    update_margin_distribution_op,
 )
 from ._shared import FixedDtypeMetric
 from ._sorted import SortedMargins
@@ -147,7 +147,7 @@ class MarginDistribution(FixedDtypeMetric):
         if self.bin_counts.is_inference() and not torch.is_inference_mode_enabled():
             for name in _STATE:  # tensors made in inference mode may only change there
                 setattr(self, name, getattr(self, name).clone())
-        update_margin_distribution(*(getattr(self, name) for name in _STATE), margins)
+        update_margin_distribution_op(*(getattr(self, name) for name in _STATE), margins)
         if self.exact:
             self.margins.append(margins.double())
 

@@ -1,10 +1,12 @@
 """Multi-margin regularization as a term of the loss, with its schedule over epochs."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks as checks
-from ..ops.regularization import Reduction, check_reduction, multi_margin_regularization
+from .. import _checks as checks
+from ..ops.regularization import Reduction, multi_margin_regularization
 
 
 class MultiMarginRegularization(nn.Module):
@@ -62,7 +64,7 @@ class MultiMarginRegularization(nn.Module):
                 raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite value of at least 0, got {value}")
-        check_reduction(reduction)
+        checks.check_choice("reduction", reduction, get_args(Reduction))
         self.epochs = epochs
         self.alpha_start = alpha_start
         self.alpha_end = alpha_end

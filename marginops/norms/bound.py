@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks as checks
+from .. import _checks as checks
 from ..ops.margin import classification_margin
 from . import convolution
 from . import layers as kinds

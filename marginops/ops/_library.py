@@ -1,127 +1,84 @@
-"""The dispatcher library: how an op gets its schema, reference, fake and gradient."""
+"""The dispatcher's libraries: how an op gets its schema, reference, fake and gradient."""
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd import forward_ad
 
 from marginops import _native
 
-_library = torch.library.Library("marginops", "DEF")
+_ops = torch.library.Library("marginops", "DEF")
+# The gradient of torch.library is a detour through Python of several microseconds. So each op
+# has a twin of the same name in this namespace. The twin has the kernels and no gradient.
+_kernels = torch.library.Library("marginops_kernels", "DEF")
 _loading = threading.local()
 
 
 class Op:
-    """An op of the ``marginops`` namespace: call it, or its ``reference`` in pure PyTorch.
+    """An op of the ``marginops`` namespace; its one instance is called like a function.
 
-    A differentiable op is two ops of the dispatcher: ``name`` has the gradient, and
-    ``name_forward`` the kernels. The gradient of ``torch.library`` is a detour through Python of
-    several microseconds, so calls that need none go to ``name_forward`` directly.
+    A subclass is written like a :class:`torch.autograd.Function`, as static methods:
+
+    ``schema``
+        The op's schema. Its first argument is a tensor and decides the device.
+    ``reference``
+        The op in pure PyTorch. It runs wherever there is no native kernel.
+    ``fake``
+        Shapes and dtypes of the results, for tracing.
+    ``setup_context``, ``backward``
+        What the gradient needs and the gradient, in terms of differentiable PyTorch and of other
+        ops, see :func:`torch.library.register_autograd`. An op without ``backward`` raises an
+        error where a gradient would have to pass it.
+    ``has_kernels``
+        Whether the native libraries may have kernels for it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        reference: Callable[..., Any],
-        forward: torch._ops.OpOverload,
-        differentiable: torch._ops.OpOverload | None,
-    ) -> None:
-        self.name = name
-        self.reference = reference
-        self._forward = forward
-        self._differentiable = differentiable
+    schema: ClassVar[str]
+    reference: ClassVar[Callable[..., Any]]
+    fake: ClassVar[Callable[..., Any]]
+    setup_context: ClassVar[Callable[..., None] | None] = None
+    backward: ClassVar[Callable[..., Any] | None] = None
+    has_kernels: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.name = self.schema.partition("(")[0]
+        self._kernel = _define(_kernels, self.schema, self._make_kernel, self.fake)
+        self._differentiable = _define(_ops, self.schema, lambda _: self._kernel, self.fake)
+        if self._differentiable._schema.is_mutable:
+            return  # torch has no gradients for ops that change their arguments
+        torch.library.register_autograd(
+            f"marginops::{self.name}",
+            self.backward or self._refuse_gradient,
+            setup_context=self.setup_context,
+            lib=_ops,
+        )
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._differentiable is not None:
-            if forward_ad._current_level >= 0:
-                _refuse_tangents(self.name, arguments)
-            if torch.is_grad_enabled():
-                for argument in arguments:
-                    if isinstance(argument, torch.Tensor) and argument.requires_grad:
-                        return self._differentiable(*arguments)
-        return self._forward(*arguments)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(arguments)
+        if torch.is_grad_enabled():
+            for argument in arguments:
+                if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                    return self._differentiable(*arguments)
+        return self._kernel(*arguments)
 
+    def _make_kernel(self, op: torch._ops.OpOverload) -> Callable[..., Any]:
+        """The reference, or a kernel that is reached only while no native one is registered.
 
-def define(
-    schema: str,
-    reference: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
-    native: bool = True,
-) -> Op:
-    """Register an op of the ``marginops`` namespace.
+        Once the library is loaded the dispatcher prefers what it has, and neither calls nor
+        compiled graphs come by here again.
+        """
+        if not self.has_kernels:
+            return self.reference
 
-    Args:
-        schema: The op's schema; its first argument is a tensor and decides the device.
-        reference: Pure PyTorch; runs wherever there is no native kernel.
-        fake: Shapes and dtypes of the results, for tracing.
-        backward: The gradient, in terms of differentiable PyTorch and other ops of ours.
-        setup_context: What the gradient needs, see ``torch.library.register_autograd``.
-        native: Whether the native libraries may have kernels for it.
-    """
-    make_kernel = _load_or(reference) if native else lambda _: reference
-    name, signature = schema.split("(", 1)
-    if backward is None:
-        return Op(name, reference, _define(schema, make_kernel, fake), None)
-    forward = _define(f"{name}_forward({signature}", make_kernel, fake)
-    differentiable = _define(schema, lambda _: forward, fake)
-    torch.library.register_autograd(
-        f"marginops::{name}", backward, setup_context=setup_context, lib=_library
-    )
-    return Op(name, reference, forward, differentiable)
-
-
-def raise_no_second_derivative(name: str) -> Callable[..., Any]:
-    """A gradient for ops that compute gradients themselves."""
-
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise NotImplementedError(f"{name}: second derivatives are not implemented")
-
-    return backward
-
-
-def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """The context of a gradient that only raises."""
-
-
-def _define(
-    schema: str,
-    make_kernel: Callable[[torch._ops.OpOverload], Callable[..., Any]],
-    fake: Callable[..., Any],
-) -> torch._ops.OpOverload:
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    op: torch._ops.OpOverload = getattr(torch.ops.marginops, name).default
-    _library.impl(name, make_kernel(op), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"marginops::{name}", fake, lib=_library)
-    return op
-
-
-def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
-    """Without this, PyTorch would take the derivative for zero without a word."""
-    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(f"{name}: no forward-mode derivatives, only backward")
-
-
-def _load_or(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel that is reached only while no native one is registered.
-
-    Once the library is loaded the dispatcher prefers what it has, and neither calls nor compiled
-    graphs come by here again.
-    """
-
-    def make_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
         def kernel(*arguments: Any) -> Any:
             # Called by itself: the library has no kernel for this op or this kind of tensor.
             if getattr(_loading, "op", None) is op:
-                return reference(*arguments)
+                return self.reference(*arguments)
             if not _native.load(arguments[0].device.type):
-                return reference(*arguments)
+                return self.reference(*arguments)
             _loading.op = op
             try:
                 return op(*arguments)
@@ -130,9 +87,28 @@ def _load_or(reference: Callable[..., Any]) -> Callable[..., Any]:
 
         return kernel
 
-    return make_kernel
+    def _refuse_gradient(self, ctx: Any, *grads: torch.Tensor) -> Any:
+        raise NotImplementedError(
+            f"{self.name}: this op has no gradient, so second derivatives are not implemented"
+        )
+
+    def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
+        """Without this, PyTorch would take the derivative for zero without a word."""
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            raise NotImplementedError(f"{self.name}: no forward-mode derivatives, only backward")
 
 
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic and results: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _define(
+    library: torch.library.Library,
+    schema: str,
+    make_kernel: Callable[[torch._ops.OpOverload], Callable[..., Any]],
+    fake: Callable[..., Any],
+) -> torch._ops.OpOverload:
+    """The op of a library, whose kernel on every device is ``make_kernel(op)``."""
+    name = schema.partition("(")[0]
+    library.define(schema)
+    op: torch._ops.OpOverload = getattr(getattr(torch.ops, library.ns), name).default
+    library.impl(name, make_kernel(op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    return op

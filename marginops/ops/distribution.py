@@ -6,8 +6,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from ._library import define, result_dtype
+from .. import _checks as checks
+from .._checks import result_dtype
+from ._library import Op
 
 AreaForm = Literal["rank", "cdf"]
 
@@ -52,8 +53,7 @@ def margin_area(margins: Tensor, *, form: AreaForm = "rank") -> Tensor:
         (tensor(1.), tensor(1.6667))
     """
     checks.check_tensor("margins", margins, 1, "[N]")
-    if form not in get_args(AreaForm):
-        raise ValueError(f'form: expected "rank" or "cdf", got {form!r}')
+    checks.check_choice("form", form, get_args(AreaForm))
     is_kept = margins != math.inf
     kept = torch.where(is_kept, margins, 0)
     if form == "cdf":
@@ -104,29 +104,37 @@ def decade_thresholds(smallest: Tensor, decades: int) -> Tensor:
     return smallest + powers * math.log(10)
 
 
-def _update_reference(
-    bin_counts: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-    minimum: Tensor,
-    maximum: Tensor,
-    margins: Tensor,
-) -> None:
-    is_kept = margins != math.inf
-    kept = torch.where(is_kept, margins, 0)
-    positive = kept.clamp(min=0)
-    counts += torch.stack(((~is_kept).sum(), (positive > 0).sum()))
-    sums += torch.stack((kept.sum(dtype=torch.float64), positive.sum(dtype=torch.float64)))
-    wide = margins.double()
-    minimum.copy_(torch.cat((wide, minimum.reshape(1))).amin())
-    maximum.copy_(torch.cat((torch.where(is_kept, wide, -math.inf), maximum.reshape(1))).amax())
-    bins = margins.float().view(torch.int32) >> 16 & (BINS - 1)
-    bin_counts.index_add_(0, bins, is_kept.long())
+class UpdateMarginDistributionOp(Op):
+    """Add margins to the state of a distribution, in place."""
+
+    schema = (
+        "update_margin_distribution(Tensor(a!) bin_counts, Tensor(b!) counts, Tensor(c!) sums,"
+        " Tensor(d!) minimum, Tensor(e!) maximum, Tensor margins) -> ()"
+    )
+
+    @staticmethod
+    def reference(
+        bin_counts: Tensor,
+        counts: Tensor,
+        sums: Tensor,
+        minimum: Tensor,
+        maximum: Tensor,
+        margins: Tensor,
+    ) -> None:
+        is_kept = margins != math.inf
+        kept = torch.where(is_kept, margins, 0)
+        positive = kept.clamp(min=0)
+        counts += torch.stack(((~is_kept).sum(), (positive > 0).sum()))
+        sums += torch.stack((kept.sum(dtype=torch.float64), positive.sum(dtype=torch.float64)))
+        wide = margins.double()
+        minimum.copy_(torch.cat((wide, minimum.reshape(1))).amin())
+        maximum.copy_(torch.cat((torch.where(is_kept, wide, -math.inf), maximum.reshape(1))).amax())
+        bins = margins.float().view(torch.int32) >> 16 & (BINS - 1)
+        bin_counts.index_add_(0, bins, is_kept.long())
+
+    @staticmethod
+    def fake(*_: Tensor) -> None:
+        """The state is changed in place, nothing is returned."""
 
 
-update_margin_distribution = define(
-    "update_margin_distribution(Tensor(a!) bin_counts, Tensor(b!) counts, Tensor(c!) sums,"
-    " Tensor(d!) minimum, Tensor(e!) maximum, Tensor margins) -> ()",
-    _update_reference,
-    lambda *_: None,
-)
+update_margin_distribution_op = UpdateMarginDistributionOp()

@@ -7,22 +7,23 @@ buffer, and read while they are there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor
 
-from . import _checks as checks
+from .. import _checks as checks
 from . import linear_sharded as sharded
 from .linear_margin import (
     linear_classification_margin_op,
     linear_minimal_margin_score_op,
+    linear_select_classification_margin_op,
     linear_select_minimal_margin_op,
-    linear_select_smallest_margin_op,
 )
 from .linear_statistics import linear_sample_statistics_op
-from .margin import Rival, check_norm, check_rival
+from .margin import Rival
 from .select import Selection
 from .statistics import SampleStatistics, as_statistics
+from .tiles import check_chunk_bytes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -138,11 +139,11 @@ def linear_minimal_margin_score(
         return sharded.minimal_margin_score(
             input, weight, bias, rival, bias_in_norm, chunk_bytes, group
         )[0]
-    nearest = check_rival(rival)
-    check_norm(bias, bias_in_norm)
+    checks.check_choice("rival", rival, get_args(Rival))
+    checks.check_bias_in_norm(bias, bias_in_norm)
     dtype = _checked(input, weight, bias, chunk_bytes)
     score: Tensor = linear_minimal_margin_score_op(
-        input, weight, bias, bias_in_norm, nearest, dtype, chunk_bytes
+        input, weight, bias, bias_in_norm, rival == "nearest", dtype, chunk_bytes
     )[0]
     return score
 
@@ -211,9 +212,9 @@ def linear_sample_statistics(
 def linear_select_minimal_margin(
     input: Tensor,
     weight: Tensor,
-    k: int,
     bias: Tensor | None = None,
     *,
+    k: int,
     rival: Rival = "top2",
     bias_in_norm: bool = False,
     chunk_bytes: int | None = None,
@@ -227,8 +228,8 @@ def linear_select_minimal_margin(
     Args:
         input: ``[N, D]``, see :func:`linear_classification_margin`.
         weight: ``[C, D]``, C >= 2.
-        k: How many, 0 <= k <= N.
         bias: ``[C]``; part of the logits, and of the norm only with ``bias_in_norm``.
+        k: How many, 0 <= k <= N.
         rival: ``"top2"`` or ``"nearest"``, see :func:`linear_minimal_margin_score`.
         bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
         chunk_bytes: Room for logits, see :func:`linear_classification_margin`.
@@ -256,23 +257,23 @@ def linear_select_minimal_margin(
             input, weight, bias, rival, bias_in_norm, chunk_bytes, group, k
         )
         return Selection(*fields)
-    nearest = check_rival(rival)
-    check_norm(bias, bias_in_norm)
+    checks.check_choice("rival", rival, get_args(Rival))
+    checks.check_bias_in_norm(bias, bias_in_norm)
     dtype = _checked(input, weight, bias, chunk_bytes)
     k = checks.check_k(k, input.size(0), "rows of input")
     fields = linear_select_minimal_margin_op(
-        input, weight, bias, k, bias_in_norm, nearest, dtype, chunk_bytes
+        input, weight, bias, k, bias_in_norm, rival == "nearest", dtype, chunk_bytes
     )
     return Selection(*fields[:2])
 
 
-def linear_select_smallest_margin(
+def linear_select_classification_margin(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
-    k: int,
     bias: Tensor | None = None,
     *,
+    k: int,
     log_norm: Tensor | float | None = None,
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
@@ -287,8 +288,8 @@ def linear_select_smallest_margin(
         input: ``[N, D]``, see :func:`linear_classification_margin`.
         weight: ``[C, D]``, C >= 2.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
-        k: How many, 0 <= k <= N.
         bias: ``[C]``.
+        k: How many, 0 <= k <= N.
         log_norm: Logarithm of the norm product, see :func:`classification_margin`.
         ignore_index: Samples with this target score ``+inf``; they come after all others.
         chunk_bytes: Room for logits, see :func:`linear_classification_margin`.
@@ -311,7 +312,7 @@ def linear_select_smallest_margin(
     Example:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)
         >>> target = torch.tensor([1, 1])
-        >>> marginops.linear_select_smallest_margin(features, weight, target, k=1)
+        >>> marginops.linear_select_classification_margin(features, weight, target, k=1)
         Selection(scores=tensor([-1.5000]), indices=tensor([1]))
     """
     if group is not None:
@@ -323,7 +324,7 @@ def linear_select_smallest_margin(
     checks.check_target(target, input, ignore_index, "input")
     k = checks.check_k(k, input.size(0), "rows of input")
     log_norm = checks.as_log_norm(log_norm, input)
-    fields = linear_select_smallest_margin_op(
+    fields = linear_select_classification_margin_op(
         input, weight, bias, target, log_norm, k, ignore_index, dtype, chunk_bytes
     )
     return Selection(*fields[:2])
@@ -333,5 +334,5 @@ def _checked(input: Any, weight: Any, bias: Any, chunk_bytes: Any) -> Any:
     """Check the head; return the dtype of the product, None for that of the arguments."""
     dtype = checks.check_linear(input, weight, bias)
     checks.check_classes(weight)
-    checks.check_chunk_bytes(chunk_bytes, weight, dtype)
+    check_chunk_bytes(chunk_bytes, weight, dtype)
     return dtype

@@ -9,23 +9,24 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from . import _checks as checks
+from .. import _checks as checks
+from .._checks import result_dtype
 from . import margin_pair as pairs
 from . import row_sums, statistics
-from ._library import result_dtype
-from .chunks import CPU_CHUNK_BYTES
-from .linear_margin import in_norm, label_pair, margin_head_gradient
-from .linear_statistics import linear_statistics_gradient
-from .margin import check_norm, check_rival
+from .linear_gradient import label_pair, margin_head_gradient
+from .linear_margin import in_norm
+from .linear_statistics import linear_sample_statistics_gradient_op
+from .margin import Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
-from .row_sums import IGNORED
+from .row_sums import IGNORED, StatisticsFields
 from .select import select_smallest_op
 from .shard import Shard, open_shard, records_gradient, sums_over_ranks
+from .tiles import CPU_CHUNK_BYTES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +42,7 @@ def _fields(
     log_norm: Tensor | None,
     ignore_index: int,
     input_norm: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> StatisticsFields:
     """The fields of ``sample_statistics_op``; without ``input_norm`` only margin and rival."""
     ignored = target == ignore_index
     label = torch.where(ignored, 0, target)
@@ -64,7 +65,7 @@ def _scores(
         both = shard.rows(norm_weight, classes)
         both_bias = None if norm_bias is None else shard.rows(norm_bias, classes)
         own = torch.arange(len(classes), device=classes.device).view(-1, 2)
-        parts.append(pairs.pair_distance(both, both_bias, own))
+        parts.append(pairs.pair_distance_op(both, both_bias, own))
     distance = torch.where(rows.has_nan, torch.nan, torch.cat(parts))
     return pairs.boundary_distance(difference, distance), pair, distance
 
@@ -99,10 +100,19 @@ class _Statistics(torch.autograd.Function):
         fields = _fields(shard, (input, weight, bias), target, log_norm, ignore_index, norm)
         statistics.mark_differentiable(ctx, fields)
         ctx.ignore_index, ctx.shard = ignore_index, shard
-        margin, rival, _, confidence, entropy, *_, maximum, log_sum = fields
-        margin_or_none = margin if ctx.needs_input_grad[4] else None
-        saved = margin_or_none, rival, confidence, entropy, maximum, log_sum
-        ctx.save_for_backward(input, weight, bias, target, log_norm, *saved)
+        ctx.save_for_backward(
+            input,
+            weight,
+            bias,
+            target,
+            log_norm,
+            fields.margin if ctx.needs_input_grad[4] else None,
+            fields.rival,
+            fields.confidence,
+            fields.entropy,
+            fields.maximum,
+            fields.log_sum,
+        )
         return fields
 
     @staticmethod
@@ -112,29 +122,37 @@ class _Statistics(torch.autograd.Function):
             ctx.saved_tensors
         )
         shard, ignore_index = ctx.shard, ctx.ignore_index
-        fields = grads[0], grads[2], grads[3], grads[4]
-        if fields[0] is not None and all(grad is None for grad in fields[1:]):
-            value, pair = label_pair(fields[0], target, rival, log_norm, ignore_index)
+        grad = StatisticsFields._make(grads)
+        of_softmax = grad.loss, grad.confidence, grad.entropy
+        if grad.margin is not None and all(value is None for value in of_softmax):
+            value, pair = label_pair(grad.margin, target, rival, log_norm, ignore_index)
             gradients = margin_head_gradient(
                 value, pair, tuple(head), shard.dtype, ctx.needs_input_grad, classes=shard
             )
         else:
             local = torch.where(target == ignore_index, IGNORED, shard.local(target))
-            logits_follow = confidence, entropy, maximum, log_sum, log_norm, *fields
+            logits_follow = confidence, entropy, maximum, log_sum, log_norm
+            grads_of_fields = grad.margin, *of_softmax
             gradients = _dense_gradient(
-                shard, head, ctx.needs_input_grad, local, shard.local(rival), *logits_follow
+                shard,
+                head,
+                ctx.needs_input_grad,
+                local,
+                shard.local(rival),
+                *logits_follow,
+                *grads_of_fields,
             )
-        grad_log_norm = log_norm_gradient(grads[0], margin, target, ignore_index)
+        grad_log_norm = log_norm_gradient(grad.margin, margin, target, ignore_index)
         return *gradients, None, grad_log_norm, None, None
 
 
 def _dense_gradient(
     shard: Shard, head: Sequence[Any], needs_grad: Sequence[bool], *statistics: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of all statistics; the arguments are those of ``linear_statistics_gradient``."""
+    """Gradients of all statistics, with arguments of ``linear_sample_statistics_gradient_op``."""
     input, weight, bias = head
     if len(weight):
-        grad_input, grad_weight, grad_bias = linear_statistics_gradient(
+        grad_input, grad_weight, grad_bias = linear_sample_statistics_gradient_op(
             *head, *statistics, IGNORED, shard.dtype, shard.chunk_bytes, *needs_grad[:2]
         )
     else:
@@ -274,8 +292,9 @@ def minimal_margin_score(
     """``linear_minimal_margin_score`` over a group, or its k smallest and their indices."""
 
     def check() -> dict[str, Any]:
-        check_norm(bias, bias_in_norm)
-        if check_rival(rival):
+        checks.check_bias_in_norm(bias, bias_in_norm)
+        checks.check_choice("rival", rival, get_args(Rival))
+        if rival == "nearest":
             raise ValueError('rival: expected "top2" with group, got "nearest"')
         return {"bias_in_norm": bool(bias_in_norm), "k": _checked_k(k, input)}
 

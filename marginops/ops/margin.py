@@ -1,12 +1,13 @@
 """Per-sample margins: the classification margin and the minimal margin score."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from . import _checks as checks
+from .. import _checks as checks
+from .._checks import result_dtype
 from . import margin_pair as pairs
-from ._library import define, result_dtype
+from ._library import Op
 from .margin_gradient import margin_gradient, score_gradient
 
 Rival = Literal["top2", "nearest"]
@@ -53,9 +54,49 @@ def classification_margin(
     """
     checks.check_logits(logits)
     checks.check_target(target, logits, ignore_index)
-    return _classification_margin(
+    return classification_margin_op(
         logits, target, checks.as_log_norm(log_norm, logits), ignore_index
     )
+
+
+class ClassificationMarginOp(Op):
+    """The op behind :func:`classification_margin`."""
+
+    schema = (
+        "classification_margin(Tensor logits, Tensor target, Tensor? log_norm, int ignore_index)"
+        " -> Tensor"
+    )
+
+    @staticmethod
+    def reference(
+        logits: Tensor, target: Tensor, log_norm: Tensor | None, ignore_index: int
+    ) -> Tensor:
+        margin, _ = pairs.classification_margin_rival_op.reference(
+            logits, target, log_norm, None, ignore_index
+        )
+        return margin
+
+    @staticmethod
+    def fake(logits: Tensor, target: Tensor, log_norm: Tensor | None, ignore_index: int) -> Tensor:
+        return logits.new_empty((logits.shape[0],), dtype=result_dtype(logits.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        logits, target, log_norm, ctx.ignore_index = inputs
+        margin = output if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(logits, target, log_norm, margin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, margin = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        grad_logits, grad_log_norm = margin_gradient(
+            grad, margin, tuple(inputs), None, ctx.ignore_index, needs_grad
+        )
+        return grad_logits, None, grad_log_norm, None
+
+
+classification_margin_op = ClassificationMarginOp()
 
 
 def minimal_margin_score(
@@ -106,7 +147,7 @@ def minimal_margin_score(
         tensor([1., 1.])
     """
     bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm)
-    return _minimal_margin_score(logits, weight, bias, nearest)
+    return minimal_margin_score_op(logits, weight, bias, nearest)
 
 
 def checked_head(
@@ -117,87 +158,41 @@ def checked_head(
     checks.check_weight(weight, logits)
     if bias is not None:
         checks.check_bias(bias, weight)
-    check_norm(bias, bias_in_norm)
-    return (bias if bias_in_norm else None), check_rival(rival)
+    checks.check_bias_in_norm(bias, bias_in_norm)
+    checks.check_choice("rival", rival, get_args(Rival))
+    return (bias if bias_in_norm else None), rival == "nearest"
 
 
-def check_norm(bias: Any, bias_in_norm: Any) -> None:
-    """The norm that includes a bias has one."""
-    if bias_in_norm and bias is None:
-        raise ValueError("bias: expected a tensor [C] because bias_in_norm=True, got None")
+class MinimalMarginScoreOp(Op):
+    """The op behind :func:`minimal_margin_score`; without a bias in the norm it gets none."""
 
-
-def check_rival(rival: Any) -> bool:
-    """Whether the rival is the nearest."""
-    if rival not in ("top2", "nearest"):
-        raise ValueError(f'rival: expected "top2" or "nearest", got {rival!r}')
-    return rival == "nearest"
-
-
-def _margin_reference(
-    logits: Tensor, target: Tensor, log_norm: Tensor | None, ignore_index: int
-) -> Tensor:
-    return pairs.classification_margin_rival.reference(
-        logits, target, log_norm, None, ignore_index
-    )[0]
-
-
-def _margin_fake(
-    logits: Tensor, target: Tensor, log_norm: Tensor | None, ignore_index: int
-) -> Tensor:
-    return logits.new_empty((logits.shape[0],), dtype=result_dtype(logits.dtype))
-
-
-def _score_reference(logits: Tensor, weight: Tensor, bias: Tensor | None, nearest: bool) -> Tensor:
-    pair, distance = pairs.minimal_margin_pair.reference(logits, weight, bias, None, nearest)
-    values = logits.gather(1, pair).to(distance.dtype)
-    return pairs.boundary_distance(values[:, 0] - values[:, 1], distance)
-
-
-def _score_fake(logits: Tensor, weight: Tensor, bias: Tensor | None, nearest: bool) -> Tensor:
-    return logits.new_empty((logits.shape[0],), dtype=result_dtype(logits.dtype))
-
-
-def _margin_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, target, log_norm, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, target, log_norm, output if ctx.needs_input_grad[2] else None)
-
-
-def _margin_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, margin = ctx.saved_tensors
-    needs_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    grad_logits, grad_log_norm = margin_gradient(
-        grad, margin, tuple(inputs), None, ctx.ignore_index, needs_grad
+    schema = (
+        "minimal_margin_score(Tensor logits, Tensor weight, Tensor? bias, bool nearest) -> Tensor"
     )
-    return grad_logits, None, grad_log_norm, None
+
+    @staticmethod
+    def reference(logits: Tensor, weight: Tensor, bias: Tensor | None, nearest: bool) -> Tensor:
+        pair, distance = pairs.minimal_margin_pair_op.reference(logits, weight, bias, None, nearest)
+        first, second = logits.gather(1, pair).to(distance.dtype).unbind(1)
+        return pairs.boundary_distance(first - second, distance)
+
+    @staticmethod
+    def fake(logits: Tensor, weight: Tensor, bias: Tensor | None, nearest: bool) -> Tensor:
+        return logits.new_empty((logits.shape[0],), dtype=result_dtype(logits.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.nearest = inputs
+        needs_score = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(*tensors, output if needs_score else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, score = ctx.saved_tensors
+        gradients = score_gradient(
+            grad, score, tuple(inputs), None, ctx.nearest, ctx.needs_input_grad[:3]
+        )
+        return *gradients, None
 
 
-def _score_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.nearest = inputs
-    needs_score = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    ctx.save_for_backward(*tensors, output if needs_score else None)
-
-
-def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, score = ctx.saved_tensors
-    gradients = score_gradient(
-        grad, score, tuple(inputs), None, ctx.nearest, ctx.needs_input_grad[:3]
-    )
-    return *gradients, None
-
-
-_classification_margin = define(
-    "classification_margin(Tensor logits, Tensor target, Tensor? log_norm, int ignore_index)"
-    " -> Tensor",
-    _margin_reference,
-    _margin_fake,
-    backward=_margin_backward,
-    setup_context=_margin_context,
-)
-_minimal_margin_score = define(
-    "minimal_margin_score(Tensor logits, Tensor weight, Tensor? bias, bool nearest) -> Tensor",
-    _score_reference,
-    _score_fake,
-    backward=_score_backward,
-    setup_context=_score_context,
-)
+minimal_margin_score_op = MinimalMarginScoreOp()

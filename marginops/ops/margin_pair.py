@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ._library import define, raise_no_second_derivative, result_dtype, save_nothing
+from .._checks import checked_target, result_dtype
+from ._library import Op
 
 
 def normalize(margin: Tensor, log_norm: Tensor | None) -> Tensor:
@@ -19,21 +20,6 @@ def boundary_distance(difference: Tensor, distance: Tensor) -> Tensor:
     return torch.where((difference == 0) & (distance == 0), 0, difference / distance)
 
 
-def checked_target(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The ignored samples, and targets with class 0 in their place."""
-    ignored = target == ignore_index
-    valid = ((target >= 0) & (target < classes)) | ignored
-    if target.is_cuda:
-        torch._assert_async(valid.all())
-    elif not valid.all():
-        wrong = target[~valid][0].item()
-        raise RuntimeError(
-            f"target: expected classes in [0, {classes}) or ignore_index {ignore_index}, "
-            f"got {wrong}"
-        )
-    return ignored, torch.where(ignored, 0, target)
-
-
 def _rival_class(logits: Tensor, target: Tensor) -> Tensor:
     """``argmax over c != target``, lowest class first."""
     others = logits.scatter(1, target.unsqueeze(1), -torch.inf)
@@ -42,104 +28,117 @@ def _rival_class(logits: Tensor, target: Tensor) -> Tensor:
     return torch.where(rival == target, (target == 0).to(torch.int64), rival)
 
 
-def _rival_reference(
-    logits: Tensor,
-    target: Tensor,
-    log_norm: Tensor | None,
-    rows: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    if rows is not None:
-        logits, target = logits[rows], target[rows]
-    ignored, label = checked_target(target, logits.shape[1], ignore_index)
-    nan = logits.isnan().any(1)
-    rival = torch.where(nan, (label == 0).long(), _rival_class(logits, label))
-    pair = torch.stack((label, rival), 1)
-    own, other = logits.gather(1, pair).to(result_dtype(logits.dtype)).unbind(1)
-    margin = torch.where(nan, torch.nan, normalize(own - other, log_norm))
-    return torch.where(ignored, torch.inf, margin), torch.where(ignored, 0, rival)
+class ClassificationMarginRivalOp(Op):
+    """Margin and rival of some rows of the logits, of all if ``rows`` is None."""
 
-
-def _rival_fake(
-    logits: Tensor,
-    target: Tensor,
-    log_norm: Tensor | None,
-    rows: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    rival = torch.empty_like(target if rows is None else rows)
-    return torch.empty_like(rival, dtype=result_dtype(logits.dtype)), rival
-
-
-def _distance_reference(weight: Tensor, bias: Tensor | None, pair: Tensor) -> Tensor:
-    """Free of over- and underflow in the squares."""
-    dtype = result_dtype(weight.dtype)
-    difference = weight[pair[:, 0]].to(dtype) - weight[pair[:, 1]].to(dtype)
-    if bias is not None:
-        step = bias[pair[:, 0]].to(dtype) - bias[pair[:, 1]].to(dtype)
-        difference = torch.cat((difference, step.unsqueeze(1)), 1)
-    if difference.shape[1] == 0:
-        return difference.new_zeros(len(pair))
-    largest = difference.abs().amax(1, keepdim=True)
-    scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1)
-    return torch.linalg.vector_norm(difference / scale, dim=1) * scale.squeeze(1)
-
-
-def _distance_fake(weight: Tensor, bias: Tensor | None, pair: Tensor) -> Tensor:
-    return weight.new_empty((pair.shape[0],), dtype=result_dtype(weight.dtype))
-
-
-def _pair_reference(
-    logits: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, nearest: bool
-) -> tuple[Tensor, Tensor]:
-    if rows is not None:
-        logits = logits[rows]
-    nan = logits.isnan().any(1)
-    first = logits.argmax(1)
-    second = _rival_class(logits, first)
-    if nearest:
-        # A plain loop: a table of all distances would need [C, C].
-        for row, best in enumerate(first.tolist()):
-            others = torch.arange(logits.shape[1], device=logits.device)
-            others = others[others != best]
-            candidates = torch.stack((torch.full_like(others, best), others), 1)
-            values = logits[row].to(result_dtype(logits.dtype))
-            quotient = boundary_distance(
-                values[best] - values[others], _distance_reference(weight, bias, candidates)
-            )
-            second[row] = others[quotient.argmin()]
-    pair = torch.stack((first, second), 1)
-    pair[nan] = torch.tensor([0, 1], device=pair.device)
-    distance = _distance_reference(weight, bias, pair).to(result_dtype(logits.dtype))
-    return pair, torch.where(nan, torch.nan, distance)
-
-
-def _pair_fake(
-    logits: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, nearest: bool
-) -> tuple[Tensor, Tensor]:
-    count = logits.shape[0] if rows is None else rows.shape[0]
-    return (
-        logits.new_empty((count, 2), dtype=torch.int64),
-        logits.new_empty((count,), dtype=result_dtype(logits.dtype)),
+    schema = (
+        "classification_margin_rival(Tensor logits, Tensor target, Tensor? log_norm,"
+        " Tensor? rows, int ignore_index) -> (Tensor, Tensor)"
     )
 
+    @staticmethod
+    def reference(
+        logits: Tensor,
+        target: Tensor,
+        log_norm: Tensor | None,
+        rows: Tensor | None,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor]:
+        if rows is not None:
+            logits, target = logits[rows], target[rows]
+        ignored, label = checked_target(target, logits.shape[1], ignore_index)
+        nan = logits.isnan().any(1)
+        rival = torch.where(nan, (label == 0).long(), _rival_class(logits, label))
+        pair = torch.stack((label, rival), 1)
+        own, other = logits.gather(1, pair).to(result_dtype(logits.dtype)).unbind(1)
+        margin = torch.where(nan, torch.nan, normalize(own - other, log_norm))
+        return torch.where(ignored, torch.inf, margin), torch.where(ignored, 0, rival)
 
-classification_margin_rival = define(
-    "classification_margin_rival(Tensor logits, Tensor target, Tensor? log_norm, Tensor? rows,"
-    " int ignore_index) -> (Tensor, Tensor)",
-    _rival_reference,
-    _rival_fake,
-)
-minimal_margin_pair = define(
-    "minimal_margin_pair(Tensor logits, Tensor weight, Tensor? bias, Tensor? rows, bool nearest)"
-    " -> (Tensor, Tensor)",
-    _pair_reference,
-    _pair_fake,
-    backward=raise_no_second_derivative("minimal_margin_score"),
-    setup_context=save_nothing,
-)
-pair_distance = define(
-    "pair_distance(Tensor weight, Tensor? bias, Tensor pair) -> Tensor",
-    _distance_reference,
-    _distance_fake,
-)
+    @staticmethod
+    def fake(
+        logits: Tensor,
+        target: Tensor,
+        log_norm: Tensor | None,
+        rows: Tensor | None,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor]:
+        rival = torch.empty_like(target if rows is None else rows)
+        return torch.empty_like(rival, dtype=result_dtype(logits.dtype)), rival
+
+
+classification_margin_rival_op = ClassificationMarginRivalOp()
+
+
+class PairDistanceOp(Op):
+    """``||w_i - w_j||`` of pairs of rows of the weight, with the bias as one more column."""
+
+    schema = "pair_distance(Tensor weight, Tensor? bias, Tensor pair) -> Tensor"
+
+    @staticmethod
+    def reference(weight: Tensor, bias: Tensor | None, pair: Tensor) -> Tensor:
+        """Free of over- and underflow in the squares."""
+        dtype = result_dtype(weight.dtype)
+        difference = weight[pair[:, 0]].to(dtype) - weight[pair[:, 1]].to(dtype)
+        if bias is not None:
+            step = bias[pair[:, 0]].to(dtype) - bias[pair[:, 1]].to(dtype)
+            difference = torch.cat((difference, step.unsqueeze(1)), 1)
+        if difference.shape[1] == 0:
+            return difference.new_zeros(len(pair))
+        largest = difference.abs().amax(1, keepdim=True)
+        scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1)
+        return torch.linalg.vector_norm(difference / scale, dim=1) * scale.squeeze(1)
+
+    @staticmethod
+    def fake(weight: Tensor, bias: Tensor | None, pair: Tensor) -> Tensor:
+        return weight.new_empty((pair.shape[0],), dtype=result_dtype(weight.dtype))
+
+
+pair_distance_op = PairDistanceOp()
+
+
+class MinimalMarginPairOp(Op):
+    """The pair of the score of some rows of the logits and its distance; of all without rows."""
+
+    schema = (
+        "minimal_margin_pair(Tensor logits, Tensor weight, Tensor? bias, Tensor? rows,"
+        " bool nearest) -> (Tensor, Tensor)"
+    )
+
+    @staticmethod
+    def reference(
+        logits: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, nearest: bool
+    ) -> tuple[Tensor, Tensor]:
+        if rows is not None:
+            logits = logits[rows]
+        nan = logits.isnan().any(1)
+        first = logits.argmax(1)
+        second = _rival_class(logits, first)
+        if nearest:
+            # A plain loop: a table of all distances would need [C, C].
+            for row, best in enumerate(first.tolist()):
+                others = torch.arange(logits.shape[1], device=logits.device)
+                others = others[others != best]
+                candidates = torch.stack((torch.full_like(others, best), others), 1)
+                values = logits[row].to(result_dtype(logits.dtype))
+                quotient = boundary_distance(
+                    values[best] - values[others],
+                    pair_distance_op.reference(weight, bias, candidates),
+                )
+                second[row] = others[quotient.argmin()]
+        pair = torch.stack((first, second), 1)
+        pair[nan] = torch.tensor([0, 1], device=pair.device)
+        distance = pair_distance_op.reference(weight, bias, pair).to(result_dtype(logits.dtype))
+        return pair, torch.where(nan, torch.nan, distance)
+
+    @staticmethod
+    def fake(
+        logits: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, nearest: bool
+    ) -> tuple[Tensor, Tensor]:
+        count = logits.shape[0] if rows is None else rows.shape[0]
+        return (
+            logits.new_empty((count, 2), dtype=torch.int64),
+            logits.new_empty((count,), dtype=result_dtype(logits.dtype)),
+        )
+
+
+minimal_margin_pair_op = MinimalMarginPairOp()

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import margin_pair as pairs
-from ._library import define, result_dtype
-from .margin_gradient import add_in_order
+from .. import _checks as checks
+from .._checks import result_dtype
+from ._library import Op
+from .class_sum import add_in_order
 
 
 class ClassMoments(NamedTuple):
@@ -145,97 +145,99 @@ def _unit_rows(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled / length, length, largest
 
 
-def _moments_reference(
-    input: Tensor, target: Tensor, num_classes: int, normalize: bool, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64 and relative to a sample of each class, so that equal rows have radius 0."""
-    ignored, _ = pairs.checked_target(target, num_classes, ignore_index)
-    # The ignored samples are one class more.
-    label = torch.where(ignored, num_classes, target)
-    sample = torch.arange(len(input), device=input.device)
-    first = torch.full((num_classes + 1,), len(input), device=input.device)
-    first.scatter_reduce_(0, label, sample, "amin")
-    count = torch.zeros_like(first).scatter_add_(0, label, torch.ones_like(label))
-    size = count.clamp(min=1).unsqueeze(1)
+class ClassMomentsOp(Op):
+    """The op behind :func:`class_moments`: count, mean and radius."""
 
-    def rows(index: Tensor) -> Tensor:
-        some = input[index].double()
-        return _unit_rows(some)[0] if normalize else some
-
-    zeros = input.new_zeros(num_classes + 1, input.shape[1], dtype=torch.float64)
-    origin = rows(first.clamp(max=len(input) - 1)) if len(input) else zeros
-    step = zeros.clone()
-    for part in sample.split(4096):
-        add_in_order(step, label[part], rows(part) - origin[label[part]])
-    step /= size
-    square = zeros[:, 0].clone() if input.shape[1] else zeros.new_zeros(num_classes + 1)
-    for part in sample.split(4096):
-        away = rows(part) - origin[label[part]] - step[label[part]]
-        add_in_order(square, label[part], away.square().sum(1))
-    mean = origin + step
-    mean = torch.where((count == 0).unsqueeze(1) | ~mean.isfinite(), torch.nan, mean)
-    radius = torch.where(count == 0, torch.nan, (square / size.squeeze(1)).sqrt())
-    dtype = result_dtype(input.dtype)
-    return count[:-1].clone(), mean[:-1].to(dtype), radius[:-1].to(dtype)
-
-
-def _moments_fake(
-    input: Tensor,
-    target: Tensor,
-    num_classes: int | torch.SymInt,
-    normalize: bool,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = result_dtype(input.dtype)
-    return (
-        input.new_empty((num_classes,), dtype=torch.int64),
-        input.new_empty((num_classes, input.shape[1]), dtype=dtype),
-        input.new_empty((num_classes,), dtype=dtype),
+    schema = (
+        "class_moments(Tensor input, Tensor target, SymInt num_classes, bool normalize,"
+        " int ignore_index) -> (Tensor, Tensor, Tensor)"
     )
 
+    @staticmethod
+    def reference(
+        input: Tensor, target: Tensor, num_classes: int, normalize: bool, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """In float64 and relative to a sample of each class, so that equal rows have radius 0."""
+        ignored, _ = checks.checked_target(target, num_classes, ignore_index)
+        # The ignored samples are one class more.
+        label = torch.where(ignored, num_classes, target)
+        sample = torch.arange(len(input), device=input.device)
+        first = torch.full((num_classes + 1,), len(input), device=input.device)
+        first.scatter_reduce_(0, label, sample, "amin")
+        count = torch.zeros_like(first).scatter_add_(0, label, torch.ones_like(label))
+        size = count.clamp(min=1).unsqueeze(1)
 
-def _moments_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, _, ctx.normalize, ctx.ignore_index = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, target, *output)
+        def rows(index: Tensor) -> Tensor:
+            some = input[index].double()
+            return _unit_rows(some)[0] if normalize else some
+
+        zeros = input.new_zeros(num_classes + 1, input.shape[1], dtype=torch.float64)
+        origin = rows(first.clamp(max=len(input) - 1)) if len(input) else zeros
+        step = zeros.clone()
+        for part in sample.split(4096):
+            add_in_order(step, label[part], rows(part) - origin[label[part]])
+        step /= size
+        square = zeros[:, 0].clone() if input.shape[1] else zeros.new_zeros(num_classes + 1)
+        for part in sample.split(4096):
+            away = rows(part) - origin[label[part]] - step[label[part]]
+            add_in_order(square, label[part], away.square().sum(1))
+        mean = origin + step
+        mean = torch.where((count == 0).unsqueeze(1) | ~mean.isfinite(), torch.nan, mean)
+        radius = torch.where(count == 0, torch.nan, (square / size.squeeze(1)).sqrt())
+        dtype = result_dtype(input.dtype)
+        return count[:-1].clone(), mean[:-1].to(dtype), radius[:-1].to(dtype)
+
+    @staticmethod
+    def fake(
+        input: Tensor,
+        target: Tensor,
+        num_classes: int | torch.SymInt,
+        normalize: bool,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = result_dtype(input.dtype)
+        return (
+            input.new_empty((num_classes,), dtype=torch.int64),
+            input.new_empty((num_classes, input.shape[1]), dtype=dtype),
+            input.new_empty((num_classes,), dtype=dtype),
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, target, _, ctx.normalize, ctx.ignore_index = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, *output)
+
+    @staticmethod
+    def backward(
+        ctx: Any, _: Tensor | None, grad_mean: Tensor | None, grad_radius: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Differentiable itself; NaN of empty classes and of ignored samples must not spread."""
+        input, target, count, mean, radius = ctx.saved_tensors
+        if grad_mean is None and grad_radius is None:
+            return (None,) * 5
+        kept = (target != ctx.ignore_index).unsqueeze(1)
+        label = torch.where(kept.squeeze(1), target, 0)
+        rows = torch.where(kept, input.to(mean.dtype), 0)
+        if ctx.normalize:
+            rows, *lengths = _unit_rows(rows)
+        grad = torch.zeros_like(rows)
+        size = count.clamp(min=1).to(mean.dtype)
+        if grad_mean is not None:
+            grad = grad + (grad_mean / size.unsqueeze(1))[label]
+        if grad_radius is not None:
+            empty = count == 0
+            still = (radius == 0) | empty
+            slope = torch.where(still, 0, grad_radius / torch.where(still, 1, radius) / size)
+            centre = torch.where(empty.unsqueeze(1), 0, mean)
+            grad = grad + slope[label].unsqueeze(1) * (rows - centre[label])
+        if ctx.normalize:
+            grad = grad - rows * (rows * grad).sum(1, keepdim=True)
+            zero = (rows == 0).all(1, keepdim=True)
+            for length in lengths:
+                grad = grad / length
+            grad = torch.where(zero, 0, grad)
+        return torch.where(kept, grad, 0).to(input.dtype), None, None, None, None
 
 
-def _moments_backward(
-    ctx: Any, _: Tensor | None, grad_mean: Tensor | None, grad_radius: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Differentiable itself; NaN of empty classes and of ignored samples must not spread."""
-    input, target, count, mean, radius = ctx.saved_tensors
-    if grad_mean is None and grad_radius is None:
-        return (None,) * 5
-    kept = (target != ctx.ignore_index).unsqueeze(1)
-    label = torch.where(kept.squeeze(1), target, 0)
-    rows = torch.where(kept, input.to(mean.dtype), 0)
-    if ctx.normalize:
-        rows, *lengths = _unit_rows(rows)
-    grad = torch.zeros_like(rows)
-    size = count.clamp(min=1).to(mean.dtype)
-    if grad_mean is not None:
-        grad = grad + (grad_mean / size.unsqueeze(1))[label]
-    if grad_radius is not None:
-        empty = count == 0
-        still = (radius == 0) | empty
-        slope = torch.where(still, 0, grad_radius / torch.where(still, 1, radius) / size)
-        centre = torch.where(empty.unsqueeze(1), 0, mean)
-        grad = grad + slope[label].unsqueeze(1) * (rows - centre[label])
-    if ctx.normalize:
-        grad = grad - rows * (rows * grad).sum(1, keepdim=True)
-        zero = (rows == 0).all(1, keepdim=True)
-        for length in lengths:
-            grad = grad / length
-        grad = torch.where(zero, 0, grad)
-    return torch.where(kept, grad, 0).to(input.dtype), None, None, None, None
-
-
-class_moments_op = define(
-    "class_moments(Tensor input, Tensor target, SymInt num_classes, bool normalize,"
-    " int ignore_index) -> (Tensor, Tensor, Tensor)",
-    _moments_reference,
-    _moments_fake,
-    backward=_moments_backward,
-    setup_context=_moments_context,
-)
+class_moments_op = ClassMomentsOp()

@@ -5,11 +5,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from . import _checks as checks
+from .. import _checks as checks
+from .._checks import result_dtype
 from . import margin_pair as pairs
-from ._library import define, raise_no_second_derivative, result_dtype, save_nothing
+from ._library import Op
 from .linear_margin import linear_classification_margin_op
-from .margin_gradient import pair_gradient
+from .margin_gradient import distance_gradient
 
 Reduction = Literal["square_of_mean", "mean_of_square"]
 
@@ -67,19 +68,12 @@ def multi_margin_regularization(
         >>> marginops.multi_margin_regularization(features, weight, torch.tensor([0, 1]))
         tensor(50.)
     """
-    check_reduction(reduction)
+    checks.check_choice("reduction", reduction, get_args(Reduction))
     margin, rival = _rivals(input, weight, target, logits, bias, ignore_index)
     value: Tensor = multi_margin_regularization_op(
         input, weight, target, rival, margin, reduction == "mean_of_square", ignore_index
     )[0]
     return value
-
-
-def check_reduction(reduction: object) -> None:
-    """One of the two."""
-    if reduction not in get_args(Reduction):
-        expected = " or ".join(map(repr, get_args(Reduction)))
-        raise ValueError(f"reduction: expected {expected}, got {reduction!r}")
 
 
 def _rivals(
@@ -114,7 +108,7 @@ def _rivals(
     if bias is not None:
         checks.check_bias_shape(bias, weight)
     checks.check_target(target, logits, ignore_index)
-    margin, rival = pairs.classification_margin_rival(
+    margin, rival = pairs.classification_margin_rival_op(
         logits.detach(), target, None, None, ignore_index
     )
     return margin, rival
@@ -126,125 +120,130 @@ def _pair(target: Tensor, rival: Tensor, ignore_index: int) -> tuple[Tensor, Ten
     return ignored, torch.stack((torch.where(ignored, 1, target), rival), 1)
 
 
-def _forward(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rival: Tensor,
-    margin: Tensor,
-    mean_of_square: bool,
-    ignore_index: int,
-) -> tuple[Tensor, ...]:
-    dtype = result_dtype(weight.dtype)
-    if input.shape[0] == 0:
-        nothing = input.new_full((), torch.nan, dtype=dtype)
-        row = target.new_zeros(())
-        return nothing, nothing.clone(), row, nothing.clone(), nothing.new_empty(0)
-    ignored, pair = _pair(target, rival, ignore_index)
-    distance = pairs.pair_distance(weight, None, pair)
-    distance = torch.where(ignored, 0, torch.where(margin.isnan(), torch.nan, distance))
-    share = 1 / (~ignored).sum().to(dtype)
-    norm = torch.linalg.vector_norm(input, dim=1, dtype=dtype)
-    radius, row = torch.where(ignored, 0, norm).max(0)
-    if mean_of_square:
-        value = (radius * distance).square().sum() * share
-    else:
-        value = (radius * (distance.sum() * share)).square()
-    return torch.where(ignored.all(), torch.nan, value), radius, row, share, distance
+class MultiMarginRegularizationOp(Op):
+    """The op behind :func:`multi_margin_regularization`.
 
+    Beside the value it returns what its gradient needs: the largest norm of the features and its
+    row, 1 / N, and the distance of each pair.
+    """
 
-def _forward_fake(input: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    dtype = result_dtype(weight.dtype)
-    value = input.new_empty((), dtype=dtype)
-    row = target.new_empty(())
-    return value, value.clone(), row, value.clone(), value.new_empty(input.shape[:1])
+    schema = (
+        "multi_margin_regularization(Tensor input, Tensor weight, Tensor target, Tensor rival,"
+        " Tensor margin, bool mean_of_square, int ignore_index)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    has_kernels = False
 
-
-def _gradient(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rival: Tensor,
-    radius: Tensor,
-    row: Tensor,
-    share: Tensor,
-    distance: Tensor,
-    mean_of_square: bool,
-    ignore_index: int,
-    for_input: bool,
-    for_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of input and weight, each empty unless it is asked for."""
-    # In float64: parts of a product in the range of float32 may lie outside.
-    wide, distance, radius = grad.double(), distance.double(), radius.double()
-    mean = distance.sum() * share
-    grad_input, grad_weight = input.new_empty(0), weight.new_empty(0)
-    if for_input:
-        grad_input = torch.zeros_like(input)
-    if for_input and input.shape[0] > 0:
-        # d value / d radius = 2 radius (the mean that the radius is squared with).
-        square = distance.square().sum() * share if mean_of_square else mean.square()
-        longest = input.index_select(0, row.reshape(1))
-        scaled = 2 * wide * square * longest
-        grad_input.index_copy_(0, row.reshape(1), scaled.to(input.dtype))
-    if for_weight:
-        scale = 2 * wide * share * radius.square()
-        if mean_of_square:
-            coefficient = scale.expand_as(distance)
-        else:
-            coefficient = torch.where(distance == 0, 0, scale * mean / distance)
+    @staticmethod
+    def reference(
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        rival: Tensor,
+        margin: Tensor,
+        mean_of_square: bool,
+        ignore_index: int,
+    ) -> tuple[Tensor, ...]:
+        dtype = result_dtype(weight.dtype)
+        if input.shape[0] == 0:
+            nothing = input.new_full((), torch.nan, dtype=dtype)
+            row = target.new_zeros(())
+            return nothing, nothing.clone(), row, nothing.clone(), nothing.new_empty(0)
         ignored, pair = _pair(target, rival, ignore_index)
-        coefficient = torch.where(ignored, 0, coefficient).to(grad.dtype)
-        classes = weight.shape[0]
-        first, second = pair.unbind(1)
-        key, order = torch.cat((first * classes + second, second * classes + first)).sort(
-            stable=True
+        distance = pairs.pair_distance_op(weight, None, pair)
+        distance = torch.where(ignored, 0, torch.where(margin.isnan(), torch.nan, distance))
+        share = 1 / (~ignored).sum().to(dtype)
+        norm = torch.linalg.vector_norm(input, dim=1, dtype=dtype)
+        radius, row = torch.where(ignored, 0, norm).max(0)
+        if mean_of_square:
+            value = (radius * distance).square().sum() * share
+        else:
+            value = (radius * (distance.sum() * share)).square()
+        return torch.where(ignored.all(), torch.nan, value), radius, row, share, distance
+
+    @staticmethod
+    def fake(input: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        dtype = result_dtype(weight.dtype)
+        value = input.new_empty((), dtype=dtype)
+        row = target.new_empty(())
+        return value, value.clone(), row, value.clone(), value.new_empty(input.shape[:1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, weight, target, rival, _, ctx.mean_of_square, ctx.ignore_index = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(input, weight, target, rival, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:2]
+        gradients = multi_margin_regularization_gradient_op(
+            grad, *ctx.saved_tensors, ctx.mean_of_square, ctx.ignore_index, *needed
         )
-        grad_weight, _ = pair_gradient(key, coefficient.repeat(2)[order], weight, None)
-    return grad_input, grad_weight
+        given = (value if need else None for value, need in zip(gradients, needed, strict=True))
+        return *given, None, None, None, None, None
 
 
-def _gradient_fake(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    for_input, for_weight = rest[-2:]
-    return (
-        torch.empty_like(input) if for_input else input.new_empty(0),
-        weight.new_empty(weight.shape) if for_weight else weight.new_empty(0),
+multi_margin_regularization_op = MultiMarginRegularizationOp()
+
+
+class MultiMarginRegularizationGradientOp(Op):
+    """Gradients of input and weight, each empty unless it is asked for."""
+
+    schema = (
+        "multi_margin_regularization_gradient(Tensor grad, Tensor input, Tensor weight,"
+        " Tensor target, Tensor rival, Tensor radius, Tensor row, Tensor share, Tensor distance,"
+        " bool mean_of_square, int ignore_index, bool for_input, bool for_weight)"
+        " -> (Tensor, Tensor)"
     )
+    has_kernels = False
+
+    @staticmethod
+    def reference(
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        rival: Tensor,
+        radius: Tensor,
+        row: Tensor,
+        share: Tensor,
+        distance: Tensor,
+        mean_of_square: bool,
+        ignore_index: int,
+        for_input: bool,
+        for_weight: bool,
+    ) -> tuple[Tensor, Tensor]:
+        # In float64: parts of a product in the range of float32 may lie outside.
+        wide, distance, radius = grad.double(), distance.double(), radius.double()
+        mean = distance.sum() * share
+        grad_input, grad_weight = input.new_empty(0), weight.new_empty(0)
+        if for_input:
+            grad_input = torch.zeros_like(input)
+        if for_input and input.shape[0] > 0:
+            # d value / d radius = 2 radius (the mean that the radius is squared with).
+            square = distance.square().sum() * share if mean_of_square else mean.square()
+            longest = input.index_select(0, row.reshape(1))
+            scaled = 2 * wide * square * longest
+            grad_input.index_copy_(0, row.reshape(1), scaled.to(input.dtype))
+        if for_weight:
+            scale = 2 * wide * share * radius.square()
+            if mean_of_square:
+                coefficient = scale.expand_as(distance)
+            else:
+                coefficient = torch.where(distance == 0, 0, scale * mean / distance)
+            ignored, pair = _pair(target, rival, ignore_index)
+            coefficient = torch.where(ignored, 0, coefficient).to(grad.dtype)
+            grad_weight, _ = distance_gradient(coefficient, pair, weight, None)
+        return grad_input, grad_weight
+
+    @staticmethod
+    def fake(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        for_input, for_weight = rest[-2:]
+        return (
+            torch.empty_like(input) if for_input else input.new_empty(0),
+            weight.new_empty(weight.shape) if for_weight else weight.new_empty(0),
+        )
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weight, target, rival, _, ctx.mean_of_square, ctx.ignore_index = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(input, weight, target, rival, *output[1:])
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:2]
-    gradients = multi_margin_regularization_gradient(
-        grad, *ctx.saved_tensors, ctx.mean_of_square, ctx.ignore_index, *needed
-    )
-    given = (value if need else None for value, need in zip(gradients, needed, strict=True))
-    return *given, None, None, None, None, None
-
-
-multi_margin_regularization_op = define(
-    "multi_margin_regularization(Tensor input, Tensor weight, Tensor target, Tensor rival,"
-    " Tensor margin, bool mean_of_square, int ignore_index)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    backward=_backward,
-    setup_context=_context,
-    native=False,
-)
-multi_margin_regularization_gradient = define(
-    "multi_margin_regularization_gradient(Tensor grad, Tensor input, Tensor weight, Tensor target,"
-    " Tensor rival, Tensor radius, Tensor row, Tensor share, Tensor distance, bool mean_of_square,"
-    " int ignore_index, bool for_input, bool for_weight) -> (Tensor, Tensor)",
-    _gradient,
-    _gradient_fake,
-    backward=raise_no_second_derivative("multi_margin_regularization"),
-    setup_context=save_nothing,
-    native=False,
-)
+multi_margin_regularization_gradient_op = MultiMarginRegularizationGradientOp()

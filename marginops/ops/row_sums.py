@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import result_dtype
 from . import margin_pair as pairs
-from ._library import define, result_dtype
+from ._library import Op
 
 # In the place of a target or rival: a class that these logits are not of.
 ELSEWHERE = -1
@@ -31,6 +32,25 @@ class RowSums(NamedTuple):
     def has_nan(self) -> Tensor:
         """The rows with a NaN."""
         return self.values[:, 0].isnan()
+
+
+class StatisticsFields(NamedTuple):
+    """What ``sample_statistics_op`` returns, ``[N]`` each.
+
+    Those of :class:`SampleStatistics`, then what the gradient needs: the largest logit, and the
+    logarithm of the sum over all classes of exp(logit - largest).
+    """
+
+    margin: Tensor
+    rival: Tensor
+    loss: Tensor
+    confidence: Tensor
+    entropy: Tensor
+    correct: Tensor
+    el2n: Tensor
+    gradient_norm: Tensor
+    maximum: Tensor
+    log_sum: Tensor
 
 
 def within(classes: Tensor, piece: slice) -> Tensor:
@@ -67,7 +87,7 @@ def merge(parts: list[RowSums]) -> RowSums:
     return RowSums(merged, candidates[:, :2])
 
 
-def reference(logits: Tensor, label: Tensor) -> RowSums:
+def row_sums_reference(logits: Tensor, label: Tensor) -> RowSums:
     """From the definition; ``label`` is a class of every row."""
     values = logits.to(result_dtype(logits.dtype))
     nan = values.isnan().any(1)
@@ -95,8 +115,8 @@ def finish(
     ignored: Tensor,
     input_norm: Tensor | None,
     log_norm: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """The fields of ``sample_statistics_op`` from the sums of its rows."""
+) -> StatisticsFields:
+    """The statistics from the sums of their rows."""
     maximum, second, own, others, weighted, squares = rows.values.unbind(1)
     nan = rows.has_nan
     leads = rows.classes[:, 0] == target
@@ -115,8 +135,10 @@ def finish(
         ((squares - own_term.square()).clamp(min=0) + 1) / total.square() + (1 - confidence) ** 2
     )
     el2n = torch.where(leads, of_leader, of_others)
-    fields = (log_sum - (own - maximum), confidence, entropy, el2n)
-    loss, confidence, entropy, el2n = (torch.where(unknown, torch.nan, field) for field in fields)
+    loss = log_sum - (own - maximum)
+    loss, confidence, entropy, el2n = (
+        torch.where(unknown, torch.nan, field) for field in (loss, confidence, entropy, el2n)
+    )
     el2n = torch.where(ignored, 0, el2n)
     if input_norm is None:
         gradient_norm = el2n.new_empty(0)
@@ -124,17 +146,17 @@ def finish(
         gradient_norm = torch.where(
             ignored, 0, el2n * torch.hypot(input_norm.new_ones(()), input_norm)
         )
-    return (
-        torch.where(ignored, torch.inf, torch.where(nan, torch.nan, margin)),
-        torch.where(ignored, 0, rival),
-        torch.where(ignored, 0, loss),
-        torch.where(ignored, 1, confidence),
-        torch.where(ignored, 0, entropy),
-        (leads & ~nan) | ignored,
-        el2n,
-        gradient_norm,
-        maximum.clone(),
-        log_sum,
+    return StatisticsFields(
+        margin=torch.where(ignored, torch.inf, torch.where(nan, torch.nan, margin)),
+        rival=torch.where(ignored, 0, rival),
+        loss=torch.where(ignored, 0, loss),
+        confidence=torch.where(ignored, 1, confidence),
+        entropy=torch.where(ignored, 0, entropy),
+        correct=(leads & ~nan) | ignored,
+        el2n=el2n,
+        gradient_norm=gradient_norm,
+        maximum=maximum.clone(),
+        log_sum=log_sum,
     )
 
 
@@ -144,15 +166,15 @@ def finish_exactly(
     ignored: Tensor,
     input_norm: Tensor | None,
     log_norm: Tensor | None,
-) -> tuple[Tensor, ...]:
+) -> StatisticsFields:
     """:func:`finish`, with margins bit for bit those of whole rows: by the op, of two logits."""
     fields = finish(rows, target, ignored, input_norm, log_norm)
     maximum, second, own = rows.values[:, :3].unbind(1)
     own = torch.where(rows.has_nan, torch.nan, own)
     logits = torch.stack((own, torch.where(rows.classes[:, 0] == target, second, maximum)), 1)
     first = torch.where(ignored, IGNORED, 0)
-    margin, _ = pairs.classification_margin_rival(logits, first, log_norm, None, IGNORED)
-    return margin, *fields[1:]
+    margin, _ = pairs.classification_margin_rival_op(logits, first, log_norm, None, IGNORED)
+    return fields._replace(margin=margin)
 
 
 def top_pair(rows: RowSums) -> tuple[Tensor, Tensor]:
@@ -162,31 +184,36 @@ def top_pair(rows: RowSums) -> tuple[Tensor, Tensor]:
     return pair, torch.where(nan, torch.nan, rows.values[:, 0] - rows.values[:, 1])
 
 
-def _shard_reference(logits: Tensor, target: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
-    here = (target >= 0) & (target < logits.shape[1])
-    values, classes = reference(logits, torch.where(here, target, 0))
-    values[:, 2] = torch.where(here, values[:, 2], 0)
-    if not with_sums:
-        values[:, 3:] = 0
-    return values, classes
+class RowSumsOp(Op):
+    """The fields of :class:`RowSums` of logits; without ``with_sums`` the three sums are 0.
+
+    ``target`` is a class of these logits, or any other number where it is elsewhere.
+    """
+
+    schema = "row_sums(Tensor logits, Tensor target, bool with_sums) -> (Tensor, Tensor)"
+
+    @staticmethod
+    def reference(logits: Tensor, target: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
+        here = (target >= 0) & (target < logits.shape[1])
+        values, classes = row_sums_reference(logits, torch.where(here, target, 0))
+        values[:, 2] = torch.where(here, values[:, 2], 0)
+        if not with_sums:
+            values[:, 3:] = 0
+        return values, classes
+
+    @staticmethod
+    def fake(logits: Tensor, target: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
+        rows = logits.shape[0]
+        return (
+            logits.new_empty((rows, 6), dtype=result_dtype(logits.dtype)),
+            logits.new_empty((rows, 2), dtype=torch.int64),
+        )
 
 
-def _shard_fake(logits: Tensor, target: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
-    rows = logits.shape[0]
-    return (
-        logits.new_empty((rows, 6), dtype=result_dtype(logits.dtype)),
-        logits.new_empty((rows, 2), dtype=torch.int64),
-    )
-
-
-shard_statistics = define(
-    "shard_statistics(Tensor logits, Tensor target, bool with_sums) -> (Tensor, Tensor)",
-    _shard_reference,
-    _shard_fake,
-)
+row_sums_op = RowSumsOp()
 
 
 def piece_sums(logits: Tensor, target: Tensor, piece: slice, with_sums: bool) -> RowSums:
     """Of a piece of rows, without sums all but these; targets and classes count from the rows."""
-    values, classes = shard_statistics(logits, within(target, piece), with_sums)
+    values, classes = row_sums_op(logits, within(target, piece), with_sums)
     return RowSums(values, torch.where(classes < 0, classes, classes + piece.start))

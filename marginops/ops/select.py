@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import margin
-from ._library import define, result_dtype
-from .margin import Rival
+from .. import _checks as checks
+from .._checks import result_dtype
+from ._library import Op
+from .margin import Rival, checked_head, classification_margin_op, minimal_margin_score_op
 from .margin_gradient import margin_gradient, score_gradient
 
 
@@ -45,6 +45,45 @@ def select_smallest(scores: Tensor, k: int) -> Selection:
     """
     checks.check_tensor("scores", scores, 1, "[N]")
     return Selection(*select_smallest_op(scores, checks.check_k(k, scores.size(0), "scores")))
+
+
+class SelectSmallestOp(Op):
+    """The op behind :func:`select_smallest`."""
+
+    schema = "select_smallest(Tensor scores, SymInt k) -> (Tensor, Tensor)"
+
+    @staticmethod
+    def reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        torch._check(
+            0 <= k <= scores.shape[0], lambda: f"k: expected at most {len(scores)}, got {k}"
+        )
+        # NaN of either sign sorts last only if it is one NaN, so sort canonical values.
+        order = torch.where(scores.isnan(), torch.nan, scores + 0).sort(stable=True).indices[:k]
+        return scores[order], order.clone()
+
+    @staticmethod
+    def fake(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return scores.new_empty((k,)), scores.new_empty((k,), dtype=torch.int64)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.count = inputs[0].shape[0]
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count).scatter_(0, indices, grad), None
+
+
+select_smallest_op = SelectSmallestOp()
+
+
+def _empty_selection(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return (
+        logits.new_empty((k,), dtype=result_dtype(logits.dtype)),
+        logits.new_empty((k,), dtype=torch.int64),
+    )
 
 
 def select_minimal_margin(
@@ -84,12 +123,51 @@ def select_minimal_margin(
         >>> marginops.select_minimal_margin(logits, torch.eye(2), k=2).indices
         tensor([1, 2])
     """
-    bias, nearest = margin.checked_head(logits, weight, bias, rival, bias_in_norm)
+    bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm)
     k = checks.check_k(k, logits.size(0), "rows of logits")
-    return Selection(*_select_minimal_margin(logits, weight, bias, k, nearest))
+    return Selection(*select_minimal_margin_op(logits, weight, bias, k, nearest))
 
 
-def select_smallest_margin(
+class SelectMinimalMarginOp(Op):
+    """The op behind :func:`select_minimal_margin`; without a bias in the norm it gets none."""
+
+    schema = (
+        "select_minimal_margin(Tensor logits, Tensor weight, Tensor? bias, SymInt k, bool nearest)"
+        " -> (Tensor, Tensor)"
+    )
+
+    @staticmethod
+    def reference(
+        logits: Tensor, weight: Tensor, bias: Tensor | None, k: int, nearest: bool
+    ) -> tuple[Tensor, Tensor]:
+        scores = minimal_margin_score_op.reference(logits, weight, bias, nearest)
+        return SelectSmallestOp.reference(scores, k)
+
+    @staticmethod
+    def fake(
+        logits: Tensor, weight: Tensor, bias: Tensor | None, k: int, nearest: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _empty_selection(logits, k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, _, ctx.nearest = inputs
+        needs_scores = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(*tensors, output[0] if needs_scores else None, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, scores, indices = ctx.saved_tensors
+        gradients = score_gradient(
+            grad, scores, tuple(inputs), indices, ctx.nearest, ctx.needs_input_grad[:3]
+        )
+        return *gradients, None, None
+
+
+select_minimal_margin_op = SelectMinimalMarginOp()
+
+
+def select_classification_margin(
     logits: Tensor,
     target: Tensor,
     k: int,
@@ -123,109 +201,51 @@ def select_smallest_margin(
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5], [0.1, 0.0], [3.0, 2.0]])
-        >>> marginops.select_smallest_margin(logits, torch.tensor([0, 1, 0]), k=1)
+        >>> marginops.select_classification_margin(logits, torch.tensor([0, 1, 0]), k=1)
         Selection(scores=tensor([-0.1000]), indices=tensor([1]))
     """
     checks.check_logits(logits)
     checks.check_target(target, logits, ignore_index)
     k = checks.check_k(k, logits.size(0), "rows of logits")
     log_norm = checks.as_log_norm(log_norm, logits)
-    return Selection(*_select_smallest_margin(logits, target, log_norm, k, ignore_index))
+    return Selection(*select_classification_margin_op(logits, target, log_norm, k, ignore_index))
 
 
-def _smallest_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    torch._check(0 <= k <= scores.shape[0], lambda: f"k: expected at most {len(scores)}, got {k}")
-    # NaN of either sign sorts last only if it is one NaN, so sort canonical values.
-    order = torch.where(scores.isnan(), torch.nan, scores + 0).sort(stable=True).indices[:k]
-    return scores[order], order.clone()
+class SelectClassificationMarginOp(Op):
+    """The op behind :func:`select_classification_margin`."""
 
-
-def _smallest_fake(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return scores.new_empty((k,)), scores.new_empty((k,), dtype=torch.int64)
-
-
-def _fused_fake(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return (
-        logits.new_empty((k,), dtype=result_dtype(logits.dtype)),
-        logits.new_empty((k,), dtype=torch.int64),
+    schema = (
+        "select_classification_margin(Tensor logits, Tensor target, Tensor? log_norm, SymInt k,"
+        " int ignore_index) -> (Tensor, Tensor)"
     )
 
+    @staticmethod
+    def reference(
+        logits: Tensor, target: Tensor, log_norm: Tensor | None, k: int, ignore_index: int
+    ) -> tuple[Tensor, Tensor]:
+        margins = classification_margin_op.reference(logits, target, log_norm, ignore_index)
+        return SelectSmallestOp.reference(margins, k)
 
-def _minimal_margin_reference(
-    logits: Tensor, weight: Tensor, bias: Tensor | None, k: int, nearest: bool
-) -> tuple[Tensor, Tensor]:
-    return _smallest_reference(margin._score_reference(logits, weight, bias, nearest), k)
+    @staticmethod
+    def fake(
+        logits: Tensor, target: Tensor, log_norm: Tensor | None, k: int, ignore_index: int
+    ) -> tuple[Tensor, Tensor]:
+        return _empty_selection(logits, k)
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, _, ctx.ignore_index = inputs
+        scores = output[0] if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(*tensors, scores, output[1])
 
-def _smallest_margin_reference(
-    logits: Tensor, target: Tensor, log_norm: Tensor | None, k: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    return _smallest_reference(margin._margin_reference(logits, target, log_norm, ignore_index), k)
-
-
-def _smallest_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.count = inputs[0].shape[0]
-    ctx.save_for_backward(output[1])
-
-
-def _smallest_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
-    (indices,) = ctx.saved_tensors
-    return grad.new_zeros(ctx.count).scatter_(0, indices, grad), None
-
-
-def _minimal_margin_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
-) -> None:
-    *tensors, _, ctx.nearest = inputs
-    needs_scores = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    ctx.save_for_backward(*tensors, output[0] if needs_scores else None, output[1])
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, scores, indices = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        grad_logits, grad_log_norm = margin_gradient(
+            grad, scores, tuple(inputs), indices, ctx.ignore_index, needs_grad
+        )
+        return grad_logits, None, grad_log_norm, None, None
 
 
-def _minimal_margin_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, scores, indices = ctx.saved_tensors
-    gradients = score_gradient(
-        grad, scores, tuple(inputs), indices, ctx.nearest, ctx.needs_input_grad[:3]
-    )
-    return *gradients, None, None
-
-
-def _smallest_margin_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
-) -> None:
-    *tensors, _, ctx.ignore_index = inputs
-    scores = output[0] if ctx.needs_input_grad[2] else None
-    ctx.save_for_backward(*tensors, scores, output[1])
-
-
-def _smallest_margin_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, scores, indices = ctx.saved_tensors
-    needs_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    grad_logits, grad_log_norm = margin_gradient(
-        grad, scores, tuple(inputs), indices, ctx.ignore_index, needs_grad
-    )
-    return grad_logits, None, grad_log_norm, None, None
-
-
-select_smallest_op = define(
-    "select_smallest(Tensor scores, SymInt k) -> (Tensor, Tensor)",
-    _smallest_reference,
-    _smallest_fake,
-    backward=_smallest_backward,
-    setup_context=_smallest_context,
-)
-_select_minimal_margin = define(
-    "select_minimal_margin(Tensor logits, Tensor weight, Tensor? bias, SymInt k, bool nearest)"
-    " -> (Tensor, Tensor)",
-    _minimal_margin_reference,
-    lambda logits, weight, bias, k, nearest: _fused_fake(logits, k),
-    backward=_minimal_margin_backward,
-    setup_context=_minimal_margin_context,
-)
-_select_smallest_margin = define(
-    "select_smallest_margin(Tensor logits, Tensor target, Tensor? log_norm, SymInt k,"
-    " int ignore_index) -> (Tensor, Tensor)",
-    _smallest_margin_reference,
-    lambda logits, target, log_norm, k, ignore_index: _fused_fake(logits, k),
-    backward=_smallest_margin_backward,
-    setup_context=_smallest_margin_context,
-)
+select_classification_margin_op = SelectClassificationMarginOp()

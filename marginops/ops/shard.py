@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks as checks
-from ._library import result_dtype
-from .chunks import tile_shape
+from .. import _checks as checks
+from .._checks import result_dtype
+from .class_sum import sum_pairs
 from .linear_margin import head_sums
-from .margin_gradient import sum_pairs
 from .row_sums import ELSEWHERE, RowSums, merge, within
+from .tiles import check_chunk_bytes, tile_shape
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def open_shard(
 
     def check_all() -> _Found:
         dtype = checks.check_linear(input, weight, bias)
-        checks.check_chunk_bytes(chunk_bytes, weight, dtype)
+        check_chunk_bytes(chunk_bytes, weight, dtype)
         others = check()
         same = {
             "function": function,

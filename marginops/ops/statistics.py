@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks as checks
+from .. import _checks as checks
+from .._checks import checked_target, result_dtype
 from . import margin_pair as pairs
 from . import row_sums
-from ._library import define, raise_no_second_derivative, result_dtype, save_nothing
+from ._library import Op
 from .margin_gradient import log_norm_gradient
+from .row_sums import StatisticsFields
 
 
 class SampleStatistics(NamedTuple):
@@ -101,145 +103,153 @@ def sample_statistics(
 
 def as_statistics(fields: tuple[Tensor, ...], has_gradient_norm: bool) -> SampleStatistics:
     """The public fields among those of the op."""
-    statistics = SampleStatistics._make(fields[:8])
+    statistics = SampleStatistics._make(fields[: len(SampleStatistics._fields)])
     return statistics if has_gradient_norm else statistics._replace(gradient_norm=None)
 
 
-def _statistics_reference(
-    logits: Tensor,
-    target: Tensor,
-    input_norm: Tensor | None,
-    log_norm: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, ...]:
-    ignored, label = pairs.checked_target(target, logits.shape[1], ignore_index)
-    rows = row_sums.reference(logits, label)
-    return row_sums.finish(rows, label, ignored, input_norm, log_norm)
+def empty_fields(logits: Tensor, rows: int | torch.SymInt, has_input: bool) -> StatisticsFields:
+    """Fields of the op for so many rows, with any content."""
+    integers, dtype = {"rival": torch.int64, "correct": torch.bool}, result_dtype(logits.dtype)
+
+    def empty(name: str) -> Tensor:
+        size = 0 if name == "gradient_norm" and not has_input else rows
+        return logits.new_empty((size,), dtype=integers.get(name, dtype))
+
+    return StatisticsFields._make(map(empty, StatisticsFields._fields))
 
 
-def statistics_like(
-    logits: Tensor, rows: int | torch.SymInt, has_input: bool
-) -> tuple[Tensor, ...]:
-    """Empty fields of the op for so many rows."""
-    kinds = {1: torch.int64, 5: torch.bool}
-    dtype = result_dtype(logits.dtype)
-    return tuple(
-        logits.new_empty((0 if i == 7 and not has_input else rows,), dtype=kinds.get(i, dtype))
-        for i in range(10)
+def mark_differentiable(ctx: Any, fields: StatisticsFields) -> None:
+    """A gradient that nobody asks for is None and costs nothing."""
+    ctx.mark_non_differentiable(fields.el2n, fields.gradient_norm, fields.maximum, fields.log_sum)
+    ctx.set_materialize_grads(False)
+
+
+FIELDS = "(" + ", ".join(["Tensor"] * len(StatisticsFields._fields)) + ")"
+
+
+class SampleStatisticsOp(Op):
+    """The op behind :func:`sample_statistics`; its results are :class:`StatisticsFields`."""
+
+    schema = (
+        "sample_statistics(Tensor logits, Tensor target, Tensor? input_norm, Tensor? log_norm,"
+        f" int ignore_index) -> {FIELDS}"
     )
 
+    @staticmethod
+    def reference(
+        logits: Tensor,
+        target: Tensor,
+        input_norm: Tensor | None,
+        log_norm: Tensor | None,
+        ignore_index: int,
+    ) -> StatisticsFields:
+        ignored, label = checked_target(target, logits.shape[1], ignore_index)
+        rows = row_sums.row_sums_reference(logits, label)
+        return row_sums.finish(rows, label, ignored, input_norm, log_norm)
 
-def _statistics_fake(
-    logits: Tensor,
-    target: Tensor,
-    input_norm: Tensor | None,
-    log_norm: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, ...]:
-    return statistics_like(logits, logits.shape[0], input_norm is not None)
+    @staticmethod
+    def fake(
+        logits: Tensor,
+        target: Tensor,
+        input_norm: Tensor | None,
+        log_norm: Tensor | None,
+        ignore_index: int,
+    ) -> StatisticsFields:
+        return empty_fields(logits, logits.shape[0], input_norm is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, target, _, log_norm, ctx.ignore_index = inputs
+        fields = StatisticsFields._make(output)
+        mark_differentiable(ctx, fields)
+        ctx.save_for_backward(
+            logits,
+            target,
+            fields.rival,
+            fields.confidence,
+            fields.entropy,
+            fields.maximum,
+            fields.log_sum,
+            log_norm,
+            fields.margin if ctx.needs_input_grad[3] else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *saved, margin = ctx.saved_tensors
+        grad = StatisticsFields._make(grads)
+        grad_logits = None
+        if ctx.needs_input_grad[0]:
+            grad_logits = sample_statistics_gradient_op(
+                *saved, grad.margin, grad.loss, grad.confidence, grad.entropy, ctx.ignore_index
+            )
+        grad_log_norm = log_norm_gradient(grad.margin, margin, saved[1], ctx.ignore_index)
+        return grad_logits, None, None, grad_log_norm, None
 
 
-def _gradient_reference(
-    logits: Tensor,
-    target: Tensor,
-    rival: Tensor,
-    confidence: Tensor,
-    entropy: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    log_norm: Tensor | None,
-    grad_margin: Tensor | None,
-    grad_loss: Tensor | None,
-    grad_confidence: Tensor | None,
-    grad_entropy: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
-    label, has_label = _among(target, logits)
-    gradient = torch.zeros(logits.shape, dtype=result_dtype(logits.dtype), device=logits.device)
-    if grad_loss is not None or grad_confidence is not None or grad_entropy is not None:
-        dense = torch.zeros_like(confidence)
-        if grad_loss is not None:
-            dense = dense + grad_loss
-        if grad_confidence is not None:
-            dense = dense - grad_confidence * confidence
-        log_p = (logits.to(dense.dtype) - maximum.unsqueeze(1)) - log_sum.unsqueeze(1)
-        p = log_p.exp()
-        # At the label p - 1, which must not cancel where p is close to 1.
-        own = log_p.gather(1, label)
-        own = torch.where(has_label, own.expm1(), own.exp())
-        gradient = p.scatter(1, label, own) * dense.unsqueeze(1)
-        if grad_entropy is not None:
-            surprise = torch.where(p == 0, 0, log_p + entropy.unsqueeze(1))
-            gradient = gradient - p * grad_entropy.unsqueeze(1) * surprise
-    if grad_margin is not None:
-        scaled = pairs.normalize(grad_margin, log_norm).unsqueeze(1)
-        other, has_other = _among(rival, logits)
-        gradient.scatter_add_(1, other, torch.where(has_other, -scaled, 0))
-        gradient.scatter_add_(1, label, torch.where(has_label, scaled, 0))
-    ignored = target == ignore_index
-    return torch.where(ignored.unsqueeze(1), 0, gradient).to(logits.dtype)
+sample_statistics_op = SampleStatisticsOp()
+
+
+class SampleStatisticsGradientOp(Op):
+    """The gradient of the statistics for the logits; gradients that are None are not there."""
+
+    schema = (
+        "sample_statistics_gradient(Tensor logits, Tensor target, Tensor rival, Tensor confidence,"
+        " Tensor entropy, Tensor maximum, Tensor log_sum, Tensor? log_norm, Tensor? grad_margin,"
+        " Tensor? grad_loss, Tensor? grad_confidence, Tensor? grad_entropy, int ignore_index)"
+        " -> Tensor"
+    )
+
+    @staticmethod
+    def reference(
+        logits: Tensor,
+        target: Tensor,
+        rival: Tensor,
+        confidence: Tensor,
+        entropy: Tensor,
+        maximum: Tensor,
+        log_sum: Tensor,
+        log_norm: Tensor | None,
+        grad_margin: Tensor | None,
+        grad_loss: Tensor | None,
+        grad_confidence: Tensor | None,
+        grad_entropy: Tensor | None,
+        ignore_index: int,
+    ) -> Tensor:
+        label, has_label = _among(target, logits)
+        gradient = torch.zeros(logits.shape, dtype=result_dtype(logits.dtype), device=logits.device)
+        if grad_loss is not None or grad_confidence is not None or grad_entropy is not None:
+            dense = torch.zeros_like(confidence)
+            if grad_loss is not None:
+                dense = dense + grad_loss
+            if grad_confidence is not None:
+                dense = dense - grad_confidence * confidence
+            log_p = (logits.to(dense.dtype) - maximum.unsqueeze(1)) - log_sum.unsqueeze(1)
+            p = log_p.exp()
+            # At the label p - 1, which must not cancel where p is close to 1.
+            own = log_p.gather(1, label)
+            own = torch.where(has_label, own.expm1(), own.exp())
+            gradient = p.scatter(1, label, own) * dense.unsqueeze(1)
+            if grad_entropy is not None:
+                surprise = torch.where(p == 0, 0, log_p + entropy.unsqueeze(1))
+                gradient = gradient - p * grad_entropy.unsqueeze(1) * surprise
+        if grad_margin is not None:
+            scaled = pairs.normalize(grad_margin, log_norm).unsqueeze(1)
+            other, has_other = _among(rival, logits)
+            gradient.scatter_add_(1, other, torch.where(has_other, -scaled, 0))
+            gradient.scatter_add_(1, label, torch.where(has_label, scaled, 0))
+        ignored = target == ignore_index
+        return torch.where(ignored.unsqueeze(1), 0, gradient).to(logits.dtype)
+
+    @staticmethod
+    def fake(logits: Tensor, *_: Any) -> Tensor:
+        return logits.new_empty(logits.shape)
+
+
+sample_statistics_gradient_op = SampleStatisticsGradientOp()
 
 
 def _among(classes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """[N, 1]: a class of the logits for each one, and whether it is the one that was asked for."""
     here = (classes >= 0) & (classes < logits.shape[1])
     return torch.where(here, classes, 0).unsqueeze(1), here.unsqueeze(1)
-
-
-def _gradient_fake(logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, _, log_norm, ctx.ignore_index = inputs
-    margin, rival, _, confidence, entropy, *_, maximum, log_sum = output
-    mark_differentiable(ctx, output)
-    ctx.save_for_backward(
-        logits,
-        target,
-        rival,
-        confidence,
-        entropy,
-        maximum,
-        log_sum,
-        log_norm,
-        margin if ctx.needs_input_grad[3] else None,
-    )
-
-
-def mark_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
-    """Of the op's fields; a gradient that nobody asks for is None and costs nothing."""
-    *_, el2n, gradient_norm, maximum, log_sum = output
-    ctx.mark_non_differentiable(el2n, gradient_norm, maximum, log_sum)
-    ctx.set_materialize_grads(False)
-
-
-def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, margin = ctx.saved_tensors
-    fields = grads[0], grads[2], grads[3], grads[4]
-    grad_logits = None
-    if ctx.needs_input_grad[0]:
-        grad_logits = sample_statistics_gradient(*saved, *fields, ctx.ignore_index)
-    grad_log_norm = log_norm_gradient(grads[0], margin, saved[1], ctx.ignore_index)
-    return grad_logits, None, None, grad_log_norm, None
-
-
-FIELDS = "(" + ", ".join(["Tensor"] * 10) + ")"
-sample_statistics_op = define(
-    "sample_statistics(Tensor logits, Tensor target, Tensor? input_norm, Tensor? log_norm,"
-    f" int ignore_index) -> {FIELDS}",
-    _statistics_reference,
-    _statistics_fake,
-    backward=_statistics_backward,
-    setup_context=_statistics_context,
-)
-sample_statistics_gradient = define(
-    "sample_statistics_gradient(Tensor logits, Tensor target, Tensor rival, Tensor confidence,"
-    " Tensor entropy, Tensor maximum, Tensor log_sum, Tensor? log_norm, Tensor? grad_margin,"
-    " Tensor? grad_loss, Tensor? grad_confidence, Tensor? grad_entropy, int ignore_index)"
-    " -> Tensor",
-    _gradient_reference,
-    _gradient_fake,
-    backward=raise_no_second_derivative("sample_statistics"),
-    setup_context=save_nothing,
-)

@@ -1,23 +1,26 @@
-"""Training with margins: select batches, find inversion and stragglers, and data to try it on."""
+"""Training with margins: select batches, report epochs, find the inversion point and stragglers."""
 
-from ..evaluation import evaluation_mode
-from .data import ClassificationData, DataError, load_digits, load_fashion_mnist
+from typing import TYPE_CHECKING, Any
+
 from .inversion import InversionMonitor, straggler_stability
-from .loop import Sampling, TrainingHistory, predict, train
-from .selection import last_linear, select_batch
+from .selection import select_batch
+
+if TYPE_CHECKING:
+    from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
-    "ClassificationData",
-    "DataError",
+    "EpochReport",
     "InversionMonitor",
-    "Sampling",
-    "TrainingHistory",
-    "evaluation_mode",
-    "last_linear",
-    "load_digits",
-    "load_fashion_mnist",
-    "predict",
+    "report_epoch",
     "select_batch",
     "straggler_stability",
-    "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the report of an epoch when it is asked for: it alone needs torchmetrics."""
+    if name in ("EpochReport", "report_epoch"):
+        from . import epoch_report as module
+
+        return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import _checks as checks
+from .. import _checks as checks
 
 
 class InversionMonitor:

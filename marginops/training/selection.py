@@ -1,12 +1,11 @@
 """Choosing the samples to train on from a larger batch of candidates."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..evaluation import evaluation_mode
+from ..networks import call, evaluation_mode, last_linear, output_tensor
 from ..ops.linear import linear_select_minimal_margin
 from ..ops.margin import Rival
 from ..ops.select import select_minimal_margin
@@ -35,7 +34,7 @@ def select_batch(
         inputs: The B candidates: a tensor ``[B, ...]``, a mapping of keyword arguments, or a
             tuple or list of positional arguments of ``network``, on its device.
         k: How many, 0 <= k <= B.
-        head: The layer that computes the logits; by default :func:`last_linear`.
+        head: The layer that computes the logits; by default :func:`marginops.networks.last_linear`.
         rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`.
         bias_in_norm: Count the bias of ``head`` as one more column of its weight in the norm.
 
@@ -66,52 +65,16 @@ def select_batch(
     with evaluation_mode(network), torch.no_grad():
         if parts := _body_and_head(network, head):
             body, head = parts
-            features = _output(body, inputs, "features", "[B, D]")
+            features = output_tensor(call(body, inputs), "features", "[B, D]")
             return linear_select_minimal_margin(
-                features, head.weight, k, head.bias, rival=rival, bias_in_norm=bias_in_norm
+                features, head.weight, head.bias, k=k, rival=rival, bias_in_norm=bias_in_norm
             ).indices
-        logits = _output(network, inputs, "logits", "[B, C]")
+        logits = output_tensor(call(network, inputs))
         head = head or last_linear(network, logits.shape[1])
         bias = head.bias if bias_in_norm else None
         return select_minimal_margin(
             logits, head.weight, k, bias, rival=rival, bias_in_norm=bias_in_norm
         ).indices
-
-
-def last_linear(network: nn.Module, num_classes: int) -> nn.Linear:
-    """The linear layer of the network that has ``num_classes`` outputs.
-
-    Args:
-        network: Any module; all of its submodules are walked.
-        num_classes: C, the number of logits.
-
-    Returns:
-        The layer, weight ``[C, D]``.
-
-    Raises:
-        ValueError: No layer fits, or several do and only the caller can tell which one computes
-            the logits.
-
-    Example:
-        >>> import torch
-        >>> from marginops.training import last_linear
-        >>> last_linear(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 3)), 3)
-        Linear(in_features=4, out_features=3, bias=True)
-    """
-    linears = {
-        name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)
-    }
-    fitting = [name for name, layer in linears.items() if layer.weight.shape[0] == num_classes]
-    if len(fitting) == 1:
-        return linears[fitting[0]]
-    if fitting:
-        problem = f"several linear layers have {num_classes} outputs ({', '.join(fitting)})"
-    else:
-        widths = ", ".join(f"{name}: {layer.out_features}" for name, layer in linears.items())
-        problem = f"no linear layer has {num_classes} outputs (linear layers: {widths or 'none'})"
-    raise ValueError(
-        f"network: {problem}; pass head=, the torch.nn.Linear that computes the logits"
-    )
 
 
 def _body_and_head(
@@ -132,21 +95,3 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a call does what its class says; hooks (of pruning, say) and patches do more."""
     hooks = module._forward_pre_hooks or module._forward_hooks
     return not hooks and "forward" not in vars(module)
-
-
-def _output(network: nn.Module, inputs: Any, name: str, shape: str) -> Tensor:
-    if isinstance(inputs, Mapping):
-        output = network(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        output = network(*inputs)
-    else:
-        output = network(inputs)
-    result = getattr(output, "logits", output)
-    if not isinstance(result, Tensor):
-        raise TypeError(
-            f"network: expected {name} {shape} as its output or as the attribute 'logits' of its "
-            f"output, got {type(output).__name__}"
-        )
-    if result.dim() != 2:
-        raise ValueError(f"network: expected {name} of shape {shape}, got {list(result.shape)}")
-    return result

@@ -1,0 +1,207 @@
+"""Argument checks: each names the argument, what was expected and what came."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOATING_NAMES = "float32, float64, bfloat16 or float16"
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic and results: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
+    """A strided floating-point tensor of ``dim`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.dim() == dim and value.dtype in FLOATING and value.layout == torch.strided:
+        return
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.dim() != dim:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+    raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
+
+
+def check_int(name: str, value: Any, least: int | None = None) -> None:
+    """An int, or one of a compiled graph, that is not too small."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        *most, last = (f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name}: expected {', '.join(most)} or {last}, got {value!r}")
+
+
+def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    """``value`` lies where ``like`` lies."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} as {like_name}, got {value.device}"
+        )
+
+
+def check_logits(logits: Any) -> None:
+    """[N, C] with at least two classes."""
+    check_tensor("logits", logits, 2, "[N, C]")
+    if logits.shape[1] < 2:
+        raise ValueError(f"logits: expected at least 2 classes [N, C >= 2], got {[*logits.shape]}")
+
+
+def check_target(target: Any, logits: Tensor, ignore_index: Any, beside: str = "logits") -> None:
+    """[N] int64 class indices beside ``logits``, and an integer ``ignore_index``."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor [N], got {type(target).__name__}")
+    if target.layout != torch.strided:
+        raise TypeError(f"target: expected a dense (strided) tensor, got layout {target.layout}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected dtype torch.int64 (class indices), got {target.dtype}")
+    if target.dim() != 1 or target.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"target: expected shape [{logits.shape[0]}] for {beside} {list(logits.shape)}, "
+            f"got {list(target.shape)}"
+        )
+    check_device("target", target, logits, beside)
+    check_int("ignore_index", ignore_index)
+
+
+def check_features(input: Any, logits: Tensor) -> None:
+    """[N, D], a row for each of ``logits``."""
+    check_tensor("input", input, 2, "[N, D]")
+    if input.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"input: expected {logits.shape[0]} rows for logits {list(logits.shape)}, "
+            f"got shape {list(input.shape)}"
+        )
+    check_device("input", input, logits, "logits")
+
+
+def check_weight(weight: Any, logits: Tensor) -> None:
+    """[C, D], in the dtype of ``logits`` or float32 beside half-precision logits."""
+    check_tensor("weight", weight, 2, "[C, D]")
+    if weight.shape[0] != logits.shape[1]:
+        raise ValueError(
+            f"weight: expected {logits.shape[1]} rows for logits {list(logits.shape)}, "
+            f"got shape {list(weight.shape)}"
+        )
+    check_device("weight", weight, logits, "logits")
+    if weight.dtype != logits.dtype and weight.dtype != result_dtype(logits.dtype):
+        expected = " or ".join(
+            str(dtype) for dtype in dict.fromkeys((logits.dtype, result_dtype(logits.dtype)))
+        )
+        raise TypeError(
+            f"weight: expected dtype {expected} beside logits of {logits.dtype}, got {weight.dtype}"
+        )
+
+
+def check_bias(bias: Any, weight: Tensor) -> None:
+    """[C] in the dtype of ``weight``."""
+    check_bias_shape(bias, weight)
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"bias: expected dtype {weight.dtype} as weight, got {bias.dtype}")
+
+
+def check_bias_shape(bias: Any, weight: Tensor) -> None:
+    """[C], beside ``weight``."""
+    check_tensor("bias", bias, 1, "[C]")
+    if bias.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"bias: expected shape [{weight.shape[0]}] for weight {list(weight.shape)}, "
+            f"got {list(bias.shape)}"
+        )
+    check_device("bias", bias, weight, "weight")
+
+
+def check_bias_in_norm(bias: Any, bias_in_norm: Any) -> None:
+    """The norm that includes a bias has one."""
+    if bias_in_norm and bias is None:
+        raise ValueError("bias: expected a tensor [C] because bias_in_norm=True, got None")
+
+
+def check_k(k: Any, count: int, counted: str) -> int:
+    """An integer in [0, count]; the integers of compiled graphs stay symbolic."""
+    if type(k) is not int and not isinstance(k, torch.SymInt):
+        if isinstance(k, bool) or not isinstance(k, SupportsIndex):
+            raise TypeError(f"k: expected an int, got {type(k).__name__}")
+        k = operator.index(k)
+    if k < 0 or k > count:
+        raise ValueError(f"k: expected 0 <= k <= {count} (the number of {counted}), got {k}")
+    return k
+
+
+def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
+    """A number or 0-d tensor as a 0-d tensor of the result dtype; ``None`` stays."""
+    if log_norm is None:
+        return None
+    dtype = result_dtype(logits.dtype)
+    if not isinstance(log_norm, Tensor):
+        if isinstance(log_norm, bool) or not isinstance(log_norm, (int, float)):
+            raise TypeError(
+                f"log_norm: expected a float or a 0-d tensor, got {type(log_norm).__name__}"
+            )
+        # On the CPU whatever the device of logits: kernels take it by value, nothing is copied.
+        return torch.tensor(log_norm, dtype=dtype, device="cpu")
+    check_tensor("log_norm", log_norm, 0, "[] (0-d)")
+    check_device("log_norm", log_norm, logits, "logits")
+    return log_norm.to(dtype)
+
+
+def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
+    """Features [N, D] and the last layer [C, D], [C], as ``F.linear`` takes them.
+
+    Returns:
+        The dtype that autocast asks of the product; None without autocast.
+    """
+    check_tensor("input", input, 2, "[N, D]")
+    check_tensor("weight", weight, 2, "[C, D]")
+    if weight.shape[1] != input.shape[1]:
+        raise ValueError(
+            f"weight: expected {input.shape[1]} columns for input {list(input.shape)}, "
+            f"got shape {list(weight.shape)}"
+        )
+    check_device("weight", weight, input, "input")
+    if bias is not None:
+        check_bias_shape(bias, weight)
+    others = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
+    # The meta device has no autocast, and asking for it is an error.
+    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
+    for name, value in others:
+        # Autocast leaves float64 alone and casts the rest to one dtype.
+        same_kind = torch.float64 not in (value.dtype, input.dtype)
+        if value.dtype != input.dtype and not (autocast and same_kind):
+            raise TypeError(f"{name}: expected dtype {input.dtype} as input, got {value.dtype}")
+    if autocast and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
+    return None
+
+
+def check_classes(weight: Tensor) -> None:
+    """At least two rows."""
+    if weight.shape[0] < 2:
+        raise ValueError(f"weight: expected at least 2 classes [C >= 2, D], got {[*weight.shape]}")
+
+
+def checked_target(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The ignored samples, and targets with class 0 in their place."""
+    ignored = target == ignore_index
+    valid = ((target >= 0) & (target < classes)) | ignored
+    if target.is_cuda:
+        torch._assert_async(valid.all())
+    elif not valid.all():
+        wrong = target[~valid][0].item()
+        raise RuntimeError(
+            f"target: expected classes in [0, {classes}) or ignore_index {ignore_index}, "
+            f"got {wrong}"
+        )
+    return ignored, torch.where(ignored, 0, target)

@@ -1,0 +1,1 @@
+"""The command line: it uses every room, and no room uses it."""

@@ -1,0 +1,204 @@
+"""Real classification data: scikit-learn's digits, and Fashion-MNIST from its files."""
+
+import gzip
+import math
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_IMAGES_MAGIC = 0x00000803
+_LABELS_MAGIC = 0x00000801
+_FASHION_MNIST_CLASSES = 10
+_FASHION_MNIST_SIZE = 28
+_WHERE = (
+    "the four Fashion-MNIST files come from https://github.com/zalandoresearch/fashion-mnist or "
+    "the Debian package dataset-fashion-mnist"
+)
+
+
+class DataError(ValueError):
+    """A data file is missing or damaged; the message names it and says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClassificationData:
+    """A classification data set in memory, split in two.
+
+    Attributes:
+        name: What to call it.
+        num_classes: C.
+        train_inputs: ``[N, ...]`` floating point.
+        train_target: ``[N]`` int64, classes in [0, C).
+        test_inputs: ``[M, ...]``.
+        test_target: ``[M]``.
+    """
+
+    name: str
+    num_classes: int
+    train_inputs: Tensor
+    train_target: Tensor
+    test_inputs: Tensor
+    test_target: Tensor
+
+    def to(self, device: torch.device | str) -> "ClassificationData":
+        """The same data on ``device``."""
+        return replace(
+            self,
+            train_inputs=self.train_inputs.to(device),
+            train_target=self.train_target.to(device),
+            test_inputs=self.test_inputs.to(device),
+            test_target=self.test_target.to(device),
+        )
+
+
+def load_digits() -> ClassificationData:
+    """The 1,797 8 x 8 images of handwritten digits that scikit-learn carries.
+
+    The split is fixed and stratified, 1,347 to train and 450 to test; every pixel is
+    standardised by its mean and deviation over the training images, constant ones to zero.
+
+    Returns:
+        Inputs ``[N, 1, 8, 8]`` float32, ten classes.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+
+    Example:
+        >>> from marginops.commands.data import load_digits
+        >>> load_digits().train_inputs.shape
+        torch.Size([1347, 1, 8, 8])
+    """
+    try:
+        from sklearn import datasets, model_selection
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'load_digits needs scikit-learn; install it with: pip install "marginops[demo]"',
+            name=error.name,
+        ) from error
+    digits = datasets.load_digits()
+    train_images, test_images, train_target, test_target = model_selection.train_test_split(
+        digits.images, digits.target, test_size=450, stratify=digits.target, random_state=0
+    )
+    train_inputs, test_inputs = (
+        torch.tensor(images, dtype=torch.float32).unsqueeze(1)
+        for images in (train_images, test_images)
+    )
+    deviation, mean = torch.std_mean(train_inputs, dim=0, correction=0)
+    deviation = torch.where(deviation == 0, 1, deviation)
+    return ClassificationData(
+        name="digits",
+        num_classes=10,
+        train_inputs=(train_inputs - mean) / deviation,
+        train_target=torch.tensor(train_target, dtype=torch.int64),
+        test_inputs=(test_inputs - mean) / deviation,
+        test_target=torch.tensor(test_target, dtype=torch.int64),
+    )
+
+
+def load_fashion_mnist(data_dir: str | Path) -> ClassificationData:
+    """Fashion-MNIST (or another data set of its form, such as MNIST) from its four idx files.
+
+    All pixels are standardised by one mean and deviation, those of the training images.
+
+    Args:
+        data_dir: Folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``,
+            ``t10k-images-idx3-ubyte`` and ``t10k-labels-idx1-ubyte``, each as it is or as
+            ``.gz``; where both are there, the uncompressed one is read.
+
+    Returns:
+        Inputs ``[N, 1, 28, 28]`` float32, ten classes.
+
+    Raises:
+        DataError: A file is missing, cannot be read, is truncated or too long, has another
+            format or image size, or does not fit the file beside it.
+
+    Example:
+        >>> from marginops.commands.data import load_fashion_mnist
+        >>> load_fashion_mnist("/usr/share/datasets/fashion-mnist").name  # doctest: +SKIP
+        'fashion-mnist'
+    """
+    train_images, train_target = _read_split(Path(data_dir), "train")
+    test_images, test_target = _read_split(Path(data_dir), "t10k")
+    deviation, mean = torch.std_mean(train_images.float(), correction=0)
+    # Images that are all alike stay at zero.
+    deviation = torch.where(deviation == 0, 1, deviation)
+    return ClassificationData(
+        name="fashion-mnist",
+        num_classes=_FASHION_MNIST_CLASSES,
+        train_inputs=(train_images.float() - mean) / deviation,
+        train_target=train_target,
+        test_inputs=(test_images.float() - mean) / deviation,
+        test_target=test_target,
+    )
+
+
+def _read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Images [N, 1, 28, 28] uint8 and labels [N] int64."""
+    image_path, images = _read_idx(folder, f"{split}-images-idx3-ubyte", _IMAGES_MAGIC)
+    label_path, labels = _read_idx(folder, f"{split}-labels-idx1-ubyte", _LABELS_MAGIC)
+    size = _FASHION_MNIST_SIZE
+    if images.shape[1:] != (size, size):
+        height, width = images.shape[1:]
+        raise DataError(
+            f"{image_path}: expected images of {size} x {size} pixels, got {height} x {width}; "
+            f"{_WHERE}"
+        )
+    if len(images) != len(labels):
+        raise DataError(
+            f"{label_path}: expected {len(images)} labels as there are images in "
+            f"{image_path.name}, got {len(labels)}; take both files from the same source"
+        )
+    if labels.max() >= _FASHION_MNIST_CLASSES:
+        raise DataError(
+            f"{label_path}: expected labels from 0 to {_FASHION_MNIST_CLASSES - 1}, "
+            f"got {labels.max().item()}; {_WHERE}"
+        )
+    return images.unsqueeze(1), labels.long()
+
+
+def _read_idx(folder: Path, name: str, magic: int) -> tuple[Path, Tensor]:
+    """A file in idx format: magic number, sizes (both 32 bit, big endian), then the bytes."""
+    plain, compressed = folder / name, folder / f"{name}.gz"
+    path = plain if plain.exists() else compressed
+    if not path.exists():
+        raise DataError(f"{plain}: expected this file or {compressed.name}, found none; {_WHERE}")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path == compressed else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: expected a complete gzip file, got a damaged one ({error}); fetch it again"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: expected a readable file, got: {error.strerror}; check its permissions"
+        ) from error
+
+    def number(index: int) -> int:
+        return int.from_bytes(content[4 * index : 4 * index + 4], "big")
+
+    dimensions = magic & 0xFF
+    header = 4 * (1 + dimensions)
+    if len(content) < header:
+        raise DataError(
+            f"{path}: expected a header of {header} bytes, got {len(content)} bytes in all; "
+            "fetch it again"
+        )
+    if number(0) != magic:
+        raise DataError(
+            f"{path}: expected magic number 0x{magic:08x} (idx, unsigned bytes, {dimensions} "
+            f"dimensions), got 0x{number(0):08x}; {_WHERE}"
+        )
+    sizes = [number(1 + dimension) for dimension in range(dimensions)]
+    expected = header + math.prod(sizes)
+    if len(content) != expected:
+        raise DataError(
+            f"{path}: expected {expected:,} bytes for sizes {sizes}, got {len(content):,}; "
+            "fetch it again"
+        )
+    if expected == header:
+        raise DataError(f"{path}: expected at least one sample, got sizes {sizes}; {_WHERE}")
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+    return path, values.view(sizes)

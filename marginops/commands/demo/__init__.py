@@ -1,0 +1,1 @@
+"""The ``marginops demo`` command: minimal margin selection against uniform sampling."""

@@ -1,0 +1,123 @@
+"""Options of the ``marginops demo`` command, its runs, and what it prints and writes."""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from ...norms import log_norm_product
+from ..data import ClassificationData
+from ..options import (
+    MOMENTUM,
+    UsageError,
+    add_count,
+    add_data_arguments,
+    add_run_arguments,
+    check_environment,
+    describe,
+    execute,
+    load,
+    mlp,
+    with_defaults,
+    write,
+)
+from .loop import Sampling, TrainingHistory, train
+from .report import LABELS, Results, conclusion, report, table
+
+_DEFAULTS = {
+    "digits": {"batch_size": 16, "updates": 1000, "hidden": (128,), "learning_rate": 0.05},
+    "fashion-mnist": {"batch_size": 64, "updates": 3000, "hidden": (256,), "learning_rate": 0.05},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``marginops demo`` to its parser."""
+    add_data_arguments(parser, _DEFAULTS)
+    add_count(parser, "--updates", "optimizer steps of each run", _DEFAULTS)
+    add_count(parser, "--batch-size", "samples back-propagated in each update", _DEFAULTS)
+    add_count(parser, "--candidates", "candidates scored for each sample trained on", 10)
+    add_count(parser, "--seeds", "runs of each method", 3)
+    add_run_arguments(
+        parser,
+        _DEFAULTS,
+        learning_rate=f"of SGD with momentum {MOMENTUM}, falling to 0 along a cosine",
+        output="marginops-demo.png",
+        quiet="show no progress",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train with both methods, print the table and write the figure; return the exit status."""
+    return execute("demo", _run, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    check_environment(arguments, ["matplotlib", "tqdm"])
+    options = with_defaults(arguments, _DEFAULTS)
+    torch.set_num_threads(options.threads)
+    data = load(options).to(options.device)
+    _check_candidates(data, options)
+    results = compare(data, options)
+
+    samples, network = describe(data, options)
+    print(f"{samples}; {network}, seeds: {options.seeds}, device: {options.device}")
+    print(f"\n{table(results)}\n\n{conclusion(results, options.candidates)}")
+
+    from .figure import draw
+
+    figure = draw(results, f"{data.name}, {network}, {options.updates:,} updates")
+    write(options.output, lambda path: figure.savefig(path, dpi=150))
+    if options.json is not None:
+        text = json.dumps(report(results, options), indent=2)
+        write(options.json, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def compare(data: ClassificationData, options: argparse.Namespace) -> Results:
+    """Train with either sampling from the same initial networks, one per seed."""
+    from tqdm import tqdm
+
+    def run_once(sampling: Sampling, seed: int, updates: int, progress: Any) -> TrainingHistory:
+        torch.manual_seed(seed)
+        model = mlp(data, options.hidden).to(options.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=MOMENTUM)
+        return train(
+            model,
+            data,
+            optimizer,
+            updates=updates,
+            batch_size=options.batch_size,
+            sampling=sampling,
+            candidate_ratio=options.candidates,
+            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates),
+            generator=torch.Generator().manual_seed(seed),
+            log_norm=log_norm_product,
+            on_update=lambda _: progress.update(),
+        )
+
+    # The first calls build or load the native library and warm up PyTorch: no run pays for that.
+    for sampling in LABELS:
+        run_once(sampling, 0, min(options.updates, 20), tqdm(disable=True))
+    results: dict[Sampling, list[TrainingHistory]] = {sampling: [] for sampling in LABELS}
+    total = len(LABELS) * options.seeds * options.updates
+    with tqdm(total=total, unit=" updates", disable=options.quiet, dynamic_ncols=True) as progress:
+        for seed in range(options.seeds):
+            for sampling in LABELS:
+                progress.set_description(f"seed {seed + 1}/{options.seeds}, {LABELS[sampling]}")
+                history = run_once(sampling, seed, options.updates, progress)
+                if not history.margins_after.isfinite().all():
+                    raise UsageError(
+                        f"training diverged ({LABELS[sampling]}, seed {seed + 1}); "
+                        "lower --learning-rate"
+                    )
+                results[sampling].append(history)
+    return results
+
+
+def _check_candidates(data: ClassificationData, options: argparse.Namespace) -> None:
+    candidates = options.batch_size * options.candidates
+    if candidates > len(data.train_target):
+        raise UsageError(
+            f"--batch-size {options.batch_size} times --candidates {options.candidates} is "
+            f"{candidates}, more than the {len(data.train_target)} training samples; lower either"
+        )

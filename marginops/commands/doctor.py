@@ -1,0 +1,165 @@
+"""What this installation is, and which implementation each op family really uses, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from .._native import recipe, toolchain
+from .._native.cache import cache_folder
+from .._native.loader import Loader
+from .._version import __version__
+
+_PACKAGES = ("torch", "numpy", "pybind11", "ninja")
+_VARIABLES = (
+    "MARGINOPS_CACHE_DIR",
+    "MARGINOPS_DISABLE_JIT",
+    "MARGINOPS_CUDA_ARCH_LIST",
+    "MARGINOPS_VERBOSE",
+    "TORCH_CUDA_ARCH_LIST",
+    "ATEN_CPU_CAPABILITY",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "CXX",
+    "CC",
+    "MAX_JOBS",
+    "XDG_CACHE_HOME",
+)
+
+
+def report(loader: Loader, build: bool = True) -> dict[str, Any]:
+    """Everything there is to know; a probe that fails puts its error in its place.
+
+    Args:
+        loader: the loader to ask.
+        build: compile the kernels that this machine can use and does not have yet.
+    """
+    probes: dict[str, Callable[[], Any]] = {
+        "versions": _versions,
+        "platform": _platform,
+        "toolchain": _toolchain,
+        "gpus": _gpus,
+        "environment": lambda: {
+            name: os.environ[name] for name in _VARIABLES if name in os.environ
+        },
+        "kernels": lambda: {
+            name: _guarded(partial(_kernels, loader, name, build))
+            for name in recipe.SOURCE_PATTERNS
+        },
+        "cache": _cache,
+    }
+    return {name: _guarded(probe) for name, probe in probes.items()}
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for human readers."""
+    return "\n".join(_lines(report, ""))
+
+
+def _lines(value: dict[str, Any], indent: str) -> list[str]:
+    lines = []
+    for name, content in value.items():
+        if isinstance(content, dict) and content:
+            lines += [f"{indent}{name}:", *_lines(content, indent + "  ")]
+        elif isinstance(content, list) and content:
+            lines += [f"{indent}{name}:", *(f"{indent}  {item}" for item in content)]
+        else:
+            lines.append(f"{indent}{name}: {'none' if content in (None, [], {}) else content}")
+    return lines
+
+
+def _guarded(probe: Callable[[], Any]) -> Any:
+    try:
+        return probe()
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "marginops": __version__,
+        "python": platform.python_version(),
+        **{name: _guarded(partial(importlib.metadata.version, name)) for name in _PACKAGES},
+        "torch.version.cuda": torch.version.cuda,
+    }
+
+
+def _platform() -> dict[str, Any]:
+    capability = _guarded(torch.backends.cpu.get_cpu_capability)
+    return {
+        "system": _guarded(platform.platform),
+        "machine": platform.machine(),
+        "python": sys.executable,
+        "cpu capability": capability,
+        "instruction set": recipe.instruction_sets(capability)[0],
+    }
+
+
+def _toolchain() -> dict[str, Any]:
+    def compiler() -> str:
+        found = toolchain.find_compiler()
+        return f"{found.path} ({found.version})"
+
+    def toolkit() -> str | None:
+        if torch.version.cuda is None:
+            return None
+        found = toolchain.find_cuda_toolkit()
+        return f"{found.home} ({found.version})"
+
+    return {
+        "compiler": _guarded(compiler),
+        "ninja": _guarded(lambda: str(toolchain.find_ninja())),
+        "cuda toolkit": _guarded(toolkit),
+        "cuda architectures": _guarded(toolchain.find_archs) if torch.version.cuda else None,
+    }
+
+
+def _gpus() -> list[str]:
+    def describe(index: int) -> str:
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"{torch.cuda.get_device_name(index)} ({major}.{minor})"
+
+    if not torch.cuda.is_available():
+        return []
+    return [_guarded(partial(describe, index)) for index in range(torch.cuda.device_count())]
+
+
+def _cache() -> dict[str, Any]:
+    folder = cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    return {
+        "folder": str(folder),
+        "writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        "bytes": _guarded(size),
+    }
+
+
+def _kernels(loader: Loader, device_type: str, build: bool) -> dict[str, Any]:
+    # Building for GPUs that are not there is nobody's wish.
+    build = build and (device_type == "cpu" or torch.cuda.is_available())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = loader.outcome(device_type, build)
+    compiled = outcome.build_info.get("families", [])
+    known = sorted({*recipe.families(loader.csrc, device_type), *compiled})
+    return {
+        "op families": {
+            name: outcome.implementation if name in compiled else "reference" for name in known
+        },
+        "why not better": outcome.reasons,
+        "library": str(outcome.library) if outcome.library else None,
+        "build info": outcome.build_info,
+    }

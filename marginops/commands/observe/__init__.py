@@ -1,0 +1,1 @@
+"""The ``marginops observe`` command: margins, collapse and class manifolds in training."""

@@ -1,0 +1,80 @@
+"""The training that ``marginops observe`` looks at, epoch by epoch."""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...homogeneity import rates
+from ...nn import MultiMarginRegularization
+from ...training import EpochReport, InversionMonitor, report_epoch
+from ..data import ClassificationData
+from ..options import MOMENTUM, UsageError, mlp
+
+
+@dataclass
+class Observation:
+    """A training run: the network as it ended, and what was seen of it after every epoch."""
+
+    network: nn.Sequential
+    rates: dict[str, float]
+    inversion: InversionMonitor
+    reports: list[EpochReport] = field(default_factory=list)
+
+    @property
+    def inversions(self) -> list[int | None]:
+        """For each class the epoch of its inversion."""
+        epochs = self.inversion.epoch
+        assert isinstance(epochs, list)
+        return epochs
+
+
+def watch(
+    data: ClassificationData,
+    options: argparse.Namespace,
+    on_epoch: Callable[[int, EpochReport], None],
+) -> Observation:
+    """Train a network and look at it after every epoch."""
+    torch.manual_seed(options.seed)
+    network = mlp(data, options.hidden).to(options.device)
+    head = network[-1]
+    assert isinstance(head, nn.Linear)
+    optimizer = torch.optim.SGD(network.parameters(), lr=options.learning_rate, momentum=MOMENTUM)
+    regularization = MultiMarginRegularization(options.epochs).to(options.device)
+    observation = Observation(
+        network, rates(network, data.train_inputs[:2]), InversionMonitor(data.num_classes)
+    )
+    for epoch in range(options.epochs):
+        regularization.set_epoch(epoch)
+        for rows in torch.randperm(len(data.train_target)).split(options.batch_size):
+            rows = rows.to(options.device)
+            target = data.train_target[rows]
+            features = network[:-1](data.train_inputs[rows])
+            logits = head(features)
+            loss = F.cross_entropy(logits, target)
+            if options.regularize:
+                loss = loss + regularization(features, head.weight, target, logits)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        seen = report_epoch(
+            network,
+            data.train_inputs,
+            data.train_target,
+            test_inputs=data.test_inputs,
+            test_target=data.test_target,
+            head=head,
+            rates=observation.rates,
+        )
+        if not math.isfinite(seen.distribution.mean):
+            raise UsageError(f"training diverged in epoch {epoch + 1}; lower --learning-rate")
+        observation.inversion.update(
+            seen.manifolds.radius, seen.misclassified, data.train_target.cpu()
+        )
+        observation.reports.append(seen)
+        on_epoch(epoch + 1, seen)
+    return observation

@@ -1,0 +1,111 @@
+"""What ``marginops observe`` says about its run."""
+
+import argparse
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...training.epoch_report import QUANTILES, EpochReport
+from .loop import Observation
+
+_COLUMNS = (
+    "epoch", "error", "accuracy", "area", "smallest", "NC1", "NC2 norm", "NC2 angle", "NC3", "NC4",
+    "radius", "e^-tau q",
+)  # fmt: skip
+_WIDTHS = [max(len(name), 7) for name in _COLUMNS]
+HEADER = "\n".join(
+    (
+        "error, accuracy    share of the training samples misclassified, of the test samples not",
+        "area, smallest     mean and smallest of the training samples' margins / layer norms",
+        "NC1 to NC4         neural collapse of the last hidden layer, 0 if complete",
+        "radius             mean of the classes' radii in that layer, on the unit sphere",
+        "e^-tau q           smallest margin of the network at scale 1; need not grow",
+        "",
+        " ".join(name.rjust(width) for name, width in zip(_COLUMNS, _WIDTHS, strict=True)),
+    )
+)
+
+
+def line(epoch: int, seen: EpochReport) -> str:
+    """One line of the table."""
+    margin, collapse = seen.distribution, seen.collapse
+    cells = (
+        str(epoch),
+        f"{100 * seen.training_error:.2f} %",
+        f"{100 * seen.test_accuracy:.2f} %",
+        f"{margin.area:.3g}",
+        f"{margin.minimum:.3g}",
+        f"{collapse.nc1:.3f}",
+        f"{collapse.nc2_norm_means:.3f}",
+        f"{collapse.nc2_angle_means:.3f}",
+        f"{collapse.nc3:.3f}",
+        f"{collapse.nc4:.4f}",
+        f"{seen.manifolds.radius.mean():.4f}",
+        f"{seen.tau_margin:.3g}",
+    )
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+def conclusion(observation: Observation) -> str:
+    """How training ended, when the classes stopped contracting, and what was misclassified then."""
+    last, monitor = observation.reports[-1], observation.inversion
+    epochs, stragglers = observation.inversions, monitor.stragglers
+    done = [f"{label} at {epoch}" for label, epoch in enumerate(epochs) if epoch is not None]
+    others = [str(label) for label, epoch in enumerate(epochs) if epoch is None]
+    count = len(observation.reports)
+    text = (
+        f"After {count} {'epoch' if count == 1 else 'epochs'} {100 * last.training_error:.2f} % of "
+        f"the training samples are misclassified, and test accuracy is "
+        f"{100 * last.test_accuracy:.2f} %.\nInversion, the first epoch from "
+        f"{monitor.first_epoch} on in which the radius of a class does not fall: "
+    )
+    text += f"class {', '.join(done)}" if done else "no class"
+    text += f"; not yet class {', '.join(others)}." if done and others else "."
+    if stragglers is not None:
+        text += (
+            f"\nStragglers, misclassified at the inversion of their class: {stragglers.sum()} of "
+            f"{len(stragglers):,} training samples."
+        )
+    return text
+
+
+def report(observation: Observation, options: argparse.Namespace) -> dict[str, Any]:
+    """Settings and all that was seen, ready for JSON."""
+    names = ("data", "epochs", "batch_size", "learning_rate", "seed", "regularize", "threads")
+    stragglers = observation.inversion.stragglers
+    return {
+        **{name: getattr(options, name) for name in names},
+        "hidden": list(options.hidden),
+        "device": str(options.device),
+        "torch": torch.__version__,
+        "conclusion": conclusion(observation),
+        "rates": observation.rates,
+        "inversion": observation.inversion.epoch,
+        "stragglers": [] if stragglers is None else stragglers.nonzero().flatten().tolist(),
+        "quantile_levels": list(QUANTILES),
+        "epoch": [_plain(seen) for seen in observation.reports],
+    }
+
+
+def _plain(seen: EpochReport) -> dict[str, Any]:
+    kept = ("area", "area_cdf", "minimum", "maximum", "separation", "quantiles")
+    return {
+        "training_error": seen.training_error,
+        "test_accuracy": seen.test_accuracy,
+        "log_norm": seen.log_norm,
+        "margin": {name: _numbers(getattr(seen.distribution, name)) for name in kept},
+        "collapse": {name: _numbers(value) for name, value in seen.collapse._asdict().items()},
+        "radius": _numbers(seen.manifolds.radius),
+        "tau_margin": seen.tau_margin,
+        "lambda_max_margin": seen.lambda_max_margin,
+    }
+
+
+def _numbers(value: Tensor) -> Any:
+    """A number or lists of them, None for those that JSON does not have."""
+    if value.dim() > 0:
+        return [_numbers(part) for part in value]
+    number = value.item()
+    return number if math.isfinite(number) else None

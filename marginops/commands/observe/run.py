@@ -1,0 +1,92 @@
+"""Options of the ``marginops observe`` command, and what it prints and writes."""
+
+import argparse
+import json
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..options import (
+    MOMENTUM,
+    add_count,
+    add_data_arguments,
+    add_run_arguments,
+    check_environment,
+    describe,
+    execute,
+    load,
+    seed,
+    with_defaults,
+    write,
+)
+
+if TYPE_CHECKING:
+    from ...training import EpochReport
+
+_DEFAULTS = {
+    # All of digits at once, and so without the noise of batches.
+    "digits": {"epochs": 300, "batch_size": 1347, "hidden": (64, 64), "learning_rate": 0.1},
+    "fashion-mnist": {"epochs": 40, "batch_size": 512, "hidden": (256, 256), "learning_rate": 0.05},
+}
+_LINES = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``marginops observe`` to its parser."""
+    add_data_arguments(parser, _DEFAULTS)
+    add_count(parser, "--epochs", "passes over the training data", _DEFAULTS)
+    add_count(parser, "--batch-size", "samples in each update", _DEFAULTS)
+    add_run_arguments(
+        parser,
+        _DEFAULTS,
+        learning_rate=f"of SGD with momentum {MOMENTUM}",
+        output="marginops-observe.png",
+        quiet="print no line for each epoch",
+    )
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="of network and batches (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--regularize", action="store_true", help="add multi-margin regularization to the loss"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, print what is seen and write the figure; return the exit status."""
+    return execute("observe", _run, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    check_environment(arguments, ["matplotlib", "scipy", "torchmetrics"])
+    options = with_defaults(arguments, _DEFAULTS)
+    torch.set_num_threads(options.threads)
+    data = load(options).to(options.device)
+
+    from .figure import draw
+    from .loop import watch
+    from .report import HEADER, conclusion, line, report
+
+    samples, network = describe(data, options)
+    if options.regularize:
+        network += ", multi-margin regularization"
+    print(f"{samples}; {network}, seed {options.seed}, device: {options.device}")
+    if not options.quiet:
+        print(f"\n{HEADER}")
+
+    def show(epoch: int, seen: "EpochReport") -> None:
+        step = math.ceil(options.epochs / _LINES)
+        if not options.quiet and (epoch % step == 0 or epoch in (1, options.epochs)):
+            print(line(epoch, seen), flush=True)
+
+    observation = watch(data, options, show)
+    print(f"\n{conclusion(observation)}\n")
+    figure = draw(observation, f"{data.name}, {network}")
+    write(options.output, lambda path: figure.savefig(path, dpi=90))
+    if options.json is not None:
+        text = json.dumps(report(observation, options), indent=2)
+        write(options.json, lambda path: path.write_text(text + "\n", encoding="utf-8"))

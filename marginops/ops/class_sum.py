@@ -1,0 +1,54 @@
+"""Sums over the samples of each class in a fixed order, for gradients."""
+
+import torch
+from torch import Tensor
+
+from .._checks import result_dtype
+from ._library import Op
+
+
+def add_in_order(sums: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add ``values`` to the rows ``index`` of ``sums`` in a fixed order, on each device."""
+    if sums.is_cuda:
+        sums.index_put_((index,), values, accumulate=True)
+    else:
+        sums.index_add_(0, index, values)
+
+
+class ClassSumOp(Op):
+    """``coefficient * row`` summed for each class; ``key`` is class * rows + row, sorted."""
+
+    schema = "class_sum(Tensor key, Tensor coefficient, Tensor rows, SymInt classes) -> Tensor"
+
+    @staticmethod
+    def reference(key: Tensor, coefficient: Tensor, rows: Tensor, classes: int) -> Tensor:
+        sums = coefficient.new_zeros(classes, rows.shape[1])
+        index = key // max(len(rows), 1)
+        for part in torch.arange(len(key), device=key.device).split(4096):
+            scaled = coefficient[part].unsqueeze(1) * rows[key[part] % len(rows)].to(sums.dtype)
+            add_in_order(sums, index[part], scaled)
+        return sums
+
+    @staticmethod
+    def fake(key: Tensor, coefficient: Tensor, rows: Tensor, classes: int) -> Tensor:
+        return rows.new_empty((classes, rows.shape[1]), dtype=result_dtype(rows.dtype))
+
+
+class_sum_op = ClassSumOp()
+
+
+def sum_pairs(
+    value: Tensor, rows: Tensor, pair: Tensor, classes: int, kept: Tensor | None = None
+) -> Tensor:
+    """[C, D]: ``value_k * rows_k`` added to the first class of pair k, and taken from the second.
+
+    Sorted by class, every class is one segment that one worker sums in a fixed order. ``kept``
+    are the entries that count among the first classes of all pairs and then the second ones.
+    """
+    count = pair.shape[0]
+    index, sample = pair.t().flatten(), torch.arange(count, device=pair.device).repeat(2)
+    coefficient = torch.cat((value, -value))
+    if kept is not None:
+        index, sample, coefficient = index[kept], sample[kept], coefficient[kept]
+    key, order = (index * count + sample).sort()
+    return class_sum_op(key, coefficient[order], rows, classes)

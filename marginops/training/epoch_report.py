@@ -1,0 +1,161 @@
+"""What a network has made of its training data: margins, neural collapse and class manifolds."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import homogeneity
+from .._checks import check_target
+from ..metrics import (
+    ClassManifolds,
+    ClassManifoldsSummary,
+    MarginDistribution,
+    MarginSummary,
+    NeuralCollapse,
+    NeuralCollapseSummary,
+)
+from ..networks import features_and_logits, last_linear, predict, unwrap
+from ..norms import log_norm_product
+from ..ops.statistics import sample_statistics
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True, eq=False)
+class EpochReport:
+    """A network seen from its N training samples; tensors are on the CPU.
+
+    Attributes:
+        training_error: Share of the training samples that are misclassified.
+        test_accuracy: Share of the test samples that are classified correctly; NaN without any.
+        misclassified: ``[N]`` bool, in the order of the training data.
+        margins: ``[N]``, margins divided by the product of the layers' Frobenius norms.
+        log_norm: Logarithm of that product.
+        distribution: Of ``margins``, see :class:`marginops.metrics.MarginDistribution`; its support
+            vectors count for something only where margins are not normalised.
+        collapse: Of the input of the last layer and its weight, see
+            :class:`marginops.metrics.NeuralCollapse`.
+        manifolds: Of the input of the last layer on the unit sphere, see
+            :class:`marginops.metrics.ClassManifolds`.
+        tau_margin: The smallest margin, normalised by the scale tau
+            (:func:`marginops.homogeneity.normalized_margin`); NaN without rates.
+        lambda_max_margin: The same by the parameters of the largest rate.
+    """
+
+    training_error: float
+    test_accuracy: float
+    misclassified: Tensor
+    margins: Tensor
+    log_norm: float
+    distribution: MarginSummary
+    collapse: NeuralCollapseSummary
+    manifolds: ClassManifoldsSummary
+    tau_margin: float
+    lambda_max_margin: float
+
+
+def report_epoch(
+    network: nn.Module,
+    inputs: Tensor,
+    target: Tensor,
+    *,
+    test_inputs: Tensor | None = None,
+    test_target: Tensor | None = None,
+    num_classes: int | None = None,
+    head: nn.Linear | None = None,
+    rates: Mapping[str, float] | None = None,
+    chunk_size: int = 4096,
+) -> EpochReport:
+    """Look at a network after an epoch, in evaluation mode and without gradient.
+
+    Reads the training data twice: NC4 needs the class means before it can compare with them.
+
+    Args:
+        network: Maps inputs ``[B, ...]`` to logits ``[B, C]``, as a tensor or in the attribute
+            ``logits``; it may be wrapped, see :func:`marginops.networks.unwrap`. It stays as it is.
+        inputs: ``[N, ...]``, the training inputs, on the device of ``network``.
+        target: ``[N]`` int64, their classes.
+        test_inputs: ``[M, ...]``, inputs that are not trained on.
+        test_target: ``[M]`` int64, their classes.
+        num_classes: C; by default that of ``head``, or one more than the largest target.
+        head: The layer that computes the logits from features ``[B, D]``; by default
+            :func:`marginops.networks.last_linear`.
+        rates: Those of :func:`marginops.homogeneity.rates`, computed once for all epochs; without
+            them the two Lambda-normalised margins are NaN.
+        chunk_size: Samples in one forward pass.
+
+    Returns:
+        :class:`EpochReport`.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type or shape, the head cannot be told,
+            or ``rates`` are those of another network.
+
+    Example:
+        >>> import torch
+        >>> from marginops import homogeneity
+        >>> from marginops.training import InversionMonitor, report_epoch
+        >>> inputs, target = torch.randn(60, 8), torch.arange(60) % 3
+        >>> network = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 3))
+        >>> rates = homogeneity.rates(network, inputs[:2])
+        >>> monitor = InversionMonitor(num_classes=3)
+        >>> report = report_epoch(network, inputs, target, rates=rates)  # after every epoch
+        >>> monitor.update(report.manifolds.radius, report.misclassified, target)
+        >>> report.margins.shape, report.manifolds.radius.shape
+        (torch.Size([60]), torch.Size([3]))
+    """
+    check_target(target, inputs, -100, "inputs")
+    if (test_inputs is None) != (test_target is None):
+        missing = "test_inputs" if test_inputs is None else "test_target"
+        raise ValueError(f"{missing}: expected test_inputs and test_target together, got None")
+    network = unwrap(network)
+    if num_classes is None:
+        num_classes = int(target.max()) + 1 if head is None else head.out_features
+    head = head or last_linear(network, num_classes)
+    shape, device = (num_classes, head.in_features), target.device
+    distribution = MarginDistribution(quantiles=QUANTILES).to(device)
+    collapse, manifolds = NeuralCollapse(*shape).to(device), ClassManifolds(*shape).to(device)
+    log_norm = log_norm_product(network).detach()
+    margins, misclassified = [], []
+    chunks = inputs.split(chunk_size)
+    for chunk, labels in zip(chunks, target.split(chunk_size), strict=True):
+        features, logits = features_and_logits(network, chunk, head)
+        statistics = sample_statistics(logits, labels, log_norm=log_norm)
+        margins.append(statistics.margin)
+        misclassified.append(~statistics.correct)
+        distribution.update(statistics.margin)
+        collapse.update(features, labels, head.weight)
+        manifolds.update(features, labels)
+    for chunk in chunks:
+        collapse.update_nearest(*features_and_logits(network, chunk, head))
+
+    wrong = torch.cat(misclassified)
+    summary = distribution.compute()
+    smallest = summary.minimum.double() * log_norm.double().exp()
+
+    def rescaled(version: Literal["tau", "lambda_max"]) -> float:
+        if rates is None:
+            return math.nan
+        margin = homogeneity.normalized_margin(smallest.reshape(1), network, rates, version=version)
+        return margin.item()
+
+    test_accuracy = math.nan
+    if test_inputs is not None and test_target is not None:
+        predicted = predict(network, test_inputs, chunk_size=chunk_size).argmax(1)
+        test_accuracy = predicted.eq(test_target).double().mean().item()
+    return EpochReport(
+        training_error=wrong.double().mean().item(),
+        test_accuracy=test_accuracy,
+        misclassified=wrong.cpu(),
+        margins=torch.cat(margins).cpu(),
+        log_norm=log_norm.item(),
+        distribution=MarginSummary._make(value.cpu() for value in summary),
+        collapse=NeuralCollapseSummary._make(value.cpu() for value in collapse.compute()),
+        manifolds=ClassManifoldsSummary._make(value.cpu() for value in manifolds.compute()),
+        tau_margin=rescaled("tau"),
+        lambda_max_margin=rescaled("lambda_max"),
+    )

@@ -1,0 +1,340 @@
+"""Building, caching and loading the native libraries, and what happens when that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import marginops
+from helpers.native_sources import expect_reference, new_loader, write_tiny
+from marginops._native import jit, plan, recipe, toolchain
+from marginops._native.cache import Cache
+from marginops._native.loader import _obstacle as obstacle
+
+INSTALLED = Path(marginops.__file__).resolve().parents[1]
+# Seconds for what takes a few: only a test that fails waits so long.
+PATIENCE = 300
+LOAD = """
+import sys
+from pathlib import Path
+from marginops._native.loader import Loader
+loader = Loader(Path(sys.argv[1]), Path(sys.argv[1]))
+loader.load("cpu")
+print(loader.outcome("cpu").implementation)
+"""
+FIRST_OP = """
+import os, sys
+import torch, marginops
+from marginops import _native
+
+def first_op():
+    scores = torch.tensor([3.0, 1.0, float("nan"), 2.0])
+    answers = [marginops.select_smallest(scores, 3).indices.tolist() for _ in range(2)]
+    answers.append(_native.loader.outcome("cpu").implementation)
+    os.write(1, (";".join(map(str, answers)) + "\\n").encode())
+
+start, go = os.pipe()
+children = []
+for _ in range(int(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        os.read(start, 1)
+        first_op()
+        os._exit(0)
+    children.append(child)
+os.close(go)
+for child in children:
+    os.waitpid(child, 0)
+if not children:
+    first_op()
+"""
+
+
+def python(code: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(INSTALLED), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MARGINOPS_CACHE_DIR", str(folder))
+    for variable in ("MARGINOPS_DISABLE_JIT", "MARGINOPS_VERBOSE", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "csrc")
+
+
+def test_second_process_takes_the_cached_library(
+    tiny: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = new_loader(tiny)
+    assert first.load("cpu")
+    outcome = first.outcome("cpu")
+    assert outcome.implementation == "built now"
+    assert outcome.build_info["families"] == ["tiny"]
+    said = capfd.readouterr().err
+    assert "compiling the cpu kernels" in said
+    assert str(outcome.library.parent) in said
+
+    monkeypatch.setattr(jit, "build", None)
+    second = new_loader(tiny)
+    assert second.load("cpu")
+    assert second.outcome("cpu").implementation == "cached"
+    assert capfd.readouterr().err == ""
+
+
+def test_damaged_library_is_built_again(tiny: Path) -> None:
+    assert new_loader(tiny).load("cpu")
+    the_plan = plan.make_plan("cpu", tiny)
+    library = Cache().find(the_plan)
+    assert library is not None
+    facts = library.with_suffix(".json")
+    content, described = library.read_bytes(), facts.read_text()
+    damages = {
+        library: [content[: len(content) // 2], b"", content[:-1] + b"?"],
+        facts: [b"", b"{}", described.replace('"size": ', '"size": 1').encode()],
+    }
+    for file, variants in damages.items():
+        whole = file.read_bytes()
+        for damaged in variants:
+            replace(file, damaged)
+            assert Cache().find(the_plan) is None
+        file.unlink()
+        assert Cache().find(the_plan) is None
+        replace(file, whole)
+    assert Cache().find(the_plan) == library
+
+    replace(library, content[:1000])
+    loader = new_loader(tiny)
+    assert loader.load("cpu")
+    assert loader.outcome("cpu").implementation == "built now"
+    assert Cache().find(the_plan) == library
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Puts another file in its place: writing into a loaded library would end this process."""
+    fresh = file.with_name("fresh")
+    fresh.write_bytes(content)
+    fresh.replace(file)
+
+
+def test_killed_build_harms_nobody(tiny: Path, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    compiler = tmp_path / "slow-g++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *tiny.cpp*)\n'
+        f"if mkdir {started}; then echo $$ > {started}/pid; sleep 600; fi;;\n"
+        'esac\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    victim = python(LOAD, tiny, CXX=str(compiler))
+    wait_until(lambda: (started / "pid").exists() or victim.poll() is not None)
+    victim.kill()
+    victim.wait()
+    left = list(Cache().folder.glob("building-*"))
+    assert left
+
+    survivor = python(LOAD, tiny, CXX=str(compiler))
+    output, errors = survivor.communicate(timeout=PATIENCE)
+    assert output.strip() == "built now", errors
+    assert not list(Cache().folder.glob("building-*"))
+
+    orphan = int((started / "pid").read_text())
+    wait_until(lambda: not alive(orphan))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    with contextlib.suppress(OSError):
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_cache_below_a_file(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MARGINOPS_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    expect_reference(new_loader(tiny), "file/cache.* cannot be used .*MARGINOPS_CACHE_DIR")
+
+
+def test_cache_without_permission(tiny: Path, cache_folder: Path) -> None:
+    cache_folder.mkdir(mode=0o500)
+    if os.access(cache_folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    expect_reference(new_loader(tiny), "cannot be used .*Permission denied")
+
+
+def test_compile_error_is_the_reason(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    since = time.time() - 1
+    write_tiny(tiny, kernel="#error this cannot compile")
+    expect_reference(new_loader(tiny), "tiny.cpp:1:2: error: .*this cannot compile")
+    the_plan = plan.make_plan("cpu", tiny)
+    log = Cache().failure_log(the_plan)
+    assert "ninja" in log.read_text()
+    assert not list(Cache().folder.glob("building-*"))
+
+    # Whoever waited meanwhile gets the same answer without another attempt.
+    monkeypatch.setattr(jit, "_run", None)
+    with pytest.raises(plan.UnavailableError, match="this cannot compile"):
+        jit.build(the_plan, Cache(), since)
+
+
+def test_python_that_does_not_start_is_the_reason(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    expect_reference(new_loader(tiny), "; /nonexistent/python cannot run the build: ")
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_build_needs_no_standard_error(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", stream if closed else None)
+    monkeypatch.setenv("MARGINOPS_VERBOSE", "1")
+    assert new_loader(tiny).load("cpu")
+
+
+def test_library_that_does_not_load_is_a_failed_build(tiny: Path) -> None:
+    write_tiny(tiny, kernel="int absent(); int tiny = absent();")
+    expect_reference(new_loader(tiny), "the build failed: ImportError: .*undefined symbol.*absent")
+
+
+def test_threads_share_one_attempt(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = new_loader(tiny)
+    attempts = []
+    resolve = loader._resolve
+
+    def slow(device_type: str, build: bool) -> object:
+        attempts.append(device_type)
+        time.sleep(0.2)
+        return resolve(device_type, build)
+
+    monkeypatch.setenv("MARGINOPS_DISABLE_JIT", "1")
+    monkeypatch.setattr(loader, "_resolve", slow)
+    threads = [threading.Thread(target=loader.load, args=("cpu",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert attempts == ["cpu"]
+
+
+def test_process_forked_during_a_build_does_not_hang(tiny: Path) -> None:
+    code = """
+import os, sys, threading
+from pathlib import Path
+from marginops._native.loader import Loader
+loader = Loader(Path(sys.argv[1]), Path(sys.argv[1]))
+held = threading.Event()
+def hold():
+    with loader._lock:
+        held.set()
+        threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+if os.fork() == 0:
+    os._exit(loader.load("mps"))
+_, status = os.wait()
+print(status, flush=True)
+os._exit(0)
+"""
+    forking = python(code, tiny)
+    try:
+        output, errors = forking.communicate(timeout=PATIENCE)
+    finally:
+        forking.kill()
+    assert output.strip() == "0", errors
+
+
+def test_import_builds_nothing(cache_folder: Path) -> None:
+    process = python("import marginops, marginops.cli")
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (0, "")
+    assert not cache_folder.exists()
+
+
+def test_op_without_a_compiler_gives_the_reference_and_one_warning() -> None:
+    process = python(FIRST_OP, 0, CXX="/nonexistent")
+    output, errors = process.communicate(timeout=PATIENCE)
+    assert output == "[1, 3, 0];[1, 3, 0];reference\n", errors
+    assert errors.count("NativeUnavailableWarning") == 1
+    assert "CXX=/nonexistent" in errors
+
+
+@pytest.mark.slow
+def test_sixteen_processes_build_once(cache_folder: Path) -> None:
+    output, errors = python(FIRST_OP, 16).communicate(timeout=400)
+    expected = ["[1, 3, 0];[1, 3, 0];built now"] + ["[1, 3, 0];[1, 3, 0];cached"] * 15
+    assert sorted(output.splitlines()) == expected, errors
+    assert errors.count("compiling the cpu kernels") == 1
+    (library,) = cache_folder.rglob("*.so")
+    assert obstacle(library, "cpu", plan.csrc_folder()) is None
+
+    output, errors = python(FIRST_OP, 0).communicate(timeout=PATIENCE)
+    assert (output, errors) == (f"{expected[-1]}\n", "")
+
+
+def test_interrupted_build_is_tried_again(tiny: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "slow-g++"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-c*) touch {tmp_path}/on; sleep 600;; esac\nc++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    process = python(LOAD, tiny, CXX=str(compiler))
+    wait_until(lambda: (tmp_path / "on").exists() or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert "KeyboardInterrupt" in errors
+    assert not list(Cache().folder.glob("building-*"))
+    assert new_loader(tiny).load("cpu")
+
+
+@pytest.mark.slow
+def test_cuda_library_builds_and_loads() -> None:
+    if torch.version.cuda is None:
+        pytest.skip(f"torch {torch.__version__} is built without CUDA")
+    try:
+        toolchain.find_cuda_toolkit()
+    except toolchain.ToolchainError as error:
+        pytest.skip(str(error))
+    code = """
+from marginops import _native
+print(_native.load("cuda"))
+print(*_native.loader.outcome("cuda").build_info["families"])
+"""
+    archs = {} if torch.cuda.is_available() else {"MARGINOPS_CUDA_ARCH_LIST": "9.0"}
+    output, errors = python(code, **archs).communicate(timeout=500)
+    families = " ".join(recipe.families(plan.csrc_folder(), "cuda"))
+    assert output.splitlines() == ["True", families], errors

@@ -1,0 +1,195 @@
+"""Processes of one torch.distributed group, and calls that they make together."""
+
+import dataclasses
+import datetime
+import multiprocessing
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import marginops
+from helpers.rounding import assert_same
+
+DIFFERENTIABLE = ("input", "weight", "bias", "log_norm")
+
+
+class Ranks:
+    """Gloo processes that wait for work; one that does not answer in time fails the test."""
+
+    def __init__(self, count: int, store: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._processes, self._connections = [], []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            arguments = rank, count, store, theirs
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def __call__(
+        self, function: Callable[..., Any], arguments: Sequence[Any], timeout: float = 60
+    ) -> list[Any]:
+        """``function(groups, argument)`` on each rank: what it returns, or the exception.
+
+        ``groups`` are that of all ranks and that of the first and the last.
+        """
+        for connection, argument in zip(self._connections, arguments, strict=True):
+            connection.send_bytes(pickle.dumps((function, argument)))
+        end = time.monotonic() + timeout
+        answers = []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(max(end - time.monotonic(), 0)):
+                self.close()
+                pytest.fail(f"rank {rank} did not answer within {timeout} s")
+            answers.append(pickle.loads(connection.recv_bytes()))
+        return answers
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, count: int, store: str, connection: Any) -> None:
+    warnings.simplefilter("error")  # nobody would read them
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=count,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    groups = dist.group.WORLD, dist.new_group([0, count - 1])
+    while True:
+        function, argument = pickle.loads(connection.recv_bytes())
+        try:
+            answer = function(groups, argument)
+        except Exception as error:
+            answer = error
+        connection.send_bytes(pickle.dumps(answer))
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of a public function.
+
+    Attributes:
+        function: Its name without ``linear_``.
+        arguments: By name.
+        grads: The gradient of each result that is to be differentiated, by the result's name.
+        autocast: Whether in bfloat16.
+        frozen: Arguments that need no gradient.
+    """
+
+    function: str
+    arguments: dict[str, Any]
+    grads: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    autocast: bool = False
+    frozen: frozenset[str] = frozenset()
+
+    def but(self, **arguments: Any) -> "Call":
+        return dataclasses.replace(self, arguments={**self.arguments, **arguments})
+
+    def without(self, *names: str) -> "Call":
+        kept = {name: value for name, value in self.arguments.items() if name not in names}
+        return dataclasses.replace(self, arguments=kept)
+
+    def shards(self, sizes: Sequence[int]) -> list["Call"]:
+        """The calls of ranks that have so many classes each."""
+        assert sum(sizes) == len(self.arguments["weight"])
+        weights = self.arguments["weight"].split(list(sizes))
+        bias = self.arguments.get("bias")
+        biases = [None] * len(sizes) if bias is None else bias.split(list(sizes))
+        return [
+            self.but(weight=weight.clone(), bias=None if bias is None else bias.clone())
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+
+    def __call__(self, group: Any = None) -> dict[str, torch.Tensor]:
+        """Its results by name, and the gradients of the arguments."""
+        needing_grad = {*DIFFERENTIABLE} - self.frozen if self.grads else set()
+        arguments = {
+            name: value.clone().requires_grad_(name in needing_grad)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in self.arguments.items()
+        }
+        function = getattr(marginops, f"linear_{self.function}")
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            returned = function(**arguments, group=group)
+        results = {"value": returned} if torch.is_tensor(returned) else returned._asdict()
+        differentiable = torch.tensor([value.requires_grad for value in results.values()])
+        if self.grads:
+            outputs = [results[name] for name in self.grads]
+            torch.autograd.backward(outputs, list(self.grads.values()))
+        for name in DIFFERENTIABLE:
+            gradient = getattr(arguments.get(name), "grad", None)
+            if gradient is not None:
+                results[f"grad_{name}"] = gradient
+        results = {name: value.detach() for name, value in results.items()}
+        return {**results, "differentiable": differentiable}
+
+
+def call_all(groups: Sequence[Any], calls: Sequence[Call]) -> list[dict[str, torch.Tensor]]:
+    """The results of calls over the group of all ranks."""
+    return [call(groups[0]) for call in calls]
+
+
+def results_of(
+    ranks: Ranks, calls: Sequence[Call], sizes: Sequence[int]
+) -> list[dict[str, torch.Tensor]]:
+    """What each call gives, on all ranks alike, and the gradients of all classes together."""
+    per_rank = ranks(call_all, list(zip(*(call.shards(sizes) for call in calls), strict=True)))
+    for answer in per_rank:
+        if isinstance(answer, Exception):
+            raise answer
+    return [_joined(results) for results in zip(*per_rank, strict=True)]
+
+
+def _joined(results: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    joined = {}
+    for name, value in results[0].items():
+        values = [others[name] for others in results]
+        if name in ("grad_weight", "grad_bias"):
+            joined[name] = torch.cat(values)
+        else:
+            for other in values:
+                assert_same(other, value)
+            joined[name] = value
+    return joined
+
+
+def assert_like_one_process(
+    ranks: Ranks,
+    calls: Sequence[Call],
+    sizes: Sequence[int],
+    exact: Collection[str],
+    tolerance: float,
+) -> None:
+    """``sizes`` are the numbers of classes; ``exact`` are the results that have to be equal."""
+    for call, actual in zip(calls, results_of(ranks, calls, sizes), strict=True):
+        expected = call()
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            allowed = 0 if name in exact else tolerance
+            torch.testing.assert_close(
+                actual[name],
+                value,
+                rtol=allowed,
+                atol=allowed,
+                equal_nan=True,
+                msg=lambda text, where=(call.function, name): f"{where}: {text}",
+            )

@@ -1,0 +1,66 @@
+"""Metrics of class geometry in several processes give what they give in one."""
+
+import pytest
+import torch
+
+from helpers.ranks import Ranks
+from marginops.metrics import ClassManifolds, NeuralCollapse
+
+CLASSES, FEATURES = 4, 7
+RANKS = 2
+
+
+def results(batches):
+    """Of both metrics; those of the second pass also after going on from a result."""
+    collapse, manifolds = NeuralCollapse(CLASSES, FEATURES), ClassManifolds(CLASSES, FEATURES)
+    for input, target, weight, _ in batches:
+        collapse.update(input, target, weight)
+        manifolds.update(input, target)
+    early = collapse.compute()
+    assert early.nc4.isnan()
+    for input, _, _, logits in batches:
+        collapse.update_nearest(input, logits)
+    late = collapse.compute()
+    collapse.update_nearest(input[:0], logits[:0])
+    # What was gathered has been given back.
+    assert collapse.count.shape == manifolds.count.shape == (CLASSES,)
+    assert collapse.centers.shape == manifolds.mean.shape == (CLASSES, FEATURES)
+    return [*early[:6], *late, collapse.compute().nc4, *manifolds.compute()]
+
+
+def results_of_rank(groups, batches):
+    return results(batches)
+
+
+def test_processes_give_what_one_gives(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    target = torch.randint(0, CLASSES, (80,))
+    input = torch.randn(CLASSES, FEATURES)[target] + torch.randn(80, FEATURES) / 2 + 3
+    weight, logits = torch.randn(CLASSES, FEATURES), torch.randn(80, CLASSES)
+    cuts = [slice(0, 0), slice(0, 30), slice(30, 37), slice(37, 80)]
+    weights = [None, None, weight, None]
+    batches = [
+        (input[cut].double(), target[cut], given, logits[cut])
+        for cut, given in zip(cuts, weights, strict=True)
+    ]
+    expected = results(batches)
+    ranks = Ranks(RANKS, str(tmp_path / "store"))
+    try:
+        answers = ranks(results_of_rank, [batches[:2], batches[2:]], timeout=120)
+    finally:
+        ranks.close()
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+        for actual, value, other in zip(answer, expected, answers[0], strict=True):
+            assert torch.equal(actual, other)
+            torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("metric", [NeuralCollapse, ClassManifolds])
+def test_a_metric_can_be_pickled_and_cloned(metric):
+    original = metric(CLASSES, FEATURES)
+    original.update(torch.randn(50, FEATURES), torch.arange(50) % CLASSES)
+    torch.testing.assert_close(
+        original.clone().compute(), original.compute(), rtol=0, atol=0, equal_nan=True
+    )

@@ -1,0 +1,397 @@
+"""The linear head with its classes spread over processes equals the one in a single process."""
+
+import dataclasses
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import marginops
+from helpers.ranks import Call, Ranks, assert_like_one_process, call_all, results_of
+from helpers.rounding import assert_same
+from marginops._checks import result_dtype
+from marginops.ops import linear_sharded
+
+RANKS = 3
+SIZES = [(1, 5, 3), (3, 0, 6), (0, 9, 0), (7, 1, 1)]
+# Bit for bit the same in as many processes as one likes, if the logits are.
+EXACT = {"differentiable", "value", "margin", "rival", "correct", "scores", "indices"}
+DIFFERENTIABLE_FIELDS = ["margin", "loss", "confidence", "entropy"]
+FUNCTIONS = [
+    "classification_margin",
+    "minimal_margin_score",
+    "sample_statistics",
+    "select_minimal_margin",
+    "select_classification_margin",
+]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Starts the processes, again after a test in which one of them hung."""
+    started = []
+
+    def get():
+        if not started or not started[-1].alive:
+            store = tmp_path_factory.mktemp("ranks") / "store"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("OMP_NUM_THREADS", "1")
+                started.append(Ranks(RANKS, str(store)))
+        return started[-1]
+
+    # One process compiles the kernels, none waits for another to.
+    example()()
+    yield get
+    for ranks in started:
+        ranks.close()
+
+
+@pytest.fixture
+def ranks(pool):
+    return pool()
+
+
+def exact(*shape):
+    """Numbers whose products and their sums are exact, with many equal sums."""
+    return torch.randint(-3, 4, shape).double() / 2
+
+
+def example(function="sample_statistics", dtype=torch.float64, make=torch.randn, **options):
+    """A call for 9 classes with everything that its function takes."""
+    rows, classes, columns = 40, 9, 6
+    arguments = {
+        "input": make(rows, columns).to(dtype),
+        "weight": make(classes, columns).to(dtype),
+        "bias": make(classes).to(dtype),
+    }
+    if function in ("minimal_margin_score", "select_minimal_margin"):
+        arguments["bias_in_norm"] = True
+    else:
+        arguments["target"] = torch.randint(classes, (rows,))
+        arguments["target"][::7] = -100
+        arguments["log_norm"] = torch.tensor(0.5, dtype=dtype)
+    if function.startswith("select"):
+        arguments["k"] = 15
+    return Call(function, {**arguments, **options})
+
+
+def rounding_of(dtype):
+    return 1e-12 if dtype == torch.float64 else 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        *((torch.float64, sizes) for sizes in SIZES),
+        (torch.float32, (1, 5, 3)),
+        (torch.bfloat16, (3, 0, 6)),
+    ],
+    ids=str,
+)
+def test_values_of_exact_logits(ranks, dtype, sizes):
+    """Logits that are the same in any product; with many ties, also between ranks."""
+    calls = []
+    for function in FUNCTIONS:
+        call = example(function, dtype, exact)
+        calls += [call, call.but(chunk_bytes=2 * 9 * dtype.itemsize)]
+        calls.append(call.without("bias", "bias_in_norm", "log_norm"))
+    assert_like_one_process(ranks, calls, sizes, EXACT, rounding_of(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_values_of_random_logits(ranks, dtype):
+    calls = [example(function, dtype) for function in FUNCTIONS]
+    exact_names = {"rival", "correct", "indices"}
+    assert_like_one_process(ranks, calls, (1, 5, 3), exact_names, rounding_of(dtype))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_special_values(ranks, function):
+    """Infinite logits, rows of nothing else, NaN; a tie between -inf of different ranks."""
+    calls = []
+    for bias in (
+        [-math.inf] * 9,
+        [-math.inf] * 4 + [1.0] + [-math.inf] * 4,
+        [-math.inf] + [0.5] * 5 + [-math.inf] * 3,
+        [0.0, math.inf, 1.0, 2.0, -math.inf, 3.0, 0.0, math.inf, 1.0],
+        [0.0, 1.0, 2.0, math.nan, *[0.0] * 5],
+        [-0.0] + [0.0] * 8,
+    ):
+        call = example(function, make=exact, bias=torch.tensor(bias, dtype=torch.float64))
+        calls += [call, call.but(weight=torch.zeros(9, 6, dtype=torch.float64))]
+    call = example(function, make=exact)
+    for row, value in ((3, math.nan), (8, math.nan), (15, math.inf)):
+        call.arguments["input"][row, 2] = value
+    calls.append(call)
+    call = example(function, make=exact)
+    call.arguments["input"][:, 0] = exact(40).sign() + 0.5
+    call.arguments["weight"][[0, 6], 0] = torch.tensor([-math.inf, math.inf]).double()
+    calls.append(call)
+    calls = [with_gradient(call) for call in calls]
+    assert_like_one_process(ranks, calls, (1, 8, 0), EXACT, 1e-12)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_edge_sizes(ranks, function):
+    call = example(function, make=exact)
+    call = call.but(k=0) if "k" in call.arguments else call
+    calls = [with_gradient(c) for c in (call, no_rows(call), call.but(**no_columns(call)))]
+    assert_like_one_process(ranks, calls, (1, 5, 3), EXACT, 1e-12)
+    two = call.but(**{name: call.arguments[name][:2] for name in ("weight", "bias")})
+    if "target" in two.arguments:
+        two = two.but(target=two.arguments["target"].clamp(max=1))
+    assert_like_one_process(ranks, [with_gradient(two)], (0, 1, 1), EXACT, 1e-12)
+
+
+def no_rows(call):
+    rows = {"input": call.arguments["input"][:0]}
+    if "target" in call.arguments:
+        rows["target"] = call.arguments["target"][:0]
+    return call.but(**rows)
+
+
+def no_columns(call):
+    return {name: call.arguments[name][:, :0] for name in ("input", "weight")}
+
+
+def with_gradient(call, *fields):
+    """Ask for the gradient of these results, or of the one that there is."""
+    rows = call.arguments.get("k", len(call.arguments["input"]))
+    default = ["scores"] if "k" in call.arguments else ["value"]
+    if call.function == "sample_statistics":
+        default = DIFFERENTIABLE_FIELDS
+    dtype = result_dtype(call.arguments["input"].dtype)
+    grads = {name: torch.randn(rows, dtype=dtype) for name in fields or default}
+    return dataclasses.replace(call, grads=grads)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chunk_bytes"), [((1, 5, 3), 400), ((3, 0, 6), None), ((0, 9, 0), None)], ids=str
+)
+def test_gradients(ranks, sizes, chunk_bytes):
+    """Of the whole input on every rank, of the weight and the bias of its own classes."""
+    calls = []
+    for function in FUNCTIONS:
+        fields = [()]
+        if function == "sample_statistics":
+            fields = [(), *((name,) for name in DIFFERENTIABLE_FIELDS), ("margin", "entropy")]
+        for names in fields:
+            call = example(function, make=exact, chunk_bytes=chunk_bytes)
+            calls += [with_gradient(call, *names)]
+            calls.append(with_gradient(call.without("bias", "bias_in_norm", "log_norm"), *names))
+    assert_like_one_process(ranks, calls, sizes, EXACT, 1e-12)
+
+
+def test_every_run_gives_the_same_bits(ranks):
+    calls = [with_gradient(example(function, torch.float32)) for function in FUNCTIONS]
+    runs = [results_of(ranks, calls, (1, 5, 3)) for _ in range(2)]
+    for one, other in zip(*runs, strict=True):
+        for name, value in one.items():
+            assert_same(other[name], value)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_gradients_leave_out_what_was_not_chosen(ranks, function):
+    """Also where a row that was not chosen, or is ignored, has no finite gradient."""
+    call = example(function, make=exact)
+    call.arguments["input"][7] = math.nan  # an ignored sample
+    if "k" in call.arguments:
+        call.arguments["input"][[3, 4]] = torch.tensor([[math.nan], [math.inf]]).double()
+    assert_like_one_process(ranks, [with_gradient(call)], (1, 5, 3), EXACT, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_other_dtypes(ranks, dtype):
+    calls = [with_gradient(example(function, dtype, exact)) for function in FUNCTIONS]
+    # The parts of the ranks are rounded before they are added.
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    assert_like_one_process(ranks, calls, (1, 5, 3), EXACT, tolerance)
+
+
+def test_autocast(ranks):
+    calls = [
+        dataclasses.replace(with_gradient(example(function, torch.float32, exact)), autocast=True)
+        for function in FUNCTIONS
+    ]
+    tolerance = 4 * torch.finfo(torch.bfloat16).eps
+    assert_like_one_process(ranks, calls, (1, 5, 3), EXACT, tolerance)
+
+
+def test_frozen_arguments(ranks):
+    """Only some arguments have a gradient."""
+    for function in FUNCTIONS:
+        for frozen in ({"input"}, {"weight", "bias"}, {"input", "bias", "log_norm"}):
+            call = dataclasses.replace(with_gradient(example(function)), frozen=frozenset(frozen))
+            assert_like_one_process(
+                ranks, [call], (1, 5, 3), {"rival", "correct", "indices"}, 1e-11
+            )
+
+
+def gradient_with_graph(groups, call):
+    input = call.arguments["input"].clone().requires_grad_()
+    arguments = {**call.arguments, "input": input}
+    margin = marginops.linear_classification_margin(**arguments, group=groups[0])
+    torch.autograd.grad(margin.sum(), input, create_graph=True)
+
+
+def test_second_derivatives_are_refused(ranks):
+    for answer in ranks(gradient_with_graph, example("classification_margin").shards((1, 5, 3))):
+        assert isinstance(answer, NotImplementedError)
+        assert "no second derivatives" in str(answer)
+
+
+def call_with_small_exchanges(groups, call):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_sharded, "_EXCHANGED_BYTES", 500)
+        return call(groups[0])
+
+
+def test_rows_of_the_weight_are_exchanged_in_parts(ranks):
+    call = example("minimal_margin_score", make=exact)
+    expected = call()["value"]
+    for answer in ranks(call_with_small_exchanges, call.shards((1, 5, 3))):
+        assert_same(answer["value"], expected)
+
+
+def call_between_two(groups, call):
+    """On the first and the last rank; the group is none for those between."""
+    return call(groups[1])
+
+
+def test_two_of_three_processes(ranks):
+    """Their numbers are those within the group, not those of the processes."""
+    call = with_gradient(example(make=exact))
+    first, last = call.shards((4, 5))
+    one, outsider, other = ranks(call_between_two, [first, first, last])
+    assert isinstance(outsider, ValueError)
+    assert re.search("group: .* member", str(outsider))
+    expected = call()
+    for name, value in expected.items():
+        if name in ("grad_weight", "grad_bias"):
+            torch.testing.assert_close(torch.cat((one[name], other[name])), value)
+        else:
+            assert_same(one[name], other[name])
+            torch.testing.assert_close(one[name], value, equal_nan=True)
+
+
+def wrong_arguments():
+    """What one rank does differently, the error there, and what every rank says."""
+    values = example(make=exact).arguments
+    input, target = values["input"], values["target"]
+    margin, score = "classification_margin", "minimal_margin_score"
+    select = "select_minimal_margin"
+    late = target.clone()
+    late[5] = 9
+    yield margin, {"input": input[:-1], "target": target[:-1]}, ValueError, "input"
+    yield score, {"input": input[:-1]}, ValueError, "input"
+    yield score, {"input": input[:, :-1], "weight": torch.ones(3, 5).double()}, ValueError, "input"
+    single = {name: values[name].float() for name in ("input", "weight", "bias")}
+    single = {**single, "weight": single["weight"][:3], "bias": single["bias"][:3]}
+    yield score, single, ValueError, "input"
+    yield score, {"weight": single["weight"]}, TypeError, "weight"
+    yield score, {"weight": [[1.0]]}, TypeError, "weight"
+    yield margin, {"bias": None}, ValueError, "bias"
+    yield score, {"bias": None}, ValueError, "bias"
+    yield score, {"bias_in_norm": False}, ValueError, "bias_in_norm"
+    yield select, {"k": 14}, ValueError, "k: "
+    yield select, {"k": 41}, ValueError, "k: "
+    yield select, {"k": "2"}, TypeError, "k: "
+    yield "select_classification_margin", {"k": 14}, ValueError, "k: "
+    yield margin, {"ignore_index": -1}, ValueError, "ignore_index"
+    yield margin, {"ignore_index": "none"}, TypeError, "ignore_index"
+    yield margin, {"log_norm": None}, ValueError, "log_norm"
+    yield margin, {"log_norm": "large"}, TypeError, "log_norm"
+    yield margin, {"chunk_bytes": 23}, ValueError, "chunk_bytes: expected at least 24"
+    yield margin, {"chunk_bytes": 1e6}, TypeError, "chunk_bytes"
+    yield margin, {"target": target.int()}, TypeError, "target"
+    yield margin, {"target": target[1:]}, ValueError, "target"
+    yield margin, {"target": late}, RuntimeError, "target: .*0, 9.* got 9 on rank 1"
+    yield margin, {"target": -3 - late}, RuntimeError, "target: .* got -12 on rank 1"
+    yield score, {"rival": "nearest"}, ValueError, 'rival: expected "top2"'
+    yield select, {"rival": "nearest"}, ValueError, 'rival: expected "top2"'
+    yield select, {"rival": "farthest"}, ValueError, "rival"
+
+
+@pytest.mark.parametrize(("function", "different", "error", "match"), list(wrong_arguments()))
+def test_one_wrong_rank_is_an_error_on_all(ranks, function, different, error, match):
+    calls = example(function, make=exact).shards((3, 3, 3))
+    calls = [calls[0], calls[1].but(**different), calls[2]]
+    assert_all_raise(ranks, calls, error, match)
+
+
+def test_ranks_that_do_different_things(ranks):
+    """Each of these would leave a rank waiting for the others, now or in the backward pass."""
+    calls = example("sample_statistics").shards((3, 3, 3))
+    other = calls[1].but()
+    margin = dataclasses.replace(other, function="classification_margin")
+    assert_all_raise(ranks, [calls[0], margin, calls[2]], ValueError, "function")
+    assert_all_raise(ranks, [calls[0], with_gradient(other), calls[2]], ValueError, "requires_grad")
+    calls = [with_gradient(call) for call in calls]
+    frozen = dataclasses.replace(calls[1], frozen=frozenset({"input"}))
+    assert_all_raise(ranks, [calls[0], frozen, calls[2]], ValueError, "requires_grad")
+    names = ("input", "weight", "bias")
+    single = [call.but(**{name: call.arguments[name].float() for name in names}) for call in calls]
+    cast = dataclasses.replace(single[1], autocast=True)
+    assert_all_raise(ranks, [single[0], cast, single[2]], ValueError, "autocast")
+
+
+def assert_all_raise(ranks, calls, error, match):
+    """``error`` on rank 1, whose call is wrong, and one that says so on the others."""
+    answers = ranks(call_all, [[call] for call in calls])
+    for rank, answer in enumerate(answers):
+        kinds = error if rank == 1 else (ValueError, RuntimeError)
+        assert isinstance(answer, kinds), (rank, answer)
+        assert re.search(match, str(answer)), (rank, answer)
+    # And no rank is left behind in the middle of something.
+    call = example("classification_margin", make=exact)
+    assert_like_one_process(ranks, [call], (2, 3, 4), EXACT, 1e-12)
+
+
+def test_too_few_classes(ranks):
+    call = example("minimal_margin_score", make=exact)
+    call = call.but(weight=call.arguments["weight"][:1], bias=call.arguments["bias"][:1])
+    for answer in ranks(call_all, [[shard] for shard in call.shards((0, 1, 0))]):
+        assert isinstance(answer, ValueError)
+        assert re.search(r"at least 2 classes .*\[0, 1, 0\]", str(answer))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_group_that_is_none(function):
+    for group in ("world", 0, object()):
+        with pytest.raises(TypeError, match=r"group: expected a torch\.distributed\.ProcessGroup"):
+            example(function)(group)
+
+
+def test_without_torch_distributed():
+    """PyTorch can be built without; what remains of its module is this."""
+    code = """
+        import sys, types
+        import torch
+        stub = types.ModuleType("torch.distributed")
+        stub.is_available = lambda: False
+        stub.ProcessGroup = type("Stub", (), {})
+        sys.modules["torch.distributed"] = torch.distributed = stub
+        import marginops
+        input, weight = torch.ones(2, 3), torch.eye(3)
+        print(marginops.linear_minimal_margin_score(input, weight).tolist())
+        try:
+            marginops.linear_minimal_margin_score(input, weight, group=object())
+        except RuntimeError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "MARGINOPS_DISABLE_JIT": "1"},
+    )
+    assert done.stdout.splitlines() == [
+        "[0.0, 0.0]",
+        "group: this build of PyTorch has no torch.distributed",
+    ], done.stderr
