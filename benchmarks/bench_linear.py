@@ -152,7 +152,7 @@ def bench_linear_selection(time_call, shape, dtype, provider):
         close(result.scores[:64], marginops.minimal_margin_score(logits, weight.double()), dtype)
 
     call = {
-        "marginops": lambda: marginops.linear_select_minimal_margin(features, weight, k),
+        "marginops": lambda: marginops.linear_select_minimal_margin(features, weight, k=k),
         "unfused": unfused,
         "product": lambda: torch.mm(features, weight.t(), out=buffer),
     }[provider]

@@ -67,7 +67,7 @@ EAGER = {
     "minimal_margin_score": eager_score,
     "classification_margin": eager_margin,
     "select_minimal_margin": eager_select,
-    "select_smallest_margin": eager_select_margin,
+    "select_classification_margin": eager_select_margin,
 }
 
 
@@ -96,13 +96,13 @@ CASES = [
     *(("minimal_margin_score", SHAPES[i], "random") for i in (0, 2, 5)),
     *(
         (op, shape, "random")
-        for op in ("classification_margin", "select_smallest_margin")
+        for op in ("classification_margin", "select_classification_margin")
         for shape in ((1280, 10), (8192, 1000), (1_000_000, 100))
     ),
 ]
 GPU_CASES = [
     *(("select_minimal_margin", shape, "random") for shape in BATCHES),
-    *(("select_smallest_margin", shape[:2], "random") for shape in BATCHES),
+    *(("select_classification_margin", shape[:2], "random") for shape in BATCHES),
     *(("minimal_margin_score", (*shape, 64), "random") for shape in (*LARGE, FEW_ROWS)),
     *(("classification_margin", shape, "random") for shape in (*LARGE, FEW_ROWS)),
     *(("minimal_margin_score", (*LARGE[2], 64), values) for values in VALUES),

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_int
+
 __all__ = [
     "call",
     "evaluation_mode",
@@ -175,7 +177,7 @@ def features_and_logits(network: nn.Module, inputs: Any, head: nn.Linear) -> tup
 
     Raises:
         TypeError, ValueError: The output is not ``[B, C]``, or ``head`` was not called exactly
-            once.
+            once, with features ``[B, D]``.
 
     Example:
         >>> import torch
@@ -202,7 +204,13 @@ def features_and_logits(network: nn.Module, inputs: Any, head: nn.Linear) -> tup
             f"head: expected network to call this layer once in a forward pass, "
             f"got {len(caught)} calls"
         )
-    return caught[0], logits
+    (features,) = caught
+    if features.dim() != 2:
+        raise ValueError(
+            f"head: expected network to call this layer with features of shape [B, D], "
+            f"got {list(features.shape)}"
+        )
+    return features, logits
 
 
 def predict(network: nn.Module, inputs: Tensor, *, chunk_size: int = 4096) -> Tensor:
@@ -218,7 +226,8 @@ def predict(network: nn.Module, inputs: Tensor, *, chunk_size: int = 4096) -> Te
         ``[N, C]``.
 
     Raises:
-        TypeError, ValueError: The output of ``network`` is not ``[B, C]``.
+        TypeError, ValueError: The output of ``network`` is not ``[B, C]``, or ``chunk_size`` is
+            not a positive int.
 
     Example:
         >>> import torch
@@ -226,5 +235,6 @@ def predict(network: nn.Module, inputs: Tensor, *, chunk_size: int = 4096) -> Te
         >>> predict(torch.nn.Linear(4, 3), torch.zeros(10, 4)).shape
         torch.Size([10, 3])
     """
+    check_int("chunk_size", chunk_size, 1)
     with evaluation_mode(network), torch.no_grad():
         return torch.cat([output_tensor(network(chunk)) for chunk in inputs.split(chunk_size)])

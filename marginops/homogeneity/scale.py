@@ -142,8 +142,7 @@ def normalized_margin(
         tensor([ 3., -1.])
     """
     checks.check_tensor("margins", margins, 1, "[N]")
-    if version not in ("tau", "lambda_max"):
-        raise ValueError(f'version: expected "tau" or "lambda_max", got {version!r}')
+    checks.check_choice("version", version, ("tau", "lambda_max"))
     rate, squares = _squares(parameters, rates)
     checks.check_device("parameters", squares, margins, "margins")
     if version == "lambda_max":

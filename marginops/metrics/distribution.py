@@ -225,8 +225,7 @@ class MarginDistribution(FixedDtypeMetric):
             ImportError: There is no matplotlib.
             ValueError: ``kind`` is unknown, or the margins have no histogram.
         """
-        if kind not in ("rank", "histogram"):
-            raise ValueError(f'kind: expected "rank" or "histogram", got {kind!r}')
+        checks.check_choice("kind", kind, ("rank", "histogram"))
         try:
             from matplotlib import pyplot
         except ModuleNotFoundError as error:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import _checks as checks
 from . import layers as kinds
 from .structure import Call, Structure, structure_of, watch
 
@@ -147,10 +148,8 @@ def _is_other(module: nn.Module) -> bool:
 
 
 def _check(batch_norm: Any, conv: Any, example_input: Any) -> None:
-    if batch_norm not in ("fold", "last", "affine"):
-        raise ValueError(f'batch_norm: expected "fold", "last" or "affine", got {batch_norm!r}')
-    if conv not in ("flattened", "operator"):
-        raise ValueError(f'conv: expected "flattened" or "operator", got {conv!r}')
+    checks.check_choice("batch_norm", batch_norm, ("fold", "last", "affine"))
+    checks.check_choice("conv", conv, ("flattened", "operator"))
     if conv == "operator" and example_input is None:
         raise ValueError(
             'example_input: expected an input of the model because conv="operator" depends on its '

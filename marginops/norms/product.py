@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .. import _checks as checks
 from . import convolution
 from . import layers as kinds
 from .factors import (
@@ -102,8 +103,7 @@ def log_norm_product(
         >>> marginops.log_norm_product(model, norm="spectral").exp()
         tensor(1., grad_fn=<ExpBackward0>)
     """
-    if norm not in ("frobenius", "spectral"):
-        raise ValueError(f'norm: expected "frobenius" or "spectral", got {norm!r}')
+    checks.check_choice("norm", norm, ("frobenius", "spectral"))
     check_tolerance(tolerance)
     factors = factors_of(model, batch_norm, conv, example_input, stacklevel=2)
     dtype = result_dtype(factors)

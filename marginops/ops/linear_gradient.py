@@ -1,4 +1,4 @@
-"""Gradients of margins and scores of a linear head, for its features, weight and bias."""
+"""Gradients of a linear head's results, for its features, weight and bias."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -6,8 +6,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._checks import result_dtype
 from . import margin_pair as pairs
+from ._library import Op
 from .class_sum import sum_pairs
+from .row_sums import IGNORED, within
+from .statistics import sample_statistics_gradient_op
+from .tiles import default_chunk_bytes, logit_tiles, tile_shape
+
+Tensors = tuple[Tensor, ...]
 
 
 class Classes(Protocol):
@@ -119,3 +126,95 @@ class _SavedDistance(torch.autograd.Function):
 def once(distance: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Without this, a second derivative would take the distance for a constant without a word."""
     return _SavedDistance.apply(distance, weight, bias) if torch.is_grad_enabled() else distance
+
+
+class LinearSampleStatisticsGradientOp(Op):
+    """Gradients of input, weight and bias; the first two are empty unless they are asked for."""
+
+    schema = (
+        "linear_sample_statistics_gradient(Tensor input, Tensor weight, Tensor? bias,"
+        " Tensor target, Tensor rival, Tensor confidence, Tensor entropy, Tensor maximum,"
+        " Tensor log_sum, Tensor? log_norm, Tensor? grad_margin, Tensor? grad_loss,"
+        " Tensor? grad_confidence, Tensor? grad_entropy, int ignore_index, ScalarType? dtype,"
+        " int? chunk_bytes, bool of_input, bool of_weight) -> (Tensor, Tensor, Tensor)"
+    )
+    has_kernels = False
+
+    @staticmethod
+    def reference(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        rival: Tensor,
+        confidence: Tensor,
+        entropy: Tensor,
+        maximum: Tensor,
+        log_sum: Tensor,
+        log_norm: Tensor | None,
+        grad_margin: Tensor | None,
+        grad_loss: Tensor | None,
+        grad_confidence: Tensor | None,
+        grad_entropy: Tensor | None,
+        ignore_index: int,
+        dtype: torch.dtype | None,
+        chunk_bytes: int | None,
+        of_input: bool,
+        of_weight: bool,
+    ) -> Tensors:
+        saved = confidence, entropy, maximum, log_sum
+        grads = grad_margin, grad_loss, grad_confidence, grad_entropy
+        target = torch.where(target == ignore_index, IGNORED, target)
+        columns = weight.to(dtype or weight.dtype)
+        total = result_dtype(columns.dtype)
+        grad_input = input.new_empty(input.shape if of_input else (0, 0))
+        grad_weight = columns.new_zeros(columns.shape if of_weight else (0, 0), dtype=total)
+        grad_bias = columns.new_zeros(columns.shape[0], dtype=total)
+        # The gradient of the logits lies beside them, so each has half of the room.
+        room = (chunk_bytes or default_chunk_bytes(input)) // 2
+        shape = tile_shape(input, columns, None, max(room, columns.dtype.itemsize))
+        for rows, classes, logits in logit_tiles(input, columns, bias, columns.dtype, shape):
+            local = torch.where(target[rows] == IGNORED, IGNORED, within(target[rows], classes))
+            grad_logits = sample_statistics_gradient_op(
+                logits,
+                local,
+                within(rival[rows], classes),
+                *(value[rows] for value in saved),
+                log_norm,
+                *(None if grad is None else grad[rows] for grad in grads),
+                IGNORED,
+            )
+            if of_input:
+                if classes.start == 0:
+                    of_rows = columns.new_zeros((len(logits), columns.shape[1]), dtype=total)
+                _add_product(of_rows, grad_logits, columns[classes])
+                if classes.stop == len(columns):
+                    grad_input[rows] = of_rows
+            if of_weight:
+                _add_product(grad_weight[classes], grad_logits.t(), input[rows].to(columns.dtype))
+            grad_bias[classes] += grad_logits.sum(0, dtype=total)
+            del grad_logits  # or the next one would lie beside it
+        bias_dtype = weight.dtype if bias is None else bias.dtype
+        return grad_input, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+
+    @staticmethod
+    def fake(
+        input: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *_, of_input, of_weight = others
+        return (
+            input.new_empty(input.shape if of_input else (0, 0)),
+            weight.new_empty(weight.shape if of_weight else (0, 0)),
+            weight.new_empty(weight.shape[:1]) if bias is None else bias.new_empty(bias.shape),
+        )
+
+
+linear_sample_statistics_gradient_op = LinearSampleStatisticsGradientOp()
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """In float32 also for products of half precision."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    else:
+        total += one.mm(other)

@@ -1,72 +1,96 @@
-"""Margins, scores and selections of a linear head from its features.
+"""Margins and scores of a linear head whose logits never exist.
 
-The forward pass keeps the pair of classes of every sample, so the gradient needs no logits: it is
-that of the difference of two rows of the weight.
+Each function equals that without ``linear_`` on ``F.linear(input, weight, bias)``. The vendor's
+matrix product computes the logits of a tile of rows and classes at a time, in one buffer, where the
+op reads them. The forward pass keeps the pair of classes of every sample, so the gradient needs no
+logits: it is that of the difference of two rows of the weight.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from .._checks import checked_target, result_dtype
+from .. import _checks as checks
+from .._checks import checked_target
+from . import linear_sharded as sharded
 from . import margin_pair as pairs
 from . import row_sums
 from ._library import Op
-from .linear_gradient import label_pair, margin_head_gradient, once, scattered
+from .linear_gradient import label_pair, margin_head_gradient, once
+from .linear_head import Tensors, checked_head, empty_results, head_sums, in_norm, join
+from .margin import Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
-from .row_sums import RowSums
-from .select import select_smallest_op
 from .tiles import logit_tiles, tile_shape
 
-Tensors = tuple[Tensor, ...]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-def head_sums(
+def linear_classification_margin(
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    label: Tensor,
-    dtype: torch.dtype | None,
-    shape: tuple[int, int],
-    with_sums: bool,
-) -> RowSums:
-    """The sums of all rows, from those of tiles; margins and scores need none."""
-    complete, parts = [], []
-    for rows, classes, logits in logit_tiles(input, weight, bias, dtype, shape):
-        parts.append(row_sums.piece_sums(logits, label[rows], classes, with_sums))
-        if classes.stop == len(weight):
-            complete.append(row_sums.merge(parts))
-            parts = []
-    return RowSums(*join(complete))
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    log_norm: Tensor | float | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Signed margin of every sample from the features: the [N, C] logits never exist.
 
+    Equal to ``classification_margin(F.linear(input, weight, bias), target, ...)``, the margin of
+    Banburski et al. (2021), up to the rounding of the matrix product.
 
-def join(parts: Sequence[Tensors]) -> Tensors:
-    """The results of all chunks, each in one piece."""
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+    Args:
+        input: ``[N, D]``, the features before the last layer, float32, float64, bfloat16 or
+            float16.
+        weight: ``[C, D]``, C >= 2, in the dtype of ``input``; under autocast in any but float64.
+        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+        bias: ``[C]`` in the dtype of ``weight``.
+        log_norm: Logarithm of the norm product, see :func:`classification_margin`.
+        ignore_index: Samples with this target get ``+inf`` and no gradient.
+        chunk_bytes: Room for logits, at least one row of them; by default 16 MiB on the CPU
+            and 128 MiB on CUDA. Much less makes the product slower.
+        group: The ``torch.distributed`` group over which the classes are spread: every rank
+            passes the same ``input`` and ``target``, and its own rows of ``weight`` and ``bias``
+            in the order of ranks. Targets count all classes. All ranks have to run the same
+            backward pass: each gets the whole gradient of ``input``, and that of its own rows.
+            Not inside ``torch.compile``.
 
+    Returns:
+        ``[N]``, float64 for float64 input, else float32, the same on every rank of ``group``. The
+        product is in the dtype of the arguments, or under autocast in that of autocast, for which
+        ``weight`` is copied.
 
-def in_norm(
-    weight: Tensor, bias: Tensor | None, bias_in_norm: bool, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
-    """What the norms of scores are of; autocast allows any mixture of dtypes."""
-    bias = bias if bias_in_norm else None
-    if dtype is None:
-        return weight, bias
-    return weight.float(), None if bias is None else bias.float()
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or ranks
+            of ``group`` disagree; then every rank raises.
+        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
 
+    Differentiable (once) in ``input``, ``weight``, ``bias`` and ``log_norm``; the gradient needs
+    no logits, only two rows of ``weight`` a sample, O(N D + C D). Deterministic: sums over
+    samples have a fixed order. Beside the result O(N) and ``chunk_bytes``.
 
-def _like(input: Tensor, rows: int, *kinds: str) -> Tensors:
-    """Empty results: of the result dtype, int64 indices, or int64 pairs."""
-    dtype = result_dtype(input.dtype)
-    return tuple(
-        input.new_empty(
-            (rows, 2) if kind == "pair" else (rows,),
-            dtype=dtype if kind == "value" else torch.int64,
-        )
-        for kind in kinds
-    )
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)
+        >>> marginops.linear_classification_margin(features, weight, torch.tensor([1, 1]))
+        tensor([ 1.0000, -1.5000])
+    """
+    if group is not None:
+        return sharded.classification_margin(
+            input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
+        )[0]
+    dtype = checked_head(input, weight, bias, chunk_bytes)
+    checks.check_target(target, input, ignore_index, "input")
+    log_norm = checks.as_log_norm(log_norm, input)
+    margin: Tensor = linear_classification_margin_op(
+        input, weight, bias, target, log_norm, ignore_index, dtype, chunk_bytes
+    )[0]
+    return margin
 
 
 class LinearClassificationMarginOp(Op):
@@ -103,7 +127,7 @@ class LinearClassificationMarginOp(Op):
 
     @staticmethod
     def fake(input: Tensor, *_: Any) -> Tensors:
-        return _like(input, input.shape[0], "value", "class")
+        return empty_results(input, input.shape[0], "value", "class")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -123,6 +147,61 @@ class LinearClassificationMarginOp(Op):
 
 
 linear_classification_margin_op = LinearClassificationMarginOp()
+
+
+def linear_minimal_margin_score(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rival: Rival = "top2",
+    bias_in_norm: bool = False,
+    chunk_bytes: int | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Distance of every sample's features to its closest decision boundary, without logits.
+
+    Equal to ``minimal_margin_score(F.linear(input, weight, bias), weight, bias, ...)``, the score
+    of Weinstein et al. (2020), up to the rounding of the matrix product.
+
+    Args:
+        input: ``[N, D]``, see :func:`linear_classification_margin`.
+        weight: ``[C, D]``, C >= 2.
+        bias: ``[C]``; part of the logits, and of the norm only with ``bias_in_norm``.
+        rival: ``"top2"`` or ``"nearest"``, see :func:`minimal_margin_score`; with ``group`` only
+            ``"top2"``.
+        bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
+        chunk_bytes: Room for logits, see :func:`linear_classification_margin`.
+        group: The processes over which the classes are spread, see
+            :func:`linear_classification_margin`.
+
+    Returns:
+        ``[N]``, float64 for float64 input, else float32, in units of the features.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or ranks
+            of ``group`` disagree; then every rank raises.
+
+    Differentiable (once) in ``input``, ``weight`` and ``bias``, classes are constants; the
+    gradient needs no logits, O(N D + C D). Deterministic. Beside the result O(N) and
+    ``chunk_bytes``, and what :func:`minimal_margin_score` needs.
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)
+        >>> marginops.linear_minimal_margin_score(features, weight)
+        tensor([0.7071, 1.0607])
+    """
+    if group is not None:
+        return sharded.minimal_margin_score(
+            input, weight, bias, rival, bias_in_norm, chunk_bytes, group
+        )[0]
+    checks.check_choice("rival", rival, get_args(Rival))
+    checks.check_bias_in_norm(bias, bias_in_norm)
+    dtype = checked_head(input, weight, bias, chunk_bytes)
+    score: Tensor = linear_minimal_margin_score_op(
+        input, weight, bias, bias_in_norm, rival == "nearest", dtype, chunk_bytes
+    )[0]
+    return score
 
 
 class LinearMinimalMarginScoreOp(Op):
@@ -164,7 +243,7 @@ class LinearMinimalMarginScoreOp(Op):
 
     @staticmethod
     def fake(input: Tensor, *_: Any) -> Tensors:
-        return _like(input, input.shape[0], "value", "pair", "value")
+        return empty_results(input, input.shape[0], "value", "pair", "value")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -190,122 +269,3 @@ class LinearMinimalMarginScoreOp(Op):
 
 
 linear_minimal_margin_score_op = LinearMinimalMarginScoreOp()
-
-
-class LinearSelectClassificationMarginOp(Op):
-    """The k smallest margins of a linear head, their indices and their rivals."""
-
-    schema = (
-        "linear_select_classification_margin(Tensor input, Tensor weight, Tensor? bias,"
-        " Tensor target, Tensor? log_norm, SymInt k, int ignore_index, ScalarType? dtype,"
-        " int? chunk_bytes) -> (Tensor, Tensor, Tensor)"
-    )
-    has_kernels = False
-
-    @staticmethod
-    def reference(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        log_norm: Tensor | None,
-        k: int,
-        ignore_index: int,
-        dtype: torch.dtype | None,
-        chunk_bytes: int | None,
-    ) -> Tensors:
-        margin, rival = LinearClassificationMarginOp.reference(
-            input, weight, bias, target, log_norm, ignore_index, dtype, chunk_bytes
-        )
-        scores, indices = select_smallest_op(margin, k)
-        return scores, indices, rival[indices]
-
-    @staticmethod
-    def fake(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        log_norm: Tensor | None,
-        k: int,
-        *_: Any,
-    ) -> Tensors:
-        return _like(input, k, "value", "class", "class")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        *tensors, _, ctx.ignore_index, ctx.dtype, _ = inputs
-        scores, indices, rival = output
-        ctx.save_for_backward(*tensors, indices, rival, scores if ctx.needs_input_grad[4] else None)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        input, weight, bias, target, log_norm, indices, rival, scores = ctx.saved_tensors
-        target = target[indices]
-        value, pair = label_pair(grad, target, rival, log_norm, ctx.ignore_index)
-        grad_input, *gradients = margin_head_gradient(
-            value, pair, (input[indices], weight, bias), ctx.dtype, ctx.needs_input_grad
-        )
-        grad_input = scattered(grad_input, indices, input.shape[0])
-        grad_log_norm = log_norm_gradient(grad, scores, target, ctx.ignore_index)
-        return grad_input, *gradients, None, grad_log_norm, None, None, None, None
-
-
-linear_select_classification_margin_op = LinearSelectClassificationMarginOp()
-
-
-class LinearSelectMinimalMarginOp(Op):
-    """The k smallest scores of a linear head, their indices, pairs and distances."""
-
-    schema = (
-        "linear_select_minimal_margin(Tensor input, Tensor weight, Tensor? bias, SymInt k,"
-        " bool bias_in_norm, bool nearest, ScalarType? dtype, int? chunk_bytes)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
-    )
-    has_kernels = False
-
-    @staticmethod
-    def reference(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        k: int,
-        bias_in_norm: bool,
-        nearest: bool,
-        dtype: torch.dtype | None,
-        chunk_bytes: int | None,
-    ) -> Tensors:
-        score, pair, distance = LinearMinimalMarginScoreOp.reference(
-            input, weight, bias, bias_in_norm, nearest, dtype, chunk_bytes
-        )
-        scores, indices = select_smallest_op(score, k)
-        return scores, indices, pair[indices], distance[indices]
-
-    @staticmethod
-    def fake(input: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_: Any) -> Tensors:
-        return _like(input, k, "value", "class", "pair", "value")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        *tensors, _, ctx.bias_in_norm, _, ctx.dtype, _ = inputs
-        ctx.mark_non_differentiable(output[3])
-        ctx.save_for_backward(*tensors, *output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        input, weight, bias, scores, indices, pair, distance = ctx.saved_tensors
-        slope, of_distance = boundary_gradient(grad, scores, once(distance, weight, bias))
-        grad_input, *gradients = margin_head_gradient(
-            slope,
-            pair,
-            (input[indices], weight, bias),
-            ctx.dtype,
-            ctx.needs_input_grad,
-            of_distance,
-            ctx.bias_in_norm,
-        )
-        grad_input = scattered(grad_input, indices, input.shape[0])
-        return grad_input, *gradients, None, None, None, None, None
-
-
-linear_select_minimal_margin_op = LinearSelectMinimalMarginOp()

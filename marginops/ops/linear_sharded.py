@@ -18,9 +18,12 @@ from .. import _checks as checks
 from .._checks import result_dtype
 from . import margin_pair as pairs
 from . import row_sums, statistics
-from .linear_gradient import label_pair, margin_head_gradient
-from .linear_margin import in_norm
-from .linear_statistics import linear_sample_statistics_gradient_op
+from .linear_gradient import (
+    label_pair,
+    linear_sample_statistics_gradient_op,
+    margin_head_gradient,
+)
+from .linear_head import in_norm
 from .margin import Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .row_sums import IGNORED, StatisticsFields

@@ -1,20 +1,91 @@
-"""Sample statistics of a linear head from its features, forward and backward in tiles."""
+"""Sample statistics of a linear head whose logits never exist, forward and backward in tiles."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .. import _checks as checks
 from .._checks import checked_target, result_dtype
+from . import linear_sharded as sharded
 from . import row_sums, statistics
 from ._library import Op
-from .linear_gradient import label_pair, margin_head_gradient
-from .linear_margin import head_sums, join
+from .linear_gradient import (
+    label_pair,
+    linear_sample_statistics_gradient_op,
+    margin_head_gradient,
+)
+from .linear_head import Tensors, checked_head, head_sums, join
 from .margin_gradient import log_norm_gradient
-from .row_sums import IGNORED, StatisticsFields, within
-from .tiles import default_chunk_bytes, logit_tiles, tile_shape
+from .row_sums import StatisticsFields
+from .statistics import SampleStatistics, as_statistics
+from .tiles import logit_tiles, tile_shape
 
-Tensors = tuple[Tensor, ...]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def linear_sample_statistics(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    log_norm: Tensor | float | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    group: ProcessGroup | None = None,
+) -> SampleStatistics:
+    """Margin, loss, confidence, entropy, EL2N and more of every sample, without logits.
+
+    Equal to ``sample_statistics(F.linear(input, weight, bias), target, input=input, ...)`` up to
+    the rounding of the matrix product; see there for the fields and their papers.
+
+    Args:
+        input: ``[N, D]``, see :func:`linear_classification_margin`.
+        weight: ``[C, D]``, C >= 2.
+        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+        bias: ``[C]``.
+        log_norm: Logarithm of the norm product, see :func:`classification_margin`.
+        ignore_index: Samples with this target are reported as learnt perfectly, see
+            :func:`sample_statistics`.
+        chunk_bytes: Room for logits, see :func:`linear_classification_margin`.
+        group: The processes over which the classes are spread, see
+            :func:`linear_classification_margin`.
+
+    Returns:
+        :class:`SampleStatistics` of ``[N]`` tensors, ``gradient_norm`` among them.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or ranks
+            of ``group`` disagree; then every rank raises.
+        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+
+    ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable (once) in ``input``,
+    ``weight`` and ``bias``, the margin also in ``log_norm``. The gradient of the margin alone
+    needs no logits; that of the others computes them again, tile by tile, in the same room.
+    Deterministic. Beside the results O(N) and ``chunk_bytes``, and backward in half precision the
+    sums of the gradient of ``weight`` in float32.
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)
+        >>> marginops.linear_sample_statistics(features, weight, torch.tensor([1, 1])).loss
+        tensor([0.3133, 1.7014])
+    """
+    if group is not None:
+        fields = sharded.sample_statistics(
+            input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
+        )
+        return as_statistics(fields, True)
+    dtype = checked_head(input, weight, bias, chunk_bytes)
+    checks.check_target(target, input, ignore_index, "input")
+    log_norm = checks.as_log_norm(log_norm, input)
+    fields = linear_sample_statistics_op(
+        input, weight, bias, target, log_norm, ignore_index, dtype, chunk_bytes
+    )
+    return as_statistics(fields, True)
 
 
 class LinearSampleStatisticsOp(Op):
@@ -112,95 +183,3 @@ class LinearSampleStatisticsOp(Op):
 
 
 linear_sample_statistics_op = LinearSampleStatisticsOp()
-
-
-class LinearSampleStatisticsGradientOp(Op):
-    """Gradients of input, weight and bias; the first two are empty unless they are asked for."""
-
-    schema = (
-        "linear_sample_statistics_gradient(Tensor input, Tensor weight, Tensor? bias,"
-        " Tensor target, Tensor rival, Tensor confidence, Tensor entropy, Tensor maximum,"
-        " Tensor log_sum, Tensor? log_norm, Tensor? grad_margin, Tensor? grad_loss,"
-        " Tensor? grad_confidence, Tensor? grad_entropy, int ignore_index, ScalarType? dtype,"
-        " int? chunk_bytes, bool of_input, bool of_weight) -> (Tensor, Tensor, Tensor)"
-    )
-    has_kernels = False
-
-    @staticmethod
-    def reference(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        rival: Tensor,
-        confidence: Tensor,
-        entropy: Tensor,
-        maximum: Tensor,
-        log_sum: Tensor,
-        log_norm: Tensor | None,
-        grad_margin: Tensor | None,
-        grad_loss: Tensor | None,
-        grad_confidence: Tensor | None,
-        grad_entropy: Tensor | None,
-        ignore_index: int,
-        dtype: torch.dtype | None,
-        chunk_bytes: int | None,
-        of_input: bool,
-        of_weight: bool,
-    ) -> Tensors:
-        saved = confidence, entropy, maximum, log_sum
-        grads = grad_margin, grad_loss, grad_confidence, grad_entropy
-        target = torch.where(target == ignore_index, IGNORED, target)
-        columns = weight.to(dtype or weight.dtype)
-        total = result_dtype(columns.dtype)
-        grad_input = input.new_empty(input.shape if of_input else (0, 0))
-        grad_weight = columns.new_zeros(columns.shape if of_weight else (0, 0), dtype=total)
-        grad_bias = columns.new_zeros(columns.shape[0], dtype=total)
-        # The gradient of the logits lies beside them, so each has half of the room.
-        room = (chunk_bytes or default_chunk_bytes(input)) // 2
-        shape = tile_shape(input, columns, None, max(room, columns.dtype.itemsize))
-        for rows, classes, logits in logit_tiles(input, columns, bias, columns.dtype, shape):
-            local = torch.where(target[rows] == IGNORED, IGNORED, within(target[rows], classes))
-            grad_logits = statistics.sample_statistics_gradient_op(
-                logits,
-                local,
-                within(rival[rows], classes),
-                *(value[rows] for value in saved),
-                log_norm,
-                *(None if grad is None else grad[rows] for grad in grads),
-                IGNORED,
-            )
-            if of_input:
-                if classes.start == 0:
-                    of_rows = columns.new_zeros((len(logits), columns.shape[1]), dtype=total)
-                _add_product(of_rows, grad_logits, columns[classes])
-                if classes.stop == len(columns):
-                    grad_input[rows] = of_rows
-            if of_weight:
-                _add_product(grad_weight[classes], grad_logits.t(), input[rows].to(columns.dtype))
-            grad_bias[classes] += grad_logits.sum(0, dtype=total)
-            del grad_logits  # or the next one would lie beside it
-        bias_dtype = weight.dtype if bias is None else bias.dtype
-        return grad_input, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
-
-    @staticmethod
-    def fake(
-        input: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        *_, of_input, of_weight = others
-        return (
-            input.new_empty(input.shape if of_input else (0, 0)),
-            weight.new_empty(weight.shape if of_weight else (0, 0)),
-            weight.new_empty(weight.shape[:1]) if bias is None else bias.new_empty(bias.shape),
-        )
-
-
-linear_sample_statistics_gradient_op = LinearSampleStatisticsGradientOp()
-
-
-def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """In float32 also for products of half precision."""
-    if total.dtype == one.dtype:
-        total.addmm_(one, other)
-    else:
-        total += one.mm(other)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks as checks
 from .._checks import result_dtype
 from .class_sum import sum_pairs
-from .linear_margin import head_sums
+from .linear_head import head_sums
 from .row_sums import ELSEWHERE, RowSums, merge, within
 from .tiles import check_chunk_bytes, tile_shape
 

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import homogeneity
-from .._checks import check_target
+from .._checks import check_int, check_target
 from ..metrics import (
     ClassManifolds,
     ClassManifoldsSummary,
@@ -77,15 +77,16 @@ def report_epoch(
     Args:
         network: Maps inputs ``[B, ...]`` to logits ``[B, C]``, as a tensor or in the attribute
             ``logits``; it may be wrapped, see :func:`marginops.networks.unwrap`. It stays as it is.
-        inputs: ``[N, ...]``, the training inputs, on the device of ``network``.
+        inputs: ``[N, ...]``, N >= 1, the training inputs, on the device of ``network``.
         target: ``[N]`` int64, their classes.
         test_inputs: ``[M, ...]``, inputs that are not trained on.
         test_target: ``[M]`` int64, their classes.
         num_classes: C; by default that of ``head``, or one more than the largest target.
         head: The layer that computes the logits from features ``[B, D]``; by default
             :func:`marginops.networks.last_linear`.
-        rates: Those of :func:`marginops.homogeneity.rates`, computed once for all epochs; without
-            them the two Lambda-normalised margins are NaN.
+        rates: Those of :func:`marginops.homogeneity.rates` for ``network`` or for the module
+            inside its wrappers, computed once for all epochs; without them the two
+            Lambda-normalised margins are NaN.
         chunk_size: Samples in one forward pass.
 
     Returns:
@@ -108,18 +109,18 @@ def report_epoch(
         >>> report.margins.shape, report.manifolds.radius.shape
         (torch.Size([60]), torch.Size([3]))
     """
-    check_target(target, inputs, -100, "inputs")
-    if (test_inputs is None) != (test_target is None):
-        missing = "test_inputs" if test_inputs is None else "test_target"
-        raise ValueError(f"{missing}: expected test_inputs and test_target together, got None")
-    network = unwrap(network)
+    _check_samples(inputs, target, test_inputs, test_target)
+    check_int("chunk_size", chunk_size, 1)
+    if head is not None and not isinstance(head, nn.Linear):
+        raise TypeError(f"head: expected a torch.nn.Linear, got {type(head).__name__}")
+    given, network = network, unwrap(network)
     if num_classes is None:
         num_classes = int(target.max()) + 1 if head is None else head.out_features
     head = head or last_linear(network, num_classes)
     shape, device = (num_classes, head.in_features), target.device
     distribution = MarginDistribution(quantiles=QUANTILES).to(device)
     collapse, manifolds = NeuralCollapse(*shape).to(device), ClassManifolds(*shape).to(device)
-    log_norm = log_norm_product(network).detach()
+    log_norm = log_norm_product(network, example_input=inputs[:2]).detach()
     margins, misclassified = [], []
     chunks = inputs.split(chunk_size)
     for chunk, labels in zip(chunks, target.split(chunk_size), strict=True):
@@ -140,7 +141,9 @@ def report_epoch(
     def rescaled(version: Literal["tau", "lambda_max"]) -> float:
         if rates is None:
             return math.nan
-        margin = homogeneity.normalized_margin(smallest.reshape(1), network, rates, version=version)
+        # A wrapper's parameters have names of their own.
+        rated = given if set(rates) <= set(dict(given.named_parameters())) else network
+        margin = homogeneity.normalized_margin(smallest.reshape(1), rated, rates, version=version)
         return margin.item()
 
     test_accuracy = math.nan
@@ -159,3 +162,22 @@ def report_epoch(
         tau_margin=rescaled("tau"),
         lambda_max_margin=rescaled("lambda_max"),
     )
+
+
+def _check_samples(inputs: Any, target: Any, test_inputs: Any, test_target: Any) -> None:
+    """Training samples, and test samples or none."""
+    if (test_inputs is None) != (test_target is None):
+        missing = "test_inputs" if test_inputs is None else "test_target"
+        raise ValueError(f"{missing}: expected test_inputs and test_target together, got None")
+    samples = {"inputs": inputs, "test_inputs": test_inputs, "test_target": test_target}
+    for name, value in samples.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "inputs"):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    check_target(target, inputs, -100, "inputs")
+    if len(inputs) == 0:
+        raise ValueError("inputs: expected at least one sample, got none")
+    if test_inputs is not None and test_target.shape != test_inputs.shape[:1]:
+        raise ValueError(
+            f"test_target: expected shape {list(test_inputs.shape[:1])} for test_inputs "
+            f"{list(test_inputs.shape)}, got {list(test_target.shape)}"
+        )

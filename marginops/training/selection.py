@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks import call, evaluation_mode, last_linear, output_tensor
-from ..ops.linear import linear_select_minimal_margin
+from ..ops.linear_select import linear_select_minimal_margin
 from ..ops.margin import Rival
 from ..ops.select import select_minimal_margin
 

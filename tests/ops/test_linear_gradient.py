@@ -23,7 +23,7 @@ from helpers.ops import OPS
 from helpers.rounding import assert_same
 from helpers.strategies import small_integers
 from marginops._checks import result_dtype
-from marginops.ops import linear_margin, linear_statistics
+from marginops.ops import linear_gradient, linear_head, linear_margin, linear_statistics
 
 NAMES = list(VARIANTS)
 
@@ -181,7 +181,7 @@ def test_gradient_of_margins_needs_no_logits(device, variant, monkeypatch):
     def refuse(*_):
         raise AssertionError("logits in the backward pass")
 
-    for module in (linear_margin, linear_statistics):
+    for module in (linear_gradient, linear_head, linear_margin, linear_statistics):
         monkeypatch.setattr(module, "logit_tiles", refuse)
     weights = torch.arange(len(fields[0]), device=device) % 7 - 2.0
     actual = torch.autograd.grad(fields[0], head[:3], weights.double(), retain_graph=True)

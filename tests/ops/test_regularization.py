@@ -298,7 +298,7 @@ def test_autocast(device):
         ({"logits": torch.ones(4, 1)}, ValueError, "logits: expected at least 2 classes"),
         ({"bias": torch.ones(2)}, ValueError, r"bias: expected shape \[3\]"),
         ({"bias": torch.ones(2), "logits": None}, ValueError, r"bias: expected shape \[3\]"),
-        ({"reduction": "mean"}, ValueError, "reduction: expected 'square_of_mean' or"),
+        ({"reduction": "mean"}, ValueError, 'reduction: expected "square_of_mean" or'),
         ({"ignore_index": 1.0}, TypeError, "ignore_index: expected an int, got float"),
     ],
 )

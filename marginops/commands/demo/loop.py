@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import _checks as checks
 from ...networks import last_linear, predict
 from ...ops.margin import classification_margin
 from ...training.selection import select_batch
@@ -159,8 +160,7 @@ def _check(
     candidate_ratio: int,
     evaluate_every: int | None,
 ) -> None:
-    if sampling not in get_args(Sampling):
-        raise ValueError(f'sampling: expected "uniform" or "minimal_margin", got {sampling!r}')
+    checks.check_choice("sampling", sampling, get_args(Sampling))
     numbers = {"updates": updates, "batch_size": batch_size, "candidate_ratio": candidate_ratio}
     if evaluate_every is not None:
         numbers["evaluate_every"] = evaluate_every

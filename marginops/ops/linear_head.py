@@ -1,0 +1,69 @@
+"""What the ops of a linear head share: checked arguments, sums of whole rows, joined results."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as checks
+from .._checks import result_dtype
+from . import row_sums
+from .row_sums import RowSums
+from .tiles import check_chunk_bytes, logit_tiles
+
+Tensors = tuple[Tensor, ...]
+
+
+def checked_head(input: Any, weight: Any, bias: Any, chunk_bytes: Any) -> Any:
+    """Check the head; return the dtype of the product, None for that of the arguments."""
+    dtype = checks.check_linear(input, weight, bias)
+    checks.check_classes(weight)
+    check_chunk_bytes(chunk_bytes, weight, dtype)
+    return dtype
+
+
+def head_sums(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    label: Tensor,
+    dtype: torch.dtype | None,
+    shape: tuple[int, int],
+    with_sums: bool,
+) -> RowSums:
+    """The sums of all rows, from those of tiles; margins and scores need none."""
+    complete, parts = [], []
+    for rows, classes, logits in logit_tiles(input, weight, bias, dtype, shape):
+        parts.append(row_sums.piece_sums(logits, label[rows], classes, with_sums))
+        if classes.stop == len(weight):
+            complete.append(row_sums.merge(parts))
+            parts = []
+    return RowSums(*join(complete))
+
+
+def join(parts: Sequence[Tensors]) -> Tensors:
+    """The results of all chunks, each in one piece."""
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def in_norm(
+    weight: Tensor, bias: Tensor | None, bias_in_norm: bool, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the norms of scores are of; autocast allows any mixture of dtypes."""
+    bias = bias if bias_in_norm else None
+    if dtype is None:
+        return weight, bias
+    return weight.float(), None if bias is None else bias.float()
+
+
+def empty_results(input: Tensor, rows: int, *kinds: str) -> Tensors:
+    """Empty results: of the result dtype, int64 indices, or int64 pairs."""
+    dtype = result_dtype(input.dtype)
+    return tuple(
+        input.new_empty(
+            (rows, 2) if kind == "pair" else (rows,),
+            dtype=dtype if kind == "value" else torch.int64,
+        )
+        for kind in kinds
+    )
