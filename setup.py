@@ -13,8 +13,25 @@ from types import ModuleType
 from typing import Any
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")
+
+
+class BuildPackage(build_py):  # type: ignore[misc, unused-ignore]
+    """Copies the package into the build folder, and removes what an earlier build left there.
+
+    Everything in that folder gets into the wheel. A C++ file that was renamed since would be
+    compiled twice, under its old and its new name.
+    """
+
+    def run(self) -> None:
+        """Copies the files, then removes all others."""
+        super().run()
+        wanted = {Path(path).resolve() for path in self.get_outputs()}
+        for path in Path(self.build_lib, "marginops").rglob("*"):
+            if path.is_file() and path.resolve() not in wanted:
+                path.unlink()
 
 
 def load_file(path: str) -> ModuleType:
@@ -82,7 +99,10 @@ def ahead_of_time() -> dict[str, Any]:
     ]
     if archs and recipe.families(CSRC, "cuda"):
         extensions.append(extension(CUDAExtension, "cuda", "baseline", ["-DUSE_CUDA"]))
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_py": BuildPackage, "build_ext": Build},
+    }
 
 
 build = os.environ.get("MARGINOPS_BUILD") or "jit"
@@ -101,5 +121,5 @@ setup(
         "marginops": ["py.typed"],
         **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in csrc_packages},
     },
-    **(ahead_of_time() if build == "aot" else {}),
+    **(ahead_of_time() if build == "aot" else {"cmdclass": {"build_py": BuildPackage}}),
 )

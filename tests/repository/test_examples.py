@@ -1,0 +1,79 @@
+"""Every example is short, says how to run it, runs, and prints what is true."""
+
+import ast
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import marginops
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"))
+NAMES = [path.name for path in EXAMPLES]
+
+
+@functools.cache
+def output(name: str) -> str:
+    """What the example prints with the package that is tested here."""
+    path = next(path for path in EXAMPLES if path.name == name)
+    package = str(Path(marginops.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, path],
+        env=os.environ | {"PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=NAMES)
+def test_example_is_short_and_says_how_to_run_it(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 60
+    assert f"\n    python examples/{path.name}\n" in (ast.get_docstring(ast.parse(text)) or "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example_prints_sentences(name: str) -> None:
+    lines = output(name).splitlines()
+    assert lines and all(line.endswith(".") for line in lines)
+
+
+def test_selection_trains_as_well_as_uniform_batches_do() -> None:
+    text = output("train_with_selection.py")
+    uniform = float(re.search(r"with uniform batches: (.*) %", text)[1])
+    selected = float(re.search(r"with minimal-margin batches: (.*) %", text)[1])
+    better, seeds = map(int, re.search(r"better for (\d+) of (\d+) seeds", text).groups())
+    assert min(uniform, selected) > 90
+    assert 0 <= better <= seeds
+    # If one way is better for every seed, its mean is higher.
+    assert better not in (0, seeds) or (selected > uniform) == (better == seeds)
+
+
+def test_hardest_samples_have_wrong_labels() -> None:
+    text = output("find_hard_samples.py")
+    wrong = int(re.search(r"(\d+) of the \d+ labels are wrong", text)[1])
+    found = [int(count) for count in re.findall(r", (\d+) have a wrong label", text)]
+    assert len(found) == 3
+    # By chance it would be one of them.
+    assert all(wrong / 2 < count <= wrong for count in found)
+    median, low, high = map(
+        float, re.search(r"exceed (.*); 90 % lie between (.*) and (.*)\.", text).groups()
+    )
+    assert low < median < high
+
+
+def test_large_head_needs_no_logits_and_chooses_the_same() -> None:
+    text = output("large_head.py")
+    fused, eager = map(int, re.findall(r"need (\d+) MiB", text))
+    same, chosen = map(int, re.search(r"(\d+) of the (\d+) chosen samples", text).groups())
+    assert fused < 128 < 250 <= eager
+    assert same == chosen
+    assert float(re.search(r"losses differ by (.*) at most", text)[1]) < 1e-10
