@@ -12,7 +12,7 @@ NAMES = {
     "unfused": "product and op",
     "one_hot": "the one-hot product",
     "cross_entropy": "`cross_entropy`",
-    "linear_cross_entropy": "`linear_cross_entropy`",
+    "linear_cross_entropy": "PyTorch's linear loss",
     "liger": "Liger",
     "cut_cross_entropy": "cut-cross-entropy",
     "product": "the bare product",
@@ -20,6 +20,26 @@ NAMES = {
 }
 # What does less than the op, so that the ratio is how much longer the op takes.
 LOWER_BOUNDS = ("cross_entropy", "product", "floor")
+# The README's rows: op, shape, dtype, and the shape in words.
+OVERVIEW = [
+    (
+        *("select_minimal_margin", "1280 x 10 x 512", "float32"),
+        "1,280 samples, 10 classes, 512 features",
+    ),
+    (
+        *("select_minimal_margin", "8192 x 1000 x 2048", "float32"),
+        "8,192 samples, 1,000 classes, 2,048 features",
+    ),
+    ("classification_margin", "1000000 x 100", "float32", "1,000,000 samples, 100 classes"),
+    ("select_smallest", "1000000, k = 10000", "float32", "1,000,000 scores, k = 10,000"),
+    ("sample_statistics", "8192 x 1000", "float32", "8,192 samples, 1,000 classes"),
+    (
+        *("linear_sample_statistics", "8192 x 768 x 32000", "bfloat16"),
+        "8,192 samples, 768 features, 32,000 classes, bfloat16",
+    ),
+]
+# What a user would run instead without `torch.compile`.
+EAGER = ("eager", "topk", "linear_cross_entropy")
 
 Row = dict[str, str]
 
@@ -60,31 +80,64 @@ def tables(path: Path, linear: bool) -> str:
             shapes.setdefault(row["shape"], {})[row["provider"]] = row
     lines = [introduction(rows)]
     for (op, dtype), shapes in groups.items():
-        lines += ["", *table(f"`{op}`, {dtype}", shapes, copy_rate(rows))]
+        lines += ["", f"### `{op}`, {dtype}", "", *table(shapes, copy_rate(rows))]
     return "\n".join(lines)
 
 
+def overview(path: Path) -> str:
+    """The README's table: the time of ours and of PyTorch, and their ratio."""
+    rows = read_results(path)
+    lines = []
+    for op, shape, dtype, words in OVERVIEW:
+        case = (op, shape, dtype)
+        found = {r["provider"]: r for r in rows if (r["op"], r["shape"], r["dtype"]) == case}
+        eager = next((found[name] for name in EAGER if name in found), None)
+        if "marginops" not in found or eager is None:
+            continue
+        times_of_all = [found["marginops"], eager, found.get("compile")]
+        cells = [milliseconds(time_of(row)) if row else "-" for row in times_of_all]
+        quickest = min(time_of(row) for row in times_of_all[1:] if row)
+        ratio = times(quickest / time_of(found["marginops"]))
+        lines.append(markdown([f"`{op}`", words, *cells, ratio]))
+    if not lines:
+        return ""
+    explanation = (
+        "The ratio is the time of the faster PyTorch version divided by that of marginops. For "
+        "`select_smallest`, PyTorch is `torch.topk`. For `linear_sample_statistics`, it is "
+        "`linear_cross_entropy`, which computes the loss alone."
+    )
+    header = ["Operation", "Input", "marginops", "PyTorch", "compiled PyTorch", "Ratio"]
+    rule = "|---|---" + "|---:" * (len(header) - 2) + "|"
+    return "\n".join([f"{where(rows)}. {explanation}", "", markdown(header), rule, *lines])
+
+
+def where(rows: list[Row]) -> str:
+    """On what machine and with what the results were measured."""
+    first = rows[0]
+    threads = "" if copy_rate(rows) else f", {first['threads']} threads"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"{first['device']}{threads}, torch {first['torch']}, commit {commits}, {first['date']}"
+
+
 def introduction(rows: list[Row]) -> str:
-    """Where and with what it was measured, and what the figures are."""
-    first, copied = rows[0], copy_rate(rows)
-    commits = "".join(f", {name}" for name in dict.fromkeys(row["commit"] for row in rows) if name)
-    commits = commits.replace(", ", ", commits ", 1)
-    threads = "" if copied else f", {first['threads']} threads"
-    where = f"{first['device']}{threads}, torch {first['torch']}{commits}, "
-    where += f"{first['date']}; "
+    """Where the results were measured, and what the columns are."""
+    runs, copied = int(rows[0].get("runs") or 1), copy_rate(rows)
+    median = f"the lowest median of {runs} runs" if runs > 1 else "the median"
     if not copied:
-        return where + "the lowest median of several runs, in brackets its interquartile range."
+        return f"{where(rows)}. A time is {median}, with the interquartile range in brackets."
     copies = [row for row in rows if row["op"] == "copy"]
     least = min(copies, key=lambda row: float(row["mib_moved"]))
+    rate = f"{copied * 2**20 / 1e9:.2f} TB/s"
     return (
-        f"{where}the median of the GPU's times with a cold cache, in brackets the interquartile "
-        f"range; the share of the {copied * 2**20 / 1e9:.2f} TB/s of a copy; the median of whole "
-        "calls, until they are done; and how much faster that is, by the GPU's time and by the "
-        f"whole call. So timed, a copy of {least['shape']} takes {milliseconds(time_of(least))}."
+        f"{where(rows)}. The first time is {median} of the GPU's times with a cold cache, with the "
+        f'interquartile range in brackets. "Of a copy" is the share of the {rate} of a copy. '
+        '"Whole call" is the median time until a call is done. "Faster than" gives two ratios: by '
+        "the GPU's time and by the whole call. Measured in this way, a copy of "
+        f"{least['shape']} takes {milliseconds(time_of(least))}."
     )
 
 
-def table(title: str, shapes: dict[str, dict[str, Row]], copied: float | None) -> list[str]:
+def table(shapes: dict[str, dict[str, Row]], copied: float | None) -> list[str]:
     """The lines of one op's table."""
     measured = dict.fromkeys(name for providers in shapes.values() for name in providers)
     others = [name for name in measured if name != "marginops"]
@@ -92,7 +145,7 @@ def table(title: str, shapes: dict[str, dict[str, Row]], copied: float | None) -
     bounds = [name for name in others if name in LOWER_BOUNDS]
     all_rows = [row for providers in shapes.values() for row in providers.values()]
     with_memory = any(row.get("peak_mib") for row in all_rows)
-    header = [title, "marginops", "MiB" if with_memory else "of a copy" if copied else "GB/s"]
+    header = ["shape", "marginops", "MiB" if with_memory else "of a copy" if copied else "GB/s"]
     header += ["whole call"] if copied else []
     header += [f"faster than {NAMES[name]}" for name in slower]
     header += [f"time over {NAMES[name]}" for name in bounds]
@@ -148,5 +201,7 @@ def times(ratio: float) -> str:
 
 
 def milliseconds(time: float) -> str:
-    """Three digits, in ms or us."""
+    """Three digits, in s, ms or us."""
+    if time >= 999.5:
+        return f"{time / 1e3:.3g} s"
     return f"{time:.3g} ms" if time >= 1 else f"{time * 1e3:.3g} us"
