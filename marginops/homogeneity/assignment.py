@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..networks import unwrap
 from .program import Program
 from .system import NotQuasiHomogeneousError, System
 from .trace import Network, exported
@@ -44,7 +45,8 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
     ``g v / |v|`` puts the rate on g and 0 on v.
 
     Args:
-        model: Returns one tensor of floating point. Runs in evaluation mode.
+        model: Returns one tensor of floating point. Runs in evaluation mode. Wrappers are taken
+            off first, see :func:`marginops.networks.unwrap`.
         example_input: What it is called with, a tensor or a tuple of positional arguments, on its
             device. Only the shapes and dtypes matter.
 
@@ -81,6 +83,7 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
             f"got {type(example_input).__name__}"
         )
     check_solver()
+    model = unwrap(model)
     names = [name for name, _ in model.named_parameters()]
     if not names:
         raise ValueError("model: expected at least one parameter, got none")

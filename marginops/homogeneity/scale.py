@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import _checks as checks
 from .._checks import result_dtype
+from ..networks import unwrap
 
 Version = Literal["tau", "lambda_max"]
 Parameters = nn.Module | Mapping[str, Tensor]
@@ -199,7 +200,7 @@ def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
 def _rated(parameters: Any, rates: Any) -> list[tuple[Tensor, float]]:
     """Every parameter with its rate."""
     if isinstance(parameters, nn.Module):
-        parameters = dict(parameters.named_parameters())
+        parameters = dict(unwrap(parameters).named_parameters())
     if not isinstance(parameters, Mapping):
         raise TypeError(
             "parameters: expected a torch.nn.Module or a mapping of names to tensors, "

@@ -1,4 +1,4 @@
-"""Norms of whole models: what a margin is divided by before networks are compared."""
+"""Norms of whole models. Margins divided by them can be compared between networks."""
 
 from .bound import spectrally_normalized_margin
 from .product import log_norm_product

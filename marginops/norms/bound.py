@@ -1,4 +1,4 @@
-"""Margins divided by the spectral complexity of the network."""
+"""Margins divided by the spectral complexity of a model."""
 
 import math
 from typing import Any
@@ -26,44 +26,46 @@ def spectrally_normalized_margin(
     example_input: Tensor | tuple[Tensor, ...] | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    r"""Signed margin of every sample over the spectral complexity of the model.
+    r"""Signed margin of every sample divided by the spectral complexity of the model.
 
-    With :math:`A_i` the matrices of the layers, :math:`s_i` their spectral norms and :math:`M_i`
-    the matrices of ``reference``,
+    Let :math:`A_i` be the matrices of the layers, :math:`s_i` their spectral norms and :math:`M_i`
+    the matrices of ``reference``:
 
     .. math:: (f_{n, y_n} - \max_{c \ne y_n} f_{n, c}) / R, \quad
         R = \prod_i s_i \Bigl(\sum_i
         \bigl(\lVert A_i^T - M_i^T \rVert_{2, 1} / s_i\bigr)^{2/3}\Bigr)^{3/2}
 
-    where :math:`\lVert A^T \rVert_{2, 1}` adds the 2-norms of the rows of :math:`A`, one for each
-    output. These are the margins of Bartlett, Foster, Telgarsky (2017).
+    Here :math:`\lVert A^T \rVert_{2, 1}` is the sum of the 2-norms of the rows of :math:`A`. Each
+    row belongs to one output. These are the margins of Bartlett, Foster, Telgarsky (2017).
 
     Args:
-        logits: ``[N, C]``, see :func:`classification_margin`.
+        logits: ``[N, C]``, see :func:`marginops.classification_margin`.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
-        model: The model that gave the logits, see :func:`log_norm_product`.
-        reference: A model with layers of the same shapes, as a copy at initialisation; by default
-            all :math:`M_i` are 0.
-        input: The data ``[n, ...]``; with it margins are divided by
-            :math:`\lVert X \rVert_F / n`, too.
-        batch_norm: ``"fold"``, ``"last"`` or ``"affine"``, see :func:`log_norm_product`; the
-            reference's by its own statistics.
-        conv: ``"flattened"`` or ``"operator"``, see :func:`log_norm_product`; for the latter
-            padding, if any, has to be with zeros or circular.
-        example_input: See :func:`log_norm_product`.
+        model: The model that computed the logits, see :func:`marginops.log_norm_product`.
+        reference: A model with layers of the same shapes, for example a copy made at
+            initialisation. By default all :math:`M_i` are 0.
+        input: The data :math:`X`, ``[n, ...]``. If it is given, the margins are also divided by
+            :math:`\lVert X \rVert_F / n`.
+        batch_norm: ``"fold"``, ``"last"`` or ``"affine"``, see :func:`marginops.log_norm_product`.
+            Batch norms of ``reference`` count with their own statistics.
+        conv: ``"flattened"`` or ``"operator"``, see :func:`marginops.log_norm_product`. With
+            ``"operator"`` padding has to be with zeros or circular.
+        example_input: See :func:`marginops.log_norm_product`.
         ignore_index: Samples with this target get ``+inf`` and no gradient.
 
     Returns:
         ``[N]``, float64 for float64 logits, else float32.
 
     Raises:
-        TypeError, ValueError: An argument is wrong, see :func:`classification_margin` and
-            :func:`log_norm_product`; or the layers of ``reference`` are not those of ``model``.
-        RuntimeError: A target is outside [0, C) (CPU), on CUDA a device-side assertion; or a
-            spectral norm did not converge to 1e-6.
+        TypeError, ValueError: An argument is wrong, see :func:`marginops.classification_margin`
+            and :func:`marginops.log_norm_product`. Or the layers of ``reference`` do not have the
+            shapes of those of ``model``.
+        RuntimeError: A target is outside [0, C), on the CPU; on CUDA this is a device-side
+            assertion. Or a spectral norm did not converge to 1e-6.
 
-    Differentiable (once) in ``logits``, in weights and batch norms of both models, and in
-    ``input``. Deterministic. Costs what the spectral :func:`log_norm_product` costs.
+    The margins are differentiable (once) in ``logits``, in the weights and batch norms of both
+    models, and in ``input``. The result is deterministic. The cost is that of
+    :func:`marginops.log_norm_product` with the spectral norm.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -96,7 +98,7 @@ def spectrally_normalized_margin(
 
 
 def _log_two_one_norm(factor: Factor, origin: Factor | None, dtype: torch.dtype) -> Tensor:
-    """The logarithm of the sum of the norms of the rows of the difference, in float64."""
+    """The logarithm of ``||A^T - M^T||_{2, 1}``, in float64."""
     difference = scaled_weight(factor, dtype)
     if origin is not None:
         difference = difference - scaled_weight(origin, dtype)
@@ -108,8 +110,9 @@ def _log_two_one_norm(factor: Factor, origin: Factor | None, dtype: torch.dtype)
         taps = factor.module.kernel_size
         squares = kinds.blocks(factor.module, difference.double().square())
         squares = squares.flatten(0, 1).unflatten(1, (-1, *taps)).sum(1)
-        for met in convolution.reach(factor):  # the first axis of taps goes, one of places comes
-            squares = torch.tensordot(squares, met.to(squares), dims=([1], [0]))
+        for meets in convolution.reach(factor):
+            # Replaces the first axis of taps by one of output places, as the last axis.
+            squares = torch.tensordot(squares, meets.to(squares), dims=([1], [0]))
         norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
     else:
         norms = torch.linalg.vector_norm(kinds.rows(factor.module, difference), dim=1).double()
@@ -117,7 +120,7 @@ def _log_two_one_norm(factor: Factor, origin: Factor | None, dtype: torch.dtype)
 
 
 def _log_size(input: Any, logits: Tensor) -> Tensor:
-    """The logarithm of the Frobenius norm of the data over their number."""
+    """The logarithm of the Frobenius norm of the data divided by the number of samples."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a tensor [n, ...], got {type(input).__name__}")
     checks.check_tensor("input", input, max(input.dim(), 1), "[n, ...]")
@@ -129,15 +132,15 @@ def _log_size(input: Any, logits: Tensor) -> Tensor:
 
 
 def _check_reference(others: list[Factor], factors: list[Factor]) -> None:
-    """The same matrices, by their shapes."""
+    """Check that both models have the same number of layers with the same shapes."""
     if len(others) != len(factors):
         raise ValueError(
-            f"reference: expected {len(factors)} layers as model has, got {len(others)}"
+            f"reference: expected {len(factors)} layers as in model, got {len(others)}"
         )
     for other, factor in zip(others, factors, strict=True):
         if other.weight.shape != factor.weight.shape:
             raise ValueError(
-                f"reference: expected shape {[*factor.weight.shape]} as {factor.name} of model, "
-                f"got {[*other.weight.shape]} of {other.name}"
+                f"reference: expected shape {[*factor.weight.shape]} as for {factor.name} of "
+                f"model, got {[*other.weight.shape]} for {other.name}"
             )
     checks.check_device("reference", others[0].weight, factors[0].weight, "model")

@@ -1,4 +1,4 @@
-"""A convolution as one matrix that acts on all places of its input."""
+"""A convolution as one matrix, which maps its whole input to its whole output."""
 
 import math
 
@@ -15,20 +15,20 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 
 
 def places(factor: Factor) -> tuple[list[int], list[int]]:
-    """Sizes of the input and of the output, without channels."""
+    """The spatial sizes of the input and of the output."""
     dimensions = factor.weight.dim() - 2
     assert factor.call is not None
     return list(factor.call.input[-dimensions:]), list(factor.call.output[-dimensions:])
 
 
 def convolve(factor: Factor, weight: Tensor, input: Tensor) -> Tensor:
-    """What the layer does to ``input``, without its bias."""
+    """The output of the layer for ``input``, without the bias."""
     module = factor.module
     if isinstance(module, kinds.CONVOLUTIONS):
         return module._conv_forward(input, weight, None)
     sizes, results = places(factor)
-    # Whoever calls the layer may ask for another size of its output.
-    least = [
+    # A caller of the layer may pass output_size, so the output padding follows from the sizes.
+    smallest = [
         (n - 1) * s - 2 * p + d * (k - 1) + 1
         for n, s, p, d, k in zip(
             sizes,
@@ -39,14 +39,14 @@ def convolve(factor: Factor, weight: Tensor, input: Tensor) -> Tensor:
             strict=True,
         )
     ]
-    more = [result - size for result, size in zip(results, least, strict=True)]
+    extra = [result - size for result, size in zip(results, smallest, strict=True)]
     return _TRANSPOSED[len(sizes)](
-        input, weight, None, module.stride, module.padding, more, module.groups, module.dilation
+        input, weight, None, module.stride, module.padding, extra, module.groups, module.dilation
     )
 
 
 def right_vector(factor: Factor, weight: Tensor, tolerance: float) -> Tensor:
-    """The input, of length 1, that the convolution makes largest."""
+    """The input of length 1 for which the output is longest: the right singular vector."""
     sizes, _ = places(factor)
     shape = (1, factor.module.in_channels, *sizes)
 
@@ -56,7 +56,7 @@ def right_vector(factor: Factor, weight: Tensor, tolerance: float) -> Tensor:
             output = convolve(factor, weight, input)
         return torch.autograd.grad(output, input, output.detach())[0].reshape(-1)
 
-    # The adjoint needs autograd, which has no use for tensors of inference mode.
+    # Autograd computes the adjoint. It does not work on tensors of inference mode.
     with torch.inference_mode(False), torch.no_grad():
         weight = weight.clone()
         start = random_start(math.prod(shape), weight)
@@ -64,7 +64,7 @@ def right_vector(factor: Factor, weight: Tensor, tolerance: float) -> Tensor:
 
 
 def is_circulant(factor: Factor) -> bool:
-    """Whether every place of a periodic input is treated alike, so that Fourier's basis helps."""
+    """Whether the matrix is circulant, so that the Fourier basis makes it block-diagonal."""
     module = factor.module
     if getattr(module, "padding_mode", "zeros") != "circular":
         return False
@@ -73,11 +73,12 @@ def is_circulant(factor: Factor) -> bool:
 
 
 class Symbol:
-    """The blocks into which Fourier's basis splits a circulant convolution.
+    """The blocks of a circulant convolution in the Fourier basis.
 
-    A stride of s lets s frequencies of the input fall on one of the output, so a block's columns
-    are the channels at all of these. Real weights have the same block, conjugated, at the negative
-    frequency: half of the first axis is enough.
+    With a stride of s, the convolution maps s frequencies of the input to one frequency of the
+    output. So the columns of a block are the channels at all s frequencies. For real weights, the
+    blocks at a frequency and at its negative are conjugates. So half of the frequencies of the
+    first axis are enough.
     """
 
     def __init__(self, factor: Factor) -> None:
@@ -96,21 +97,25 @@ class Symbol:
             self.waves.append(wave.to(device).unflatten(0, (s, n // s)) / math.sqrt(s))
 
     def at(self, weight: Tensor, first: int) -> Tensor:
-        """[frequencies of the other axes * groups, rows, columns] at one of the first axis."""
+        """The blocks at frequency ``first`` of the first axis, all frequencies of the others.
+
+        Their shape is ``[frequencies * groups, rows, columns]``.
+        """
         module = self.module
         groups = module.groups
         parts = weight.to(torch.complex128).unflatten(0, (groups, -1))
         for axis, wave in enumerate(self.waves):
             chosen = wave[:, first : first + 1] if axis == 0 else wave
             parts = torch.tensordot(parts, chosen, dims=([3], [2]))
-        count = len(self.waves)  # parts: group, row, column, then (alias, frequency) for each axis
+        # The axes of parts are group, row, column, and then (alias, frequency) for each axis.
+        count = len(self.waves)
         aliases, frequencies = range(3, 3 + 2 * count, 2), range(4, 4 + 2 * count, 2)
         parts = parts.permute(*frequencies, 0, 1, 2, *aliases)
         rows = parts.shape[count + 1]
         return parts.reshape(math.prod(parts.shape[: count + 1]), rows, -1)
 
     def right_vector(self, weight: Tensor, name: str) -> tuple[int, int, Tensor]:
-        """The frequency of the first axis, the block, and the vector that it makes largest."""
+        """The right singular vector, with the frequency of the first axis and the block."""
         found, sizes = [], []
         for first in range(self.results[0] // 2 + 1):
             blocks = self.at(weight, first)
@@ -121,10 +126,11 @@ class Symbol:
 
 
 def reach(factor: Factor) -> list[Tensor]:
-    """For each axis [k, places of the output]: whether a tap meets the input there.
+    """For each axis, whether each tap meets the input at each output place, ``[k, places]`` bool.
 
-    Taps that meet the same input, as those beside a mirrored border do, add before they are
-    squared, which this does not tell.
+    With mirrored padding, or circular padding of a small input, several taps may meet the same
+    input. Then their sum would have to be squared, which this result cannot express. So such
+    padding raises an error.
     """
     module = factor.module
     sizes, results = places(factor)
@@ -136,25 +142,25 @@ def reach(factor: Factor) -> list[Tensor]:
         out, tap = torch.arange(m), torch.arange(k).unsqueeze(1)
         if isinstance(module, kinds.TRANSPOSED):
             source = out + padding[axis] - d * tap
-            met = (source % s == 0) & (source >= 0) & (source // s < n)
+            meets = (source % s == 0) & (source >= 0) & (source // s < n)
         else:
             source = s * out - padding[axis] + d * tap
-            met = (source >= 0) & (source < n)
-            inside = bool(met.all())
+            meets = (source >= 0) & (source < n)
+            uses_padding = not bool(meets.all())
             wraps = mode == "circular" and d * (k - 1) >= n
-            if not inside and (wraps or mode not in ("zeros", "circular")):
+            if uses_padding and (wraps or mode not in ("zeros", "circular")):
                 raise ValueError(
                     f"conv: expected padding with zeros, or circular padding of an input larger "
                     f'than the kernel, for this norm with "operator", got {factor.name} with '
                     f"padding_mode={mode!r}"
                 )
-            met = met | (mode == "circular")
-        found.append(met)
+            meets = meets | (mode == "circular")
+        found.append(meets)
     return found
 
 
 def _padding(factor: Factor) -> list[int]:
-    """What is added before the first place of each axis."""
+    """The padding before the first place of each axis."""
     module = factor.module
     if module.padding == "same":
         spans = zip(module.dilation, module.kernel_size, strict=True)

@@ -1,4 +1,4 @@
-"""The matrices of a model whose norms are multiplied."""
+"""The matrices of a model whose norms make up the norm product."""
 
 from __future__ import annotations
 
@@ -10,31 +10,39 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
+from ..networks import unwrap
 from . import layers as kinds
 from .structure import Call, Structure, structure_of, watch
 
 BatchNorm = Literal["fold", "last", "affine"]
 Convolution = Literal["flattened", "operator"]
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class Factor(NamedTuple):
-    """One matrix: a layer's, once for each use, or the diagonal one of a batch norm."""
+    """The matrix of one call of a layer, or the diagonal matrix of a batch norm.
+
+    Attributes:
+        path: The path of the module in the model.
+        module: The layer or batch norm.
+        weight: The weight of the module.
+        batch_norm: The batch norm that is folded into the rows; None if there is none.
+        call: The shapes of the call, with ``conv="operator"``; else None.
+    """
 
     path: str
     module: Any  # nn.Module, whose attributes have no types
     weight: Tensor
-    batch_norm: Any  # folded into the rows; None if there is none
-    call: Call | None  # with conv="operator"
+    batch_norm: Any
+    call: Call | None
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the module in messages."""
         return kinds.described(self.path, self.module)
 
     @property
     def is_operator(self) -> bool:
-        """Whether its matrix is that of the convolution on all places of its input."""
+        """Whether the matrix maps the whole input of a convolution to its whole output."""
         return self.call is not None and isinstance(
             self.module, (*kinds.CONVOLUTIONS, *kinds.TRANSPOSED)
         )
@@ -48,13 +56,14 @@ def factors_of(
     stacklevel: int,
     argument: str = "model",
 ) -> list[Factor]:
-    """The matrices that count, in order; warns where their product is no scale of the model."""
+    """The matrices that count, in the order of their calls.
+
+    The function warns if the model does not scale with the product of their norms.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(model).__name__}")
     _check(batch_norm, conv, example_input)
-    while hasattr(model, "_orig_mod") or isinstance(model, _PARALLEL):
-        # What torch.compile wraps, or one of these.
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    model = unwrap(model)
     modules = kinds.modules_of(model)
     structure = structure_of(model, modules)
     sequence, calls = structure.sequence, None
@@ -64,20 +73,20 @@ def factors_of(
             sequence = [call.path for call in calls]
     if calls is not None and [call.path for call in calls] != sequence:
         raise ValueError(
-            "example_input: expected the layers to run as in the trace of the model, "
-            f"got {len(calls)} calls instead of {len(sequence)}"
+            "example_input: expected the calls of layers in the trace of the model "
+            f"({len(sequence)} calls), got others ({len(calls)} calls)"
         )
     layers = [i for i, path in enumerate(sequence) if kinds.is_layer(modules[path])]
     norms = [i for i, path in enumerate(sequence) if not kinds.is_layer(modules[path])]
     if not layers:
-        raise ValueError("example_input: expected it to reach a layer, got no call of any")
+        raise ValueError("example_input: expected at least one call of a layer, got none")
     has_batch_norm = any(kinds.is_batch_norm(modules[sequence[i]]) for i in norms)
     folds = structure.folds
     if batch_norm == "last" and norms:
         if norms[-1] > layers[-1]:
             name = kinds.described(sequence[norms[-1]], modules[sequence[norms[-1]]])
             raise ValueError(
-                'batch_norm: expected "fold" or "affine" where a normalisation follows the last '
+                'batch_norm: expected "fold" or "affine" because a normalisation follows the last '
                 f'layer, got "last" with {name}'
             )
         chosen, folds = [i for i in layers if i > norms[-1]], {}
@@ -88,9 +97,9 @@ def factors_of(
         chosen = layers
         if has_batch_norm:
             _check_folds(structure, modules)
-    # One last layer's scale is the model's whatever those before it do.
-    is_free = batch_norm == "last" and bool(norms) and len(chosen) == 1
-    _warn(structure, is_free, calls is not None, stacklevel + 1)
+    # If only the last layer counts, the model scales with it, whatever the modules before do.
+    only_last = batch_norm == "last" and bool(norms) and len(chosen) == 1
+    _warn(structure, only_last, calls is not None, stacklevel + 1)
     operator = calls if conv == "operator" else None
     weights: dict[str, Tensor] = {}
     found = []
@@ -110,13 +119,13 @@ def factors_of(
 
 
 def result_dtype(factors: list[Factor]) -> torch.dtype:
-    """float64 if a weight is, else float32."""
+    """float64 if a weight is float64, else float32."""
     is_double = any(factor.weight.dtype == torch.float64 for factor in factors)
     return torch.float64 if is_double else torch.float32
 
 
 def fold_scale(batch_norms: list[Any]) -> Tensor:
-    """What each batch norm multiplies its channels by in evaluation, one after the other."""
+    """The factors of the channels of all batch norms in evaluation, concatenated."""
     variance = torch.cat([norm.running_var for norm in batch_norms]).double()
     sizes = [norm.num_features for norm in batch_norms]
     eps = np.repeat([norm.eps for norm in batch_norms], sizes)
@@ -127,7 +136,7 @@ def fold_scale(batch_norms: list[Any]) -> Tensor:
 
 
 def scaled_weight(factor: Factor, dtype: torch.dtype) -> Tensor:
-    """The weight in this dtype with the batch norm folded into it."""
+    """The weight in ``dtype`` with the batch norm folded into it."""
     weight = factor.weight.to(dtype)
     if factor.batch_norm is None:
         return weight
@@ -158,7 +167,7 @@ def _check(batch_norm: Any, conv: Any, example_input: Any) -> None:
 
 
 def _check_folds(structure: Structure, modules: dict[str, Any]) -> None:
-    """Every batch norm has statistics and a layer of as many outputs directly before it."""
+    """Check that every batch norm has statistics and directly follows a layer of the same width."""
     instead = 'use batch_norm="last" or batch_norm="affine" instead'
     if structure.untraceable is not None:
         raise ValueError(
@@ -173,18 +182,18 @@ def _check_folds(structure: Structure, modules: dict[str, Any]) -> None:
         if norm.running_var is None:
             raise ValueError(
                 "model: expected batch norms with running statistics, got "
-                f"{kinds.described(path, norm)} without; {instead}"
+                f"{kinds.described(path, norm)} without them; {instead}"
             )
         outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         if norm.num_features != outputs:
             raise ValueError(
-                f"{expected}, got {kinds.described(path, norm)} of {norm.num_features} features "
-                f"after {structure.sequence[place]} of {outputs} outputs; {instead}"
+                f"{expected}, got {kinds.described(path, norm)} with {norm.num_features} features "
+                f"after {structure.sequence[place]} with {outputs} outputs; {instead}"
             )
 
 
-def _warn(structure: Structure, is_free: bool, has_calls: bool, stacklevel: int) -> None:
-    if structure.breaking and not is_free:
+def _warn(structure: Structure, only_last: bool, has_calls: bool, stacklevel: int) -> None:
+    if structure.breaking and not only_last:
         warnings.warn(
             "model: margins divided by this norm product depend on the scale of the layers, "
             f"because of {', '.join(structure.breaking)}",

@@ -1,4 +1,4 @@
-"""Kinds of modules: which have a matrix, which keep the scale of their input, which do not."""
+"""Kinds of modules: which ones have a matrix, and which ones keep the scale of their input."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# They normalise by what they get, in evaluation too.
+# Normalisations that use statistics of their input in evaluation too.
 OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, *_INSTANCE_NORMS)
 _OF_EVERY_DIMENSION = (
     *("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "LPPool", "MaxUnpool"),
@@ -33,8 +33,8 @@ HOMOGENEOUS = (
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict),
 )
-# Functions and methods of tensors that do not keep the scale of their input, as a trace names them,
-# without the underscore at the end of those in place.
+# Names of functions and tensor methods in a trace that do not keep the scale of their input. The
+# underscore at the end of in-place ones is left out.
 BREAKING_FUNCTIONS = {
     *("tanh", "sigmoid", "logsigmoid", "log_sigmoid", "special_expit", "gelu", "silu", "mish"),
     *("elu", "selu", "celu", "glu", "softplus", "softsign", "hardtanh", "relu6", "hardswish"),
@@ -44,48 +44,49 @@ BREAKING_FUNCTIONS = {
     *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "atan", "erf"),
     *("pow", "square", "sqrt", "rsqrt", "reciprocal", "scaled_dot_product_attention"),
 }
-# A weight is not used by who asks for these.
+# Attributes of a weight that do not depend on its values.
 DESCRIBING = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 
 
 def is_layer(module: nn.Module) -> bool:
-    """A linear layer or convolution."""
+    """Whether the module is a linear layer or a convolution."""
     kind: Any = type(module)
     return _runs_as(kind, LAYERS)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """A batch norm of any dimension."""
+    """Whether the module is a batch norm of any dimension."""
     kind: Any = type(module)
     return _runs_as(kind, BATCH_NORMS)
 
 
 @functools.lru_cache(maxsize=1024)
 def _runs_as(own: type[nn.Module], kinds: tuple[type[nn.Module], ...]) -> bool:
-    """A subclass of one of these whose forward is that of PyTorch."""
+    """Whether a class is, or inherits from, one of ``kinds`` and has the same ``forward``."""
     return any(issubclass(own, kind) and own.forward is kind.forward for kind in kinds)
 
 
 def is_normalization(module: nn.Module) -> bool:
-    """Any layer that makes the scale of what it gets irrelevant."""
+    """Whether the scale of the module's input has no effect on its output."""
     return is_batch_norm(module) or isinstance(module, OTHER_NORMS)
 
 
 def keeps_scale(module: nn.Module) -> bool:
-    """Whether scaling the input scales the output, as far as the type tells."""
+    """Whether the output scales with the input, judged by the type of the module."""
     if isinstance(module, HOMOGENEOUS):
         return True
     if type(module).__module__.startswith(("torch.nn.", "torch.ao.")):
         return next(module.children(), None) is not None
-    # Somebody's own module holds others, or is a function that a trace looks into.
-    has_others = next(module.children(), None) is not None
-    return has_others or next(module.buffers(recurse=False), None) is None
+    # The class is not PyTorch's. The module has children, which are judged themselves, or the
+    # trace looks into its forward.
+    has_children = next(module.children(), None) is not None
+    return has_children or next(module.buffers(recurse=False), None) is None
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """By path, those under several names by each; as ``named_modules``, in a fraction of its time.
+    """All modules by path, a module with several names under each of them.
 
-    It is part of every call, beside one reading of the weights.
+    Every call of a norm needs this, so it has to be faster than ``named_modules``.
     """
     found, waiting = {}, [("", model)]
     while waiting:
@@ -98,28 +99,28 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def described(path: str, module: nn.Module) -> str:
-    """How messages name a module."""
+    """The name of a module in messages."""
     kind = type(module)
     if parametrize.is_parametrized(module):
         kind = kind.__bases__[0]
-    # nn.Linear lives in torch.nn.modules.linear, which nobody writes.
-    where = "torch.nn" if kind.__module__.startswith("torch.nn.modules.") else kind.__module__
-    return f"{path or 'the model itself'} ({where}.{kind.__qualname__})"
+    # Users write torch.nn.Linear, not torch.nn.modules.linear.Linear.
+    package = "torch.nn" if kind.__module__.startswith("torch.nn.modules.") else kind.__module__
+    return f"{path or 'the model itself'} ({package}.{kind.__qualname__})"
 
 
 def weight_of(path: str, module: Any) -> Tensor:
-    """The weight as it is in evaluation; whoever computes it is left as it was."""
+    """The weight in evaluation. The modules that compute it keep their mode."""
     own = module._parameters
     if not own.keys() <= {"weight", "bias"}:
         raise ValueError(
             f"model: expected weight and bias as the only parameters of {described(path, module)}, "
             f"got {', '.join(sorted(own))} (the reparametrizations of "
-            "torch.nn.utils.parametrizations are understood)"
+            "torch.nn.utils.parametrizations are supported)"
         )
     if "weight" in own:
         weight = own["weight"]
     else:
-        # Spectral normalisation would go on iterating if it were read in training.
+        # In training mode, to read the weight of a spectral norm would run one more iteration.
         training = [part for part in module.parametrizations.modules() if part.training]
         try:
             for part in training:
@@ -150,9 +151,9 @@ def _problem(weight: Any) -> tuple[type[Exception], str, str] | None:
 
 
 def blocks(module: Any, weight: Tensor) -> Tensor:
-    """[groups, rows, columns]: the blocks of the block-diagonal matrix, a row for each output.
+    """The blocks ``[groups, rows, columns]`` of the block-diagonal matrix, one row per output.
 
-    The weight of a batch norm is a diagonal matrix.
+    The matrix of a batch norm is diagonal.
     """
     if is_batch_norm(module):
         return weight.reshape(-1, 1, 1)
@@ -163,9 +164,9 @@ def blocks(module: Any, weight: Tensor) -> Tensor:
 
 
 def rows(module: Any, weight: Tensor) -> Tensor:
-    """[outputs, columns]: the rows of all blocks, in any order of columns, without a copy if dense.
+    """The rows ``[outputs, columns]`` of all blocks, with the columns in any order.
 
-    Nothing that reads rows one by one cares for the order within them.
+    The norm of a row does not depend on the order of its columns. So a dense weight is not copied.
     """
     if isinstance(module, TRANSPOSED) or weight.dim() < 3:
         return blocks(module, weight).flatten(0, 1)
@@ -176,7 +177,7 @@ def rows(module: Any, weight: Tensor) -> Tensor:
 
 
 def scaled(module: Any, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """``weight`` with each output's part times its entry of ``scale``."""
+    """``weight`` with the part of each output multiplied by its entry of ``scale``."""
     if scale is None:
         return weight
     scale = scale.to(weight.dtype)

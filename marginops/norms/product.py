@@ -22,7 +22,7 @@ from .factors import (
 from .spectral import GRAM, leading_right_vector
 
 Norm = Literal["frobenius", "spectral"]
-# Between these a norm's squares neither vanish nor overflow in float32, a billion of them.
+# In this range, a sum of a billion squares of entries neither underflows nor overflows in float32.
 _SAFE = 1e-10, 1e18
 
 
@@ -39,61 +39,71 @@ def log_norm_product(
 
     .. math:: \log \prod_k \lVert W_k \rVert = \sum_k \log \lVert W_k \rVert
 
-    over the linear layers and (transposed) convolutions of the model, once for each time that the
-    model calls them. Margins divided by this product, ``classification_margin(..., log_norm=...)``,
-    do not change when a layer of a positively homogeneous chain without biases is scaled, so they
-    compare networks: Banburski et al. (2021), with the Frobenius norm.
+    The product runs over the linear layers and (transposed) convolutions of the model. A layer
+    counts once for each time that the model calls it.
 
-    Batch norms count as they are in evaluation, whatever the mode of the model, in one of three
-    ways, which differ only for models with batch norms:
+    Banburski et al. (2021) compare networks by margins divided by this product, with the Frobenius
+    norm: ``classification_margin(..., log_norm=...)``. If the model is a chain of positively
+    homogeneous layers without biases, these margins do not change when a layer is scaled.
+
+    Batch norms count with their values in evaluation, even if the model is in training mode. There
+    are three ways to count them, which agree for models without normalisations:
 
     ============ ===============================================================================
-    ``"fold"``   each multiplies the rows of the layer directly before it by
+    ``"fold"``   each batch norm multiplies the rows of the layer directly before it by
                  :math:`\gamma / \sqrt{\mathrm{var} + \varepsilon}`
-    ``"last"``   only layers after the last normalisation count, mostly the last layer alone: those
-                 before are free of scale; ``torch.nn.LayerNorm`` is a normalisation, too
-    ``"affine"`` layers count as they are, and each batch norm as the diagonal matrix of its
-                 :math:`\gamma`: by :math:`\lVert \gamma \rVert_2` for the Frobenius norm, by
-                 :math:`\max |\gamma|` for the spectral; without one :math:`\gamma` is 1
+    ``"last"``   only layers after the last normalisation count, often only the last layer, because
+                 the scale of layers before a normalisation has no effect; normalisations are batch
+                 norms, ``torch.nn.LayerNorm`` and the like
+    ``"affine"`` layers count without change, and each batch norm as the diagonal matrix of its
+                 :math:`\gamma`: its Frobenius norm is :math:`\lVert \gamma \rVert_2`, its spectral
+                 norm :math:`\max |\gamma|`; for a batch norm without weight :math:`\gamma` is 1
     ============ ===============================================================================
 
-    Biases do not count. What is known not to keep the scale of its input, as ``torch.nn.Tanh``,
-    ``torch.nn.LayerNorm``, ``gelu``, is named in a ``UserWarning``, and what parameters it has
-    do not count. Arithmetic in a forward, as ``x * x`` or ``x + 1``, is not judged.
+    Biases do not count. Some modules and functions do not keep the scale of their input, for
+    example ``torch.nn.Tanh``, ``torch.nn.LayerNorm`` and ``gelu``. A ``UserWarning`` names them,
+    and their parameters do not count. The function does not check arithmetic in the model's own
+    code, such as ``x * x`` or ``x + 1``.
 
     Args:
-        model: Its weights in float32, float64, bfloat16 or float16, on one device. Left as it is,
-            training mode and buffers too. Weights of ``torch.nn.utils.parametrizations`` count as
-            in evaluation. What ``torch.compile`` or data parallelism wraps counts as by itself.
+        model: A model with weights in float32, float64, bfloat16 or float16, on one device. The
+            function does not change it, nor its training mode and buffers. Weights of
+            ``torch.nn.utils.parametrizations`` have their values in evaluation. For a wrapper of
+            ``torch.compile`` or of data parallelism, the wrapped model counts.
         norm: ``"frobenius"`` or ``"spectral"``, the largest singular value.
         batch_norm: ``"fold"``, ``"last"`` or ``"affine"``, see above.
-        conv: A convolution's matrix: ``"flattened"``, ``[out, in * kernel]`` (block-diagonal with
-            groups), or ``"operator"``, that which maps the whole input to the whole output.
-        example_input: The input of the model, or a tuple of several. The model is run on it if
-            ``conv="operator"``, for the sizes that convolutions get, and to count the calls of
-            layers if ``torch.fx`` cannot trace the model.
-        tolerance: For the spectral norm. Iterations end when
+        conv: The matrix of a convolution. With ``"flattened"`` it is the weight as
+            ``[out, in * kernel]``, block-diagonal with groups. With ``"operator"`` it is the
+            matrix that maps the whole input to the whole output.
+        example_input: An input of the model, or a tuple of several. The function runs the model on
+            it in two cases: with ``conv="operator"``, to learn the input sizes of the
+            convolutions; and if ``torch.fx`` cannot trace the model, to count the calls of layers.
+        tolerance: The tolerance of the spectral norm. Iterations end when
             :math:`\lVert A^T A v - \sigma^2 v \rVert \le \mathrm{tolerance} \cdot \sigma^2`, so
-            that the norm is as good as half of that. Small matrices, and convolutions with circular
-            padding whose strides divide the size of their input, are solved exactly.
+            the relative error of the norm is at most half the tolerance. Small matrices are solved
+            exactly, and so are convolutions with circular padding whose strides divide the size of
+            their input.
 
     Returns:
-        A 0-d tensor on the device of the weights, float64 if a weight is float64, else float32.
-        ``-inf`` where a weight is 0; NaN and infinities in weights propagate. No norm and no
-        product over- or underflows.
+        A 0-d tensor on the device of the weights, float64 if a weight is float64, else float32. It
+        is ``-inf`` if all elements of a weight are 0. NaN and infinities in weights propagate. No
+        norm and no product overflows or underflows.
 
     Raises:
-        TypeError, ValueError: An argument is wrong; the model has no layer, or parameters in
-            modules of which the norm is not defined, as ``torch.nn.Embedding``; with ``"fold"`` it
-            cannot be traced, or a batch norm does not directly follow a layer (at most dropout in
-            between) whose output has no other use.
+        TypeError, ValueError: An argument is wrong. The model has no layer, or a module with
+            parameters for which no norm is defined, such as ``torch.nn.Embedding``. With
+            ``"fold"``, ``torch.fx`` cannot trace the model, or a batch norm does not directly
+            follow a layer (dropout may be between them), or the output of that layer has another
+            use.
         RuntimeError: The spectral norm did not converge to ``tolerance``.
 
-    Differentiable in weights and batch norms' :math:`\gamma`; for the spectral norm once, with the
-    singular vectors as constants. Deterministic. The first call for a model traces a copy of it,
-    later ones check that its modules are the same and read each weight once for the Frobenius
-    norm. Beside that O(outputs); for the spectral norm the weights in float64, and up to 256
-    vectors.
+    The logarithm is differentiable in the weights and in :math:`\gamma` of batch norms. For the
+    spectral norm it is differentiable once, and the singular vectors are constants. The result is
+    deterministic.
+
+    The first call for a model traces a copy of it. Later calls only check that the modules are the
+    same. For the Frobenius norm the function reads each weight once and needs O(outputs) memory.
+    For the spectral norm it needs the weights in float64 and up to 256 vectors.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
@@ -114,15 +124,15 @@ def log_norm_product(
 
 
 def check_tolerance(tolerance: Any) -> None:
-    """A positive number."""
+    """Check that ``tolerance`` is a float between 0 and 1."""
     if not isinstance(tolerance, float) or not 0 < tolerance < 1:
         raise ValueError(f"tolerance: expected a float between 0 and 1, got {tolerance!r}")
 
 
 def log_frobenius_norms(factors: list[Factor], dtype: torch.dtype) -> Tensor:
-    """[factors] in float64, from one reading of each weight."""
+    """``[factors]`` in float64. The function reads each weight once."""
     matrices = [_rows(factor, dtype) for factor in factors]
-    # A sum for each row: quicker than for rows that are weighted, more exact than one of all.
+    # One sum per row is faster than to scale the rows first, and more exact than one sum of all.
     norms = torch.cat([torch.linalg.vector_norm(matrix, dim=1) for matrix in matrices]).double()
     outputs = [matrix.shape[0] for matrix in matrices]
     scales = _scales(factors)
@@ -143,7 +153,7 @@ def log_frobenius_norms(factors: list[Factor], dtype: torch.dtype) -> Tensor:
 
 
 def log_frobenius_norm(matrix: Tensor, scale: Tensor | None = None) -> Tensor:
-    """0-d in float64, of a matrix whose squares may not be representable, its rows scaled."""
+    """0-d in float64, for a matrix with rows times ``scale``. Squares may exceed the dtype."""
     peak = _divisor(matrix.detach().abs().amax(1))
     norms = torch.linalg.vector_norm(matrix / peak.unsqueeze(1), dim=1).double()
     weights = peak.double() if scale is None else peak.double() * scale
@@ -152,24 +162,30 @@ def log_frobenius_norm(matrix: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 def _divisor(peak: Tensor) -> Tensor:
-    """1 instead of what would make NaN of zeros and infinities."""
+    """``peak``, or 1 where division by it would make NaN: where it is 0, infinite or NaN."""
     return torch.where((peak > 0) & peak.isfinite(), peak, 1)
 
 
 def _rows(factor: Factor, dtype: torch.dtype) -> Tensor:
-    """The matrix by rows; each tap times the root of how often it meets the input."""
+    """The rows of a matrix with the Frobenius norm of the factor.
+
+    For an operator, each tap of the kernel is multiplied by the square root of the number of
+    places where it meets the input.
+    """
     weight = factor.weight.to(dtype)
     if factor.is_operator:
-        met = convolution.reach(factor)
-        for axis, times in enumerate(met):
+        for axis, meets in enumerate(convolution.reach(factor)):
             shape = [1] * weight.dim()
             shape[2 + axis] = -1
-            weight = weight * times.sum(1).double().sqrt().to(weight).view(shape)
+            weight = weight * meets.sum(1).double().sqrt().to(weight).view(shape)
     return kinds.rows(factor.module, weight)
 
 
 def _scales(factors: list[Factor]) -> list[Tensor | None]:
-    """For each factor the scale of its rows, all from a few operations."""
+    """The scale of the rows of each factor; None for a factor without a folded batch norm.
+
+    All scales are computed together, with few operations.
+    """
     folded = [factor.batch_norm for factor in factors if factor.batch_norm is not None]
     if not folded:
         return [None] * len(factors)
@@ -178,7 +194,7 @@ def _scales(factors: list[Factor]) -> list[Tensor | None]:
 
 
 def log_spectral_norms(factors: list[Factor], dtype: torch.dtype, tolerance: float) -> Tensor:
-    """[factors] in float64."""
+    """``[factors]`` in float64."""
     return torch.stack([_log_spectral_norm(factor, dtype, tolerance) for factor in factors])
 
 
@@ -205,12 +221,13 @@ def _log_spectral_norm(factor: Factor, dtype: torch.dtype, tolerance: float) -> 
         with torch.no_grad():
             vector = convolution.right_vector(factor, weight, tolerance)
         image = convolution.convolve(factor, weight, vector)
-    # With the vector a constant, this has the gradient of the norm, but not its second one.
+    # The vector is a constant. So the gradient of this is that of the norm, but the second
+    # derivative is not.
     return torch.linalg.vector_norm(image).double().log() + peak.double().log()
 
 
 class _FirstOrder(torch.autograd.Function):
-    """The identity, with a gradient that cannot be differentiated."""
+    """The identity. Its gradient cannot be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""In which order a model calls its layers, and which batch norm follows which."""
+"""The order in which a model calls its layers, and the layer that each batch norm follows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import layers as kinds
 
 
 class Call(NamedTuple):
-    """One call of a layer or normalisation, with the shapes that it got and gave."""
+    """One call of a layer or normalisation, with the shapes of its input and output."""
 
     path: str
     input: torch.Size
@@ -25,11 +25,20 @@ class Call(NamedTuple):
 
 @dataclass
 class Structure:
-    """What of a model does not depend on its values."""
+    """The structure of a model, which does not depend on the values of its parameters.
 
-    sequence: list[str]  # layers and normalisations in order, one for each call
+    Attributes:
+        sequence: The paths of layers and normalisations in the order of their calls.
+        breaking: Modules and functions that do not keep the scale of their input.
+        folds: The path of the batch norm that follows a layer, by the layer's index in
+            ``sequence``.
+        unfoldable: A batch norm that no layer takes, and why; None if there is none.
+        untraceable: Why ``torch.fx`` cannot trace the model; None if it can.
+    """
+
+    sequence: list[str]
     breaking: list[str] = field(default_factory=list)
-    folds: dict[int, str] = field(default_factory=dict)  # a layer's place: its batch norm
+    folds: dict[int, str] = field(default_factory=dict)
     unfoldable: str | None = None
     untraceable: str | None = None
 
@@ -38,7 +47,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = weakref.We
 
 
 def structure_of(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
-    """Walk and trace the model, or recall what was found when it had the same modules."""
+    """Examine the model, or return the cached structure if its modules are the same as before."""
     signature = [
         (path, id(module), type(module), *_switches(module)) for path, module in modules.items()
     ]
@@ -50,7 +59,7 @@ def structure_of(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
 
 
 def _switches(module: nn.Module) -> list[Any]:
-    """What somebody's own forward may branch on."""
+    """Attributes that a forward may branch on, for a class that is not PyTorch's."""
     if type(module).__module__.startswith("torch."):
         return []
     return [
@@ -78,7 +87,10 @@ def _examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
 
 
 def _walk(modules: dict[str, nn.Module]) -> Structure:
-    """Layers and normalisations in the order of their registration, and what breaks the scale."""
+    """Layers and normalisations in the order of their registration.
+
+    The function also collects the modules that do not keep the scale of their input.
+    """
     found = Structure([])
     inside: str | None = None
     for path, module in modules.items():
@@ -87,7 +99,7 @@ def _walk(modules: dict[str, nn.Module]) -> Structure:
         own = [name for name, _ in module.named_parameters(recurse=False)]
         if kinds.is_layer(module) or kinds.is_normalization(module):
             found.sequence.append(path)
-            inside = f"{path}." if path else ""  # what a parametrization is made of
+            inside = f"{path}." if path else ""  # skip the modules of a parametrization
             if not kinds.is_layer(module) and not kinds.is_batch_norm(module):
                 found.breaking.append(kinds.described(path, module))
         elif own and not isinstance(module, nn.PReLU):
@@ -111,13 +123,13 @@ class _Tracer(fx.Tracer):
 
 def _trace(model: nn.Module) -> fx.Graph:
     parameters = inspect.signature(model.forward).parameters.values()
-    # What a caller may leave out has its default; a proxy would be taken for given.
+    # Optional arguments get their defaults. A proxy in their place would count as given.
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return _Tracer().trace(model, defaults)
 
 
 def _evaluated_copy(model: nn.Module) -> nn.Module:
-    """The model in evaluation, with the same parameters but nothing else to spoil, and no hooks."""
+    """A copy of the model in evaluation mode. It shares the tensors and has no hooks."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name, value in vars(module).items():
@@ -154,7 +166,7 @@ def _read(graph: fx.Graph, modules: dict[str, nn.Module], breaking: list[str]) -
 def _fold(
     node: fx.Node, modules: dict[str, nn.Module], places: dict[fx.Node, int], found: Structure
 ) -> None:
-    """Find the layer before a batch norm, past what evaluation leaves out."""
+    """Find the layer before a batch norm. Modules without effect in evaluation are skipped."""
     source, uses = node.all_input_nodes[0], 1
     while True:
         uses = max(uses, len(source.users))
@@ -166,22 +178,22 @@ def _fold(
         found.folds[places[source]] = str(node.target)
     elif found.unfoldable is None:
         is_shared = module is not None and kinds.is_layer(module)
-        why = "after a layer whose output is used elsewhere too" if is_shared else "after none"
+        why = "after a layer whose output has other uses" if is_shared else "after no layer"
         found.unfoldable = f"{kinds.described(str(node.target), modules[str(node.target)])} {why}"
 
 
 def _name(node: fx.Node) -> str:
-    """Of a function or method."""
+    """The name of a function or method."""
     return getattr(node.target, "__name__", str(node.target))
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:
-    """One of ``torch.nn.functional`` that was told that this is evaluation."""
+    """Whether the node is a dropout function with ``training=False``."""
     return "dropout" in _name(node) and node.kwargs.get("training") is False
 
 
 def _check_attribute(node: fx.Node, modules: dict[str, nn.Module]) -> None:
-    """A weight that is used outside of its layer would not be counted."""
+    """Raise an error for a parameter that is used outside its module. No norm would count it."""
     path, _, name = str(node.target).rpartition(".")
     is_parameter = isinstance(getattr(modules.get(path), name, None), nn.Parameter)
     uses = [
@@ -192,12 +204,12 @@ def _check_attribute(node: fx.Node, modules: dict[str, nn.Module]) -> None:
     if is_parameter and uses:
         raise ValueError(
             f"model: expected parameters to be used by their own module only, got {node.target} "
-            f"used elsewhere ({uses[0].format_node()})"
+            f"with another use ({uses[0].format_node()})"
         )
 
 
 def watch(model: nn.Module, example_input: Any) -> list[Call]:
-    """Every call of a layer or normalisation while a copy of the model evaluates the example."""
+    """Run a copy of the model on the example, and list all calls of layers and normalisations."""
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
         raise TypeError(

@@ -84,9 +84,8 @@ def report_epoch(
         num_classes: C; by default that of ``head``, or one more than the largest target.
         head: The layer that computes the logits from features ``[B, D]``; by default
             :func:`marginops.networks.last_linear`.
-        rates: Those of :func:`marginops.homogeneity.rates` for ``network`` or for the module
-            inside its wrappers, computed once for all epochs; without them the two
-            Lambda-normalised margins are NaN.
+        rates: Those of :func:`marginops.homogeneity.rates`, computed once for all epochs; without
+            them the two Lambda-normalised margins are NaN.
         chunk_size: Samples in one forward pass.
 
     Returns:
@@ -113,7 +112,7 @@ def report_epoch(
     check_int("chunk_size", chunk_size, 1)
     if head is not None and not isinstance(head, nn.Linear):
         raise TypeError(f"head: expected a torch.nn.Linear, got {type(head).__name__}")
-    given, network = network, unwrap(network)
+    network = unwrap(network)
     if num_classes is None:
         num_classes = int(target.max()) + 1 if head is None else head.out_features
     head = head or last_linear(network, num_classes)
@@ -141,9 +140,7 @@ def report_epoch(
     def rescaled(version: Literal["tau", "lambda_max"]) -> float:
         if rates is None:
             return math.nan
-        # A wrapper's parameters have names of their own.
-        rated = given if set(rates) <= set(dict(given.named_parameters())) else network
-        margin = homogeneity.normalized_margin(smallest.reshape(1), rated, rates, version=version)
+        margin = homogeneity.normalized_margin(smallest.reshape(1), network, rates, version=version)
         return margin.item()
 
     test_accuracy = math.nan

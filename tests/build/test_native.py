@@ -279,7 +279,7 @@ os._exit(0)
 
 
 def test_import_builds_nothing(cache_folder: Path) -> None:
-    process = python("import marginops, marginops.cli")
+    process = python("import marginops, marginops.commands.cli")
     _, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (0, "")
     assert not cache_folder.exists()

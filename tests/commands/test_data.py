@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marginops.training import DataError, load_digits, load_fashion_mnist
+from marginops.commands.data import DataError, load_digits, load_fashion_mnist
 
 
 def test_digits_are_split_by_class_and_standardised() -> None:

@@ -14,12 +14,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from marginops.demo_figure import draw
-from marginops.demo_report import Results, conclusion
-
 import marginops
-from marginops import demo
-from marginops.training import TrainingHistory
+from marginops.commands.demo import run as demo
+from marginops.commands.demo.figure import draw
+from marginops.commands.demo.loop import TrainingHistory
+from marginops.commands.demo.report import Results, conclusion
 
 SMALL = ["--updates", "30", "--batch-size", "8", "--candidates", "4", "--hidden", "12", "--quiet"]
 

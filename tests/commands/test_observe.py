@@ -1,6 +1,5 @@
-"""The observe command, and what it observes against computations of its own on the same network."""
+"""The observe command: what it trains, prints, writes and draws."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -11,22 +10,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
-from marginops.observe_figure import draw
-from marginops.observe_report import conclusion
-from marginops.observer import EpochReport
-from marginops.observer import observe as look
-from scipy import optimize
-
 import marginops
-from marginops import cli, homogeneity, observe
-from marginops.training import ClassificationData, InversionMonitor, load_digits
+from helpers.reports import assert_reports_close
+from marginops import homogeneity
+from marginops.commands import cli
+from marginops.commands.data import ClassificationData, load_digits
+from marginops.commands.observe import loop
+from marginops.commands.observe.figure import draw
+from marginops.commands.observe.report import conclusion
+from marginops.training import InversionMonitor, report_epoch
+from marginops.training.epoch_report import QUANTILES
 
 SMALL = ["--epochs", "3", "--batch-size", "64", "--hidden", "24", "12", "--learning-rate", "0.05"]
 
@@ -35,7 +34,7 @@ class Run(NamedTuple):
     printed: str
     written: dict[str, Any]
     figure: bytes
-    observation: observe.Observation
+    observation: loop.Observation
 
 
 def run(*arguments: str | Path) -> int:
@@ -59,13 +58,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("observe")
     kept, lines = [], []
 
-    def watch(*arguments: Any) -> observe.Observation:
+    def watch(*arguments: Any) -> loop.Observation:
         kept.append(original(*arguments))
         return kept[0]
 
-    original = observe.watch
+    original = loop.watch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(observe, "watch", watch)
+        patch.setattr(loop, "watch", watch)
         patch.setattr("builtins.print", lambda text, **_: lines.append(text))
         files = ["--output", folder / "figure.png", "--json", folder / "report.json"]
         assert run(*SMALL, "--seed", "1", *files) == 0
@@ -73,101 +72,41 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run("\n".join(lines), written, (folder / "figure.png").read_bytes(), kept[0])
 
 
-def features_and_logits(
-    network: nn.Sequential, data: ClassificationData
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    with torch.no_grad():
-        features = network[:-1](data.train_inputs)
-        logits = network[-1](features)
-    return features.double().numpy(), logits.double().numpy(), data.train_target.numpy()
+def test_the_last_report_is_that_of_the_trained_network(
+    done: Run, data: ClassificationData
+) -> None:
+    network, last = done.observation.network, done.observation.reports[-1]
+    report = report_epoch(
+        network,
+        data.train_inputs,
+        data.train_target,
+        test_inputs=data.test_inputs,
+        test_target=data.test_target,
+        rates=homogeneity.rates(network, data.train_inputs[:2]),
+    )
+    assert_reports_close(last, report)
+    assert math.isfinite(last.tau_margin)
+    assert last.test_accuracy > done.observation.reports[0].test_accuracy
 
 
-def margins_of(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
-    own = logits[np.arange(len(target)), target]
-    others = logits.copy()
-    others[np.arange(len(target)), target] = -np.inf
-    return own - others.max(1)
-
-
-def test_margins(done: Run, data: ClassificationData) -> None:
-    _, logits, target = features_and_logits(done.observation.network, data)
-    layers = [layer for layer in done.observation.network if isinstance(layer, nn.Linear)]
-    product = math.prod(np.linalg.norm(layer.weight.detach().double().numpy()) for layer in layers)
-    expected = margins_of(logits, target) / product
-    seen, written = done.observation.reports[-1], done.written["epoch"][-1]
-    np.testing.assert_allclose(seen.margins.numpy(), expected, rtol=1e-4, atol=1e-6)
-    margin = written["margin"]
-    assert written["log_norm"] == pytest.approx(math.log(product), rel=1e-5)
-    assert margin["area"] == pytest.approx(expected.mean(), rel=1e-4)
-    assert margin["minimum"] == pytest.approx(expected.min(), rel=1e-4)
-    assert margin["maximum"] == pytest.approx(expected.max(), rel=1e-4)
-    assert margin["separation"] == (expected > 0).mean()
-    quantiles = np.quantile(expected, done.written["quantile_levels"])
-    assert margin["quantiles"] == pytest.approx(quantiles, rel=0.01)
-    wrong = logits.argmax(1) != target
-    assert 0 < wrong.sum() < len(wrong)
-    assert written["training_error"] == wrong.mean()
-    assert seen.misclassified.numpy().tolist() == wrong.tolist()
-    with torch.no_grad():
-        right = done.observation.network(data.test_inputs).argmax(1) == data.test_target
-    assert written["test_accuracy"] == right.double().mean().item()
-
-
-def test_neural_collapse(done: Run, data: ClassificationData) -> None:
-    features, logits, target = features_and_logits(done.observation.network, data)
-    means = np.stack([features[target == label].mean(0) for label in range(10)])
-    centred = means - means.mean(0)
-    deviation = features - means[target]
-    within = deviation.T @ deviation / len(target)
-    between = centred.T @ centred / 10
-    weight = done.observation.network[-1].weight.detach().double().numpy()
-    nearest = np.linalg.norm(features[:, None] - means, axis=2).argmin(1)
-    collapse = done.written["epoch"][-1]["collapse"]
-    nc1 = np.trace(within @ np.linalg.pinv(between, rcond=1e-10)) / 10
-    assert collapse["nc1"] == pytest.approx(nc1, rel=1e-6)
-    for name, rows in (("means", centred), ("weight", weight)):
-        norm = np.linalg.norm(rows, axis=1)
-        assert collapse[f"nc2_norm_{name}"] == pytest.approx(norm.std() / norm.mean(), rel=1e-6)
-        cosine = (rows @ rows.T / np.outer(norm, norm))[~np.eye(10, dtype=bool)]
-        assert collapse[f"nc2_angle_{name}"] == pytest.approx(abs(cosine + 1 / 9).mean(), rel=1e-6)
-    apart = weight / np.linalg.norm(weight) - centred / np.linalg.norm(centred)
-    assert collapse["nc3"] == pytest.approx((apart**2).sum(), rel=1e-6)
-    assert collapse["nc4"] == (nearest != logits.argmax(1)).mean() > 0
-
-
-def test_class_radii(done: Run, data: ClassificationData) -> None:
-    features, _, target = features_and_logits(done.observation.network, data)
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    expected = [
-        np.sqrt(((rows - rows.mean(0)) ** 2).sum(1).mean())
-        for rows in (unit[target == label] for label in range(10))
-    ]
-    assert done.written["epoch"][-1]["radius"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_margins_at_scale_one(done: Run, data: ClassificationData) -> None:
-    network = done.observation.network
-    depth = {"1": 1, "3": 2, "5": 3}
-    rate = {
-        f"{layer}.{kind}": (1 if kind == "weight" else number) / 3
-        for layer, number in depth.items()
-        for kind in ("weight", "bias")
-    }
-    assert done.written["rates"] == pytest.approx(rate, abs=1e-9)
-    square = {
-        name: value.double().square().sum().item() for name, value in network.state_dict().items()
-    }
-
-    def excess(tau: float) -> float:
-        return sum(rate[name] * math.exp(-2 * tau * rate[name]) * square[name] for name in rate) - 1
-
-    tau = optimize.brentq(excess, -50, 50, xtol=1e-12)
-    _, logits, target = features_and_logits(network, data)
-    smallest = margins_of(logits, target).min()
-    last = done.written["epoch"][-1]
-    assert last["tau_margin"] == pytest.approx(math.exp(-tau) * smallest, rel=1e-4)
-    largest = smallest / math.sqrt(square["5.bias"])
-    assert last["lambda_max_margin"] == pytest.approx(largest, rel=1e-4)
+def test_what_is_written_is_what_was_seen(done: Run) -> None:
+    observation, written = done.observation, done.written
+    assert written["rates"] == observation.rates
+    assert set(written["rates"]) == {name for name, _ in observation.network.named_parameters()}
+    assert written["quantile_levels"] == list(QUANTILES)
+    assert len(observation.reports) == len(written["epoch"]) == 3
+    for seen, epoch in zip(observation.reports, written["epoch"], strict=True):
+        numbers = ("training_error", "test_accuracy", "log_norm", "tau_margin", "lambda_max_margin")
+        assert {name: epoch[name] for name in numbers} == {
+            name: getattr(seen, name) for name in numbers
+        }
+        assert len(epoch["margin"]) == 6 and len(epoch["collapse"]) == 7
+        for summary, part in ((seen.distribution, "margin"), (seen.collapse, "collapse")):
+            for name, value in epoch[part].items():
+                assert value == getattr(summary, name).tolist()
+        assert epoch["radius"] == seen.manifolds.radius.tolist()
+    radii = [seen.manifolds.radius.tolist() for seen in observation.reports]
+    assert observation.inversion.history.tolist() == radii
 
 
 def test_what_is_printed_and_written(done: Run) -> None:
@@ -235,50 +174,6 @@ def test_figure_shows_what_was_observed(done: Run, data: ClassificationData) -> 
         assert list(axes.lines[-1].get_xdata()) == [3, 3]
     for axes in (margins, collapse, radii, scaled):
         assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
-
-
-def test_observing_leaves_the_network_as_it_was_and_looks_in_evaluation_mode(
-    data: ClassificationData,
-) -> None:
-    network = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(64, 16),
-        nn.BatchNorm1d(16),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(16, 10),
-    )
-    network(data.train_inputs)
-    network[2].eval()
-    before, modes = copy.deepcopy(network.state_dict()), [one.training for one in network.modules()]
-    seen = look(network, data, chunk_size=100)
-    assert [one.training for one in network.modules()] == modes
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert not network[-1]._forward_pre_hooks
-    assert math.isnan(seen.tau_margin) and math.isnan(seen.lambda_max_margin)
-    network.eval()
-    _, logits, target = features_and_logits(network, data)
-    margins = margins_of(logits, target) * math.exp(-seen.log_norm)
-    np.testing.assert_allclose(seen.margins.numpy(), margins, rtol=1e-4, atol=1e-6)
-    assert_close(look(network, data), seen)
-
-
-def assert_close(one: EpochReport, other: EpochReport) -> None:
-    for field in dataclasses.fields(EpochReport):
-        values = getattr(one, field.name), getattr(other, field.name)
-        torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-def test_observing_needs_a_head_and_the_rates_of_the_network(data: ClassificationData) -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 10))
-    with pytest.raises(ValueError, match="pass head="):
-        look(network, data)
-    rates = homogeneity.rates(network, data.train_inputs[:2])
-    seen = look(network, data, head=network[-1], rates=rates)
-    assert math.isfinite(seen.tau_margin)
-    del rates["1.bias"]
-    with pytest.raises(ValueError, match=r"1\.bias"):
-        look(network, data, head=network[-1], rates=rates)
 
 
 def test_quiet_and_regularized(

@@ -13,7 +13,7 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("tqdm")
 
 import marginops
-from marginops import cli
+from marginops.commands import cli
 
 SMALL = {
     "demo": ["--updates", "30", "--quiet"],

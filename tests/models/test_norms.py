@@ -98,7 +98,7 @@ def test_folding_past_functional_dropout():
     assert log_norm_product(model) == expected
     always = Function(lambda m, x: m.norm(F.dropout(m.layer(x))))
     always.norm = model.norm
-    with pytest.raises(ValueError, match=r"norm \(torch.nn.BatchNorm1d\) after none"):
+    with pytest.raises(ValueError, match=r"norm \(torch.nn.BatchNorm1d\) after no layer"):
         log_norm_product(always)
 
 

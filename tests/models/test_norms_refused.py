@@ -125,8 +125,12 @@ NORM = nn.BatchNorm1d(2)
         (pruned(), {}, "as the only parameters .* got bias, weight_orig"),
         (nn.Linear(2, 2, device="meta"), {}, "to have values, got a tensor on the meta device"),
         (nn.LazyLinear(2), {}, "to be initialized"),
-        (nn.Sequential(nn.Linear(2, 2), nn.ReLU(), NORM), {}, r"2 \(.*after none; use batch_norm"),
-        (nn.Sequential(nn.Linear(3, 3), NORM), {}, "of 2 features after 0 of 3 outputs"),
+        (
+            nn.Sequential(nn.Linear(2, 2), nn.ReLU(), NORM),
+            {},
+            r"2 \(.*after no layer; use batch_norm",
+        ),
+        (nn.Sequential(nn.Linear(3, 3), NORM), {}, "with 2 features after 0 with 3 outputs"),
         (
             nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)),
             {},
@@ -152,7 +156,7 @@ def test_what_is_refused(model, how, message):
 def test_a_batch_norm_of_an_output_that_is_used_elsewhere_too():
     model = Function(lambda m, x: (lambda y: y + m.norm(y))(m.layer(x)))
     model.norm = nn.BatchNorm1d(3)
-    with pytest.raises(ValueError, match=r"norm .* whose output is used elsewhere too"):
+    with pytest.raises(ValueError, match=r"norm .* whose output has other uses"):
         log_norm_product(model)
 
 

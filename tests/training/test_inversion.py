@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from marginops.commands.data import load_fashion_mnist
 from marginops.ops.moments import class_moments
-from marginops.training import InversionMonitor, load_fashion_mnist, straggler_stability
+from marginops.training import InversionMonitor, straggler_stability
 
 TARGET = torch.tensor([0, 0, 0, 1, 1, 1])
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -1,4 +1,4 @@
-"""Builds programs that run CUDA kernels on the CPU, and runs cases of tensors through them."""
+"""Builds what runs CUDA kernels on the CPU, and starts processes in which they run."""
 
 import fcntl
 import hashlib
@@ -6,27 +6,31 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
 from torch.utils import cpp_extension
 
 from marginops._native import recipe
 
 HERE = Path(__file__).resolve().parents[2] / "emulation"
 SOURCES = HERE.parents[1] / "csrc"
-BOUND = tuple(path.name for path in (SOURCES / "cuda").glob("*.cpp"))
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
 TOOLS = {
     "plain": ("-O2",),
-    "asan": ("-O1", "-g", f"-fsanitize=address,{UNDEFINED}", "-fno-sanitize-recover"),
-    "tsan": ("-O1", "-g", "-fsanitize=thread"),
+    "asan": ("-O1", "-g1", f"-fsanitize=address,{UNDEFINED}", "-fno-sanitize-recover"),
+    "tsan": ("-O1", "-g1", "-fsanitize=thread"),
+}
+RUNTIMES = {"asan": "libasan.so", "tsan": "libtsan.so"}
+OPTIONS = {
+    # ASan fills new memory with 0xbe bytes, so a workspace does not begin with zeros.
+    "ASAN_OPTIONS": f"detect_leaks=0:max_malloc_fill_size={1 << 30}",
+    "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 FLAGS = (
     "-std=c++17",
@@ -37,15 +41,6 @@ FLAGS = (
     "-fno-strict-aliasing",
     "-pthread",
 )
-DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.bool: "bool",
-}
 
 
 def toolkit() -> Path | None:
@@ -76,165 +71,132 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def build_binding() -> Path:
-    """The CUDA library for CPU tensors: a library to load with ``torch.ops.load_library``."""
-    # The stable ABI's target is that of the packaged build; -Bsymbolic is for the stubs.
-    flags = ["-shared", "-fPIC", "-fno-extern-tls-init", "-Wl,-Bsymbolic", recipe.STABLE_ABI]
-    flags.append("-fvisibility=hidden")  # as torch::stable is
+def build_selftest(tool: str) -> Path:
+    """The program of ``selftest.cpp``, built for one of ``TOOLS``."""
+    command = [*_compile(tool), str(HERE / "selftest.cpp")]
+
+    def build(folder: Path) -> Path:
+        return _run([*command, "-o", str(folder / "selftest")], folder / "selftest")
+
+    return _cached(f"selftest-{tool}", command, build)
+
+
+def build_library(tool: str) -> Path:
+    """The CUDA library, built for CPU tensors and one of ``TOOLS``.
+
+    ``torch.ops.load_library`` loads it. Under a sanitizer this needs the environment of
+    :func:`environment`.
+    """
+    sources = recipe.sources(SOURCES, "cuda")[1:]  # the first makes a Python module of it
+    # -Bsymbolic: the library's calls of functions that binding.h replaces stay inside.
+    link = [compiler(), *TOOLS[tool], "-shared", "-pthread", "-Wl,-Bsymbolic"]
+    link += [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
+    command = [*_compile(tool), "-c", "-fPIC", "-fno-extern-tls-init"]
+    command += [recipe.STABLE_ABI, "-fvisibility=hidden"]
     for folder in cpp_extension.include_paths():
-        flags += ["-isystem", folder]
-    flags += [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    return build("binding", "plain", [*flags, "-ltorch", "-ltorch_cpu", "-lc10"])
+        command += ["-isystem", folder]
+    bound = ["-include", str(HERE / "binding.h")]
+
+    def build(folder: Path) -> Path:
+        def compiled(source: Path) -> str:
+            target = folder / f"{source.name}.o"
+            language = ["-x", "c++", *(bound if source.suffix == ".cpp" else [])]
+            return str(_run([*command, *language, str(source), "-o", str(target)], target))
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compiled, sources))
+        target = folder / "library.so"
+        return _run([*link, *objects, *libraries, "-o", str(target)], target)
+
+    return _cached(f"library-{tool}", [*command, *bound, *link, *map(str, sources)], build)
 
 
-def build(name: str, tool: str, flags: Sequence[str] = ()) -> Path:
-    """Compile ``<name>.cpp`` for one of ``TOOLS``, once for each state of the sources."""
-    command = [compiler(), *FLAGS, *TOOLS[tool], f"-I{HERE / 'include'}", f"-I{SOURCES}"]
-    command += ["-isystem", f"{toolkit()}/include", str(HERE / f"{name}.cpp"), *flags]
-    digest = hashlib.sha256(repr(command).encode())
+def _compile(tool: str) -> list[str]:
+    headers = [f"-I{HERE / 'include'}", f"-I{SOURCES}", "-isystem", f"{toolkit()}/include"]
+    return [compiler(), *FLAGS, *TOOLS[tool], *headers]
+
+
+def _run(command: Sequence[str], target: Path) -> Path:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-8000:]}")
+    return target
+
+
+def _cached(name: str, key: Sequence[str], build: Callable[[Path], Path]) -> Path:
+    """What ``build(folder)`` makes, made once for each key and state of the sources."""
+    digest = hashlib.sha256(repr(key).encode())
     for folder in (HERE, SOURCES):
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cu", ".cuh") or path.name in (f"{name}.cpp", *BOUND):
+            if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
                 digest.update(path.read_bytes())
-    cache = Path(tempfile.gettempdir()) / f"marginops-cudacpu-{os.getuid()}"
+    cache = Path(tempfile.gettempdir()) / f"marginops-emulation-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
-    program = cache / f"{name}-{tool}-{digest.hexdigest()[:16]}"
-    with open(cache / f"{name}-{tool}.lock", "w") as lock:
+    finished = cache / f"{name}-{digest.hexdigest()[:16]}"
+    with open(cache / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            for other in cache.glob(f"{name}-{tool}-*"):  # younger ones may be in use
+        if not finished.exists():
+            for other in cache.glob(f"{name}-*"):  # younger ones may be in use
                 if time.time() - other.stat().st_mtime > 24 * 3600:
                     other.unlink()
-            unfinished = cache / f"{name}-{tool}.new"
-            result = subprocess.run(
-                [*command, "-o", str(unfinished)], capture_output=True, text=True
-            )
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-8000:]}")
-            unfinished.replace(program)
-    return program
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                build(Path(folder)).replace(finished)
+    return finished
 
 
-def execute(
-    program: Path,
+def run_selftest(
+    tool: str, names: Sequence[str], order: str = "forward"
+) -> subprocess.CompletedProcess[str]:
+    """Run kernels of ``selftest.cpp``."""
+    command = [str(build_selftest(tool)), *names]
+    environment = {**os.environ, **OPTIONS, **_settings(order, 132)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run_python(
+    tool: str,
     arguments: Sequence[str],
     order: str = "forward",
     multiprocessors: int = 132,
-    timeout: float = 300,
+    timeout: float = 1200,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program with threads and blocks in the given order; two OS threads run blocks.
-
-    Launchers share out work by the number of multiprocessors: few of them make small inputs take
-    the ways of large ones.
-    """
-    environment = {
-        **os.environ,
-        "CUDACPU_ORDER": order,
-        "CUDACPU_WORKERS": "2",
-        "CUDACPU_MULTIPROCESSORS": str(multiprocessors),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "TSAN_OPTIONS": "exitcode=66 halt_on_error=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
+    """Run Python with ``build_library(tool)`` in place of the CPU's kernels."""
+    command = [sys.executable, *arguments]
     return subprocess.run(
-        [str(program), *arguments],
-        env=environment,
+        command,
+        env={**os.environ, **environment(tool, order, multiprocessors)},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
 
 
-@dataclass
-class Case:
-    """One call of a launcher: its numbers, its input tensors and the outputs it fills."""
-
-    op: str
-    numbers: Mapping[str, int | float] = field(default_factory=dict)
-    inputs: Mapping[str, Tensor | None] = field(default_factory=dict)
-    outputs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
-
-
-class LaunchError(RuntimeError):
-    """A launcher returned an error."""
-
-
-def run_cases(
-    program: Path,
-    cases: Iterable[Case],
-    order: str = "forward",
-    multiprocessors: int = 132,
-    timeout: float = 300,
-) -> list[dict[str, Tensor]]:
-    """The outputs of every case, all run by one process.
-
-    Raises:
-        LaunchError: A launcher returned an error; its message says which case and why.
-        RuntimeError: A sanitizer reported something, or the program ended early.
-    """
-    cases = list(cases)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = write_cases(cases, Path(folder))
-        arguments = [str(path) for path in paths]
-        result = execute(program, arguments, order, multiprocessors, timeout)
-        if result.returncode:
-            last = "case " + result.stderr.rpartition("\ncase ")[2].removeprefix("case ")
-            kind = LaunchError if result.returncode == 3 else RuntimeError
-            raise kind(f"exit status {result.returncode}: {last[:6000]}")
-        return _read(cases, paths[2].read_bytes())
+def environment(tool: str, order: str = "forward", multiprocessors: int = 132) -> dict[str, str]:
+    """What a Python process needs in its environment to run the emulated kernels."""
+    variables = {
+        **OPTIONS,
+        **_settings(order, multiprocessors),
+        "MARGINOPS_TEST_LIBRARY": str(build_library(tool)),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    if tool in RUNTIMES:
+        # Python itself is not linked with the sanitizer, which must come first; it finds the
+        # functions that it replaces only in libraries that are there when it starts.
+        names = (RUNTIMES[tool], "libstdc++.so")
+        variables["LD_PRELOAD"] = " ".join(map(_library_of_compiler, names))
+    return variables
 
 
-def write_cases(cases: Iterable[Case], folder: Path) -> list[Path]:
-    """Write the arguments of the driver into a folder: cases, data, and the place for results."""
-    folder.mkdir(exist_ok=True)
-    paths = [folder / name for name in ("cases", "data", "results")]
-    lines: list[str] = []
-    data: list[bytes] = []
-    for case in cases:
-        lines += _describe(case, data)
-    paths[0].write_text("\n".join(lines) + "\n")
-    paths[1].write_bytes(b"".join(data))
-    return paths
+def _settings(order: str, multiprocessors: int) -> dict[str, str]:
+    """Two OS threads run blocks, in the given order, of which launchers make few or many."""
+    return {
+        "CUDACPU_ORDER": order,
+        "CUDACPU_WORKERS": "2",
+        "CUDACPU_MULTIPROCESSORS": str(multiprocessors),
+    }
 
 
-def _describe(case: Case, data: list[bytes]) -> list[str]:
-    lines = [f"case {case.op}"]
-    for name, number in case.numbers.items():
-        lines.append(
-            f"real {name} {number.hex()}" if isinstance(number, float) else f"int {name} {number}"
-        )
-    for name, tensor in case.inputs.items():
-        if tensor is None:
-            continue
-        reach = sum(
-            (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        elements = tensor.storage_offset() + reach + 1 if tensor.numel() else 0
-        whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())[:elements]
-        data.append(whole.view(torch.uint8).numpy().tobytes())
-        sizes = " ".join(str(n) for n in (*tensor.shape, *tensor.stride()))
-        offset = tensor.storage_offset() if elements else 0
-        lines.append(
-            f"input {name} {DTYPES[tensor.dtype]} {elements * tensor.element_size()} {offset} "
-            f"{tensor.dim()} {sizes}"
-        )
-    for name, (dtype, shape) in case.outputs.items():
-        bytes_ = int(np.prod(shape)) * dtype.itemsize
-        lines.append(f"output {name} {DTYPES[dtype]} {bytes_}")
-    return [*lines, "run"]
-
-
-def _read(cases: Sequence[Case], results: bytes) -> list[dict[str, Tensor]]:
-    position, every = 0, []
-    for case in cases:
-        outputs = {}
-        for name, (dtype, shape) in case.outputs.items():
-            size = int(np.prod(shape)) * dtype.itemsize
-            part = bytearray(results[position : position + size])
-            position += size
-            empty = torch.empty(shape, dtype=dtype)
-            outputs[name] = torch.frombuffer(part, dtype=dtype).reshape(shape) if part else empty
-        every.append(outputs)
-    if position != len(results):
-        raise RuntimeError(f"expected {position} bytes of results, got {len(results)}")
-    return every
+def _library_of_compiler(name: str) -> str:
+    command = [compiler(), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,160 @@
+"""The training loop of the demo: what it draws, trains on, scores and records."""
+
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.classifiers import expected_choice
+from marginops.commands.data import ClassificationData, load_digits
+from marginops.commands.demo.loop import TrainingHistory, train
+
+
+def synthetic_data(samples: int = 50) -> ClassificationData:
+    """Inputs whose first feature is the sample's number, so that a network can tell who came."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(samples, 6, generator=generator)
+    inputs[:, 0] = torch.arange(samples)
+    target = torch.arange(samples) % 4
+    return ClassificationData("synthetic", 4, inputs, target, inputs[:20], target[:20])
+
+
+class Recorder(nn.Module):
+    """Notes the mode, the sample numbers and the logits of every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(6, 4)
+        self.calls: list[tuple[bool, list[int], Tensor, Tensor]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = self.head(inputs / 10)
+        weight = self.head.weight.detach().clone()
+        self.calls.append((self.training, inputs[:, 0].int().tolist(), logits.detach(), weight))
+        return logits
+
+
+def train_recorder(sampling: str, **options) -> tuple[Recorder, TrainingHistory]:
+    network = Recorder()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    settings = {"updates": 9, "batch_size": 3, "candidate_ratio": 5, "evaluate_every": 4}
+    settings |= {"generator": torch.Generator().manual_seed(1)} | options
+    return network, train(network, synthetic_data(), optimizer, sampling=sampling, **settings)
+
+
+def test_selection_scores_in_evaluation_mode_and_trains_on_the_chosen() -> None:
+    network, history = train_recorder("minimal_margin", evaluate_every=100)
+    # Margins and accuracy before, then a pair of passes for each update, then the same after.
+    pairs = list(zip(network.calls[2:-2:2], network.calls[3:-2:2], strict=True))
+    assert len(pairs) == 9
+    for (scoring, candidates, logits, weight), (training, batch, _, _) in pairs:
+        assert (scoring, training) == (False, True)
+        chosen = expected_choice(logits, weight, 3)
+        assert batch == [candidates[row] for row in chosen]
+    # 50 samples give three draws of 15; then the next epoch begins.
+    draws = [candidates for (_, candidates, _, _), _ in pairs]
+    for epoch in range(3):
+        drawn = [*chain(*draws[3 * epoch : 3 * epoch + 3])]
+        assert len(set(drawn)) == len(drawn) == 45
+    assert draws[0] != draws[3]
+    assert (history.samples_trained, history.samples_scored) == (27, 135)
+
+
+def test_uniform_sampling_takes_as_many_updates_and_scores_nothing() -> None:
+    network, history = train_recorder("uniform", updates=32, evaluate_every=100)
+    batches = [batch for training, batch, _, _ in network.calls if training]
+    assert len(network.calls) == 32 + 4
+    assert [len(batch) for batch in batches] == [3] * 32
+    assert len(set(chain(*batches[:16]))) == len(set(chain(*batches[16:]))) == 48
+    assert (history.samples_trained, history.samples_scored) == (96, 0)
+
+
+def test_history_and_callback_count_updates() -> None:
+    seen: list[int] = []
+    network, history = train_recorder("minimal_margin", on_update=seen.append)
+    assert seen == list(range(1, 10))
+    assert history.updates == (0, 4, 8, 9)
+    assert history.seconds[0] == 0
+    assert list(history.seconds) == sorted(history.seconds)
+    assert history.seconds[-1] > 0
+    data = synthetic_data()
+    accuracy = (network(data.test_inputs).argmax(1) == data.test_target).double().mean()
+    assert history.test_accuracy[-1] == accuracy.item()
+    for margins, model in ((history.margins_before, Recorder()), (history.margins_after, network)):
+        logits = model(data.train_inputs).detach()
+        label = logits.gather(1, data.train_target[:, None])[:, 0]
+        rival = logits.scatter(1, data.train_target[:, None], -torch.inf).max(1).values
+        torch.testing.assert_close(margins, label - rival)
+
+
+def test_margins_are_normalised_on_request() -> None:
+    def log_norm(network: nn.Module) -> Tensor:
+        return network.head.weight.norm().log()
+
+    network, history = train_recorder("uniform", log_norm=log_norm)
+    _, plain = train_recorder("uniform")
+    norm = network.head.weight.norm().detach()
+    torch.testing.assert_close(history.margins_after * norm, plain.margins_after)
+
+
+def test_schedule_counts_updates() -> None:
+    network = Recorder()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    train(
+        network, synthetic_data(), optimizer, updates=6, batch_size=3, scheduler=scheduler,
+        candidate_ratio=2,
+    )  # fmt: skip
+    assert optimizer.param_groups[0]["lr"] == 0.5**6
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "minimal_margin"])
+def test_training_repeats_itself(sampling: str) -> None:
+    first, again = (train_recorder(sampling)[1] for _ in range(2))
+    other = train_recorder(sampling, generator=torch.Generator().manual_seed(2))[1]
+    assert torch.equal(first.margins_after, again.margins_after)
+    assert first.test_accuracy == again.test_accuracy
+    assert not torch.equal(first.margins_after, other.margins_after)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"updates": 0}, "updates: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"candidate_ratio": -1}, "candidate_ratio: expected at least 1, got -1"),
+        ({"evaluate_every": 0}, "evaluate_every: expected at least 1, got 0"),
+        ({"batch_size": 11}, "batch_size: each update would draw 55 of 50 training samples"),
+    ],
+)
+def test_training_checks_its_numbers(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_recorder("minimal_margin", **options)
+
+
+def test_training_checks_the_sampling() -> None:
+    with pytest.raises(ValueError, match='expected "uniform" or "minimal_margin", got \'mms\''):
+        train_recorder("mms")
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "minimal_margin"])
+def test_digits_are_learnt(device: str, sampling: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    network.to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    history = train(
+        network,
+        load_digits().to(device),
+        optimizer,
+        updates=200,
+        batch_size=16,
+        sampling=sampling,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert history.test_accuracy[0] < 0.3
+    assert history.test_accuracy[-1] > 0.9
+    assert history.margins_after.device.type == "cpu"
+    assert history.margins_after.median() > history.margins_before.median() + 1

@@ -1,0 +1,193 @@
+"""Calls every op that has kernels, on inputs that take the kernels' different ways.
+
+``python -m helpers.emulation.every_op RESULTS`` writes the hash of each call's results as JSON.
+Needs the environment of :func:`helpers.emulation.harness.environment`.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marginops._checks import result_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "misaligned", "padded", "every_other", "column_major")
+VALUES = ("normal", "ties", "infinite", "nan", "extreme")
+IGNORE = -100
+# Rows, classes and features around the sizes at which launchers choose another way. Many rows have
+# a table of distances, moments of larger parts, and a selection by several blocks.
+SHAPES = [
+    (3, 2, 20),
+    (33, 5, 1),
+    (65, 9, 64),
+    (7, 17, 7),
+    (40, 33, 33),
+    (15, 65, 3),
+    (5, 129, 130),
+    (70, 12, 513),
+    (7, 257, 8),
+    (2, 1025, 20),
+    (1, 4099, 64),
+    (3, 10007, 5),
+    (2, 33001, 3),
+    (6, 4, 4104),
+    (4500, 2, 4),
+    (16400, 3, 9),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the arguments of one call of each op are made from."""
+
+    rows: int
+    classes: int
+    features: int
+    dtype: torch.dtype
+    layout: str
+    values: str
+    seed: int
+
+
+def cases() -> Iterator[Case]:
+    """Every shape with every dtype; layouts and values in turn."""
+    for seed, (shape, dtype) in enumerate(itertools.product(SHAPES, DTYPES)):
+        yield Case(*shape, dtype, LAYOUTS[seed % 5], VALUES[(seed + seed // 5) % 5], seed)
+
+
+def ops() -> dict[str, torch._ops.OpOverload]:
+    """The ops that the library in place of the CPU's has kernels for."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    prefix = "marginops_kernels::"
+    names = sorted(name.removeprefix(prefix) for name in registered if name.startswith(prefix))
+    return {name: getattr(torch.ops.marginops_kernels, name).default for name in names}
+
+
+def arguments(op: torch._ops.OpOverload, case: Case) -> dict[str, Any]:
+    """The arguments of one call, by name. About two of three optional ones are given."""
+    values = _values(case)
+    generator = torch.Generator().manual_seed(case.seed)
+    chosen = {}
+    for argument in op._schema.arguments:
+        coin = torch.rand((), generator=generator).item()
+        optional = isinstance(argument.type, torch.OptionalType)
+        if isinstance(argument.type, torch.BoolType):
+            chosen[argument.name] = coin < 0.5
+        elif optional and coin < 0.35:
+            chosen[argument.name] = None
+        else:
+            name = f"{argument.name}?" if optional else argument.name
+            if name not in values:
+                raise KeyError(f"{op}: say in {__name__}._values what {name} is")
+            chosen[argument.name] = values[name]
+    return chosen
+
+
+def _values(case: Case) -> dict[str, Any]:
+    """A value for each argument that ops have; optional arguments have a ``?`` behind the name."""
+    rows, classes, dtype = case.rows, case.classes, case.dtype
+    generator = torch.Generator().manual_seed(case.seed)
+    result = result_dtype(dtype)
+    head = result if case.seed % 3 == 0 else dtype
+
+    def numbers(*shape: int, of: torch.dtype = result, values: str = "normal") -> Tensor:
+        return laid_out(filled(shape, of, values, generator), case.layout)
+
+    def below(limit: int, *shape: int) -> Tensor:
+        return laid_out(torch.randint(limit, shape, generator=generator), case.layout)
+
+    target = below(classes, rows)
+    target[torch.rand(rows, generator=generator) < 0.2] = IGNORE
+    logits = numbers(rows, classes, of=dtype, values=case.values)
+    size = (0, 1, 31, 257, 600)[case.seed % 5]
+    names = ("grad_margin", "grad_loss", "grad_confidence", "grad_entropy", "input_norm")
+    return {
+        "logits": logits,
+        "target": target,
+        "input": numbers(rows, case.features, of=dtype, values=case.values),
+        "weight": numbers(classes, case.features, of=head),
+        "bias?": numbers(classes, of=head),
+        "rows?": below(rows, rows * 2 // 3),
+        "rows": numbers(classes, case.features, of=head),
+        "scores": logits.flatten(),
+        "k": rows // 2 + 1,
+        "key": below(classes**2, size).sort().values,
+        "coefficient": numbers(size),
+        "pair": below(classes, 40, 2),
+        "rival": below(classes, rows),
+        "maximum": logits.to(result).amax(1),
+        **{name: numbers(rows).abs() for name in ("confidence", "entropy", "log_sum")},
+        **{f"{name}?": numbers(rows) for name in names},
+        "log_norm?": torch.tensor(3.5 - case.seed, dtype=result),
+        "ignore_index": IGNORE,
+        "classes": classes,
+        "num_classes": classes,
+    }
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout: poison between them, nothing behind them."""
+    if values.dim() == 1:
+        step, offset = {"contiguous": (1, 0), "misaligned": (1, 1)}.get(layout, (2, 3))
+        strides: tuple[int, ...] = (step,)
+    else:
+        rows, columns = values.shape
+        strides, offset = {
+            "contiguous": ((columns, 1), 0),
+            "misaligned": ((columns, 1), 1),
+            "padded": ((columns + 3, 1), 5),
+            "every_other": ((2 * columns + 1, 2), 1),
+            "column_major": ((1, rows), 0),
+        }[layout]
+    reach = sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True))
+    size = offset + reach + 1 if values.numel() else 0
+    poison = torch.nan if values.dtype.is_floating_point else torch.iinfo(values.dtype).max
+    buffer = torch.full((size,), poison, dtype=values.dtype)
+    return buffer.as_strided(values.shape, strides, offset if size else 0).copy_(values)
+
+
+def filled(
+    shape: tuple[int, ...], dtype: torch.dtype, values: str, generator: torch.Generator
+) -> Tensor:
+    """Random numbers of one of the kinds of ``VALUES``."""
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    coin = torch.rand(shape, generator=generator)
+    if values == "ties":
+        normal = (normal * 1.5).round()
+    elif values == "infinite":
+        normal = torch.where(coin < 0.1, torch.inf, torch.where(coin < 0.4, -torch.inf, normal))
+    elif values == "nan":
+        normal = torch.where(coin < 0.5 / shape[-1], torch.nan.copysign(normal), normal)
+    elif values == "extreme":
+        normal = normal.sign() * torch.finfo(dtype).max * (1 - coin.double() / 4)
+    return normal.to(dtype)
+
+
+def digest(results: Any) -> str:
+    """A hash of the bytes of one or several tensors."""
+    found = hashlib.sha256()
+    for tensor in (results,) if isinstance(results, Tensor) else results:
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.ops.load_library(os.environ["MARGINOPS_TEST_LIBRARY"])
+    digests = {}
+    for case, (name, op) in itertools.product(cases(), ops().items()):
+        digests[f"{name} of {case}"] = digest(op(*arguments(op, case).values()))
+    Path(sys.argv[1]).write_text(json.dumps(digests))
+
+
+if __name__ == "__main__":
+    main()

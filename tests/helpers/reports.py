@@ -1,0 +1,14 @@
+"""What the reports of two epochs have in common."""
+
+import dataclasses
+
+import torch
+
+from marginops.training import EpochReport
+
+
+def assert_reports_close(one: EpochReport, other: EpochReport) -> None:
+    """Compare all numbers, as far as the order of summation lets them agree."""
+    for field in dataclasses.fields(EpochReport):
+        values = getattr(one, field.name), getattr(other, field.name)
+        torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5, equal_nan=True)
