@@ -1,11 +1,11 @@
-"""What the GPU itself can do, timed as all else here: copies, and as good as nothing."""
+"""The limits of the GPU itself: copies of large tensors and of a single scalar."""
 
 import pytest
 import torch
 
 from conftest import DEVICE
 
-pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's ceilings")
+pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="the limits of a GPU")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -22,5 +22,5 @@ def bench_copy(time_call, mebibytes, dtype):
         dtype=dtype,
         provider="ceiling",
         bytes_read=size * dtype.itemsize,
-        bytes_besides=size * dtype.itemsize,
+        other_bytes=size * dtype.itemsize,
     )

@@ -1,4 +1,4 @@
-"""Adding a batch of margins to their distribution, against what one would write for it."""
+"""MarginDistribution.update against PyTorch and a single reading."""
 
 import pytest
 import torch

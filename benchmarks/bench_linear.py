@@ -1,4 +1,4 @@
-"""The linear head without logits, against the product and the ops one after the other.
+"""The linear head without logits, against the ops on all logits and the product alone.
 
 A shape is samples x features x classes.
 """
@@ -32,7 +32,7 @@ def make_head(
 def chunked_cross_entropy(
     features: Tensor, weight: Tensor, target: Tensor, reduction: str
 ) -> Tensor:
-    """PyTorch's own, with chunks; only the newest versions have it."""
+    """The function of PyTorch, which works in chunks. Only the newest versions have it."""
     if not hasattr(functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -42,7 +42,7 @@ def chunked_cross_entropy(
 
 
 def liger_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Which computes the gradients in the forward call too, if they are wanted."""
+    """The function of Liger, which computes gradients in the forward call if they are needed."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(features, weight, target, reduction="none")
@@ -54,7 +54,7 @@ def cut_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tenso
     return linear_cross_entropy(features, weight, target, reduction="none")
 
 
-def what(op: str, shape: tuple[int, ...], dtype: torch.dtype, provider: str) -> dict[str, object]:
+def facts(op: str, shape: tuple[int, ...], dtype: torch.dtype, provider: str) -> dict[str, object]:
     rows, _, classes = shape
     return {
         "op": op,
@@ -71,7 +71,7 @@ def close(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 PEERS = {"liger": liger_cross_entropy, "cut_cross_entropy": cut_cross_entropy}
-# What gives the loss alone.
+# Functions that compute the loss alone.
 LOSSES = {"linear_cross_entropy": partial(chunked_cross_entropy, reduction="none"), **PEERS}
 
 
@@ -79,10 +79,12 @@ LOSSES = {"linear_cross_entropy": partial(chunked_cross_entropy, reduction="none
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def bench_linear_statistics(time_call, shape, dtype, provider):
     if provider in PEERS and (DEVICE == "cpu" or dtype == torch.float32):
-        pytest.skip("its kernels are a GPU's, and made for bfloat16")
+        pytest.skip("this library needs a GPU and bfloat16")
     features, weight, target = make_head(*shape, dtype)
-    some = slice(0, 64)
-    exact = marginops.sample_statistics(features[some].double() @ weight.double().t(), target[some])
+    checked = slice(0, 64)
+    exact = marginops.sample_statistics(
+        features[checked].double() @ weight.double().t(), target[checked]
+    )
     buffer = features.new_empty((shape[0], shape[2]) if provider == "product" else 0)
 
     def unfused() -> marginops.SampleStatistics:
@@ -93,9 +95,9 @@ def bench_linear_statistics(time_call, shape, dtype, provider):
         if provider == "product":
             return
         loss = result if provider in LOSSES else result.loss
-        close(loss[some], exact.loss, dtype)
+        close(loss[checked], exact.loss, dtype)
         if provider not in LOSSES:
-            close(result.margin[some], exact.margin, dtype)
+            close(result.margin[checked], exact.margin, dtype)
 
     call = {
         "marginops": lambda: marginops.linear_sample_statistics(features, weight, target),
@@ -109,14 +111,14 @@ def bench_linear_statistics(time_call, shape, dtype, provider):
         call,
         check,
         peak_mib=peak_memory(call),
-        **what("linear_sample_statistics", shape, dtype, provider),
+        **facts("linear_sample_statistics", shape, dtype, provider),
     )
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the default of the CPU is settled")
+@pytest.mark.skipif(DEVICE == "cpu", reason="the default of the CPU is already chosen")
 @pytest.mark.parametrize("mebibytes", [16, 32, 64, 128, 256])
 def bench_buffer(time_call, mebibytes):
-    """The buffer's size: small ones stay in the GPU's cache, large ones make better products."""
+    """The size of the buffer: small ones stay in the cache, large ones have faster products."""
     shape, dtype = CASES[0]
     features, weight, target = make_head(*shape, dtype)
     exact = marginops.sample_statistics(features[:64].double() @ weight.double().t(), target[:64])
@@ -130,7 +132,7 @@ def bench_buffer(time_call, mebibytes):
         call,
         lambda result: close(result.loss[:64], exact.loss, dtype),
         peak_mib=peak_memory(call),
-        **what(f"linear_sample_statistics, buffer of {mebibytes} MiB", shape, dtype, "marginops"),
+        **facts(f"linear_sample_statistics, buffer of {mebibytes} MiB", shape, dtype, "marginops"),
     )
 
 
@@ -160,7 +162,7 @@ def bench_linear_selection(time_call, shape, dtype, provider):
         call,
         check,
         peak_mib=peak_memory(call),
-        **what("linear_select_minimal_margin", shape, dtype, provider),
+        **facts("linear_select_minimal_margin", shape, dtype, provider),
     )
 
 
@@ -191,5 +193,5 @@ def bench_linear_training(time_call, shape, dtype, provider):
         call,
         check,
         peak_mib=peak_memory(call),
-        **what("linear_sample_statistics, loss and gradients", shape, dtype, provider),
+        **facts("linear_sample_statistics, loss and gradients", shape, dtype, provider),
     )

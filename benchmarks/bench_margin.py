@@ -1,4 +1,4 @@
-"""Scores of logits, and score with selection, against what a user would write in PyTorch."""
+"""Scores and margins, alone and with selection, against PyTorch code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ SHAPES = [
     (1_000_000, 100, 64),
 ]
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
-# On a GPU: a training batch, and logits that no cache holds, in short, long and very few rows.
+# For a GPU: training batches, and logits larger than the cache in short, long and few rows.
 BATCHES = [(1280, 10, 512), (1280, 100, 512), (1280, 1000, 512)]
 LARGE = [(10_000_000, 10), (1_000_000, 100), *((2**27 // c, c) for c in (1024, 8192, 131_072))]
 FEW_ROWS = (4, 1_000_000)
@@ -43,7 +43,7 @@ def eager_margin(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def exact_score(logits: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The score in float64 with the lowest of tied classes, and whether two classes are ahead."""
+    """The score in float64, and whether the two largest logits decide it without a tie."""
     table, scores, decided = weight.double(), [], []
     for part in logits.split(100_000):
         values, classes = part.double().sort(dim=1, descending=True, stable=True)
@@ -62,7 +62,7 @@ def eager_select_margin(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor,
     return eager_margin(logits, target).topk(k, largest=False)
 
 
-# What each op replaces.
+# The code that each op replaces.
 EAGER = {
     "minimal_margin_score": eager_score,
     "classification_margin": eager_margin,
@@ -84,7 +84,7 @@ def provided(provider: str, op: str) -> Callable[..., Any]:
 
 
 def least_other_bytes(other: Tensor, rows: int) -> int:
-    """Of a target all, of a weight the rows of the two classes of each sample."""
+    """The bytes of a whole target, or of two rows of a weight for each sample."""
     if other.dim() == 1:
         return other.numel() * other.element_size()
     return min(len(other), 2 * rows) * other.shape[1] * other.element_size()
@@ -115,9 +115,9 @@ GPU_CASES = [
 def bench_margin(time_call, op, shape, values, dtype, provider):
     rows, classes, *columns = shape
     if provider == "triton" and (DEVICE == "cpu" or op != "minimal_margin_score"):
-        pytest.skip("the Triton kernel is the score's, and a GPU's")
+        pytest.skip("the Triton kernel computes the score on a GPU")
     if DEVICE != "cpu" and (provider == "floor" or (provider == "compile" and rows > 10_000)):
-        pytest.skip("on a GPU the floor is a copy, and few shapes are worth compiling for")
+        pytest.skip("on a GPU a copy is the floor, and few shapes are worth compiling for")
     logits = make_logits(rows, classes, dtype, values)
     if columns:
         other = torch.randn(classes, *columns, device=DEVICE).to(dtype)
@@ -143,7 +143,7 @@ def bench_margin(time_call, op, shape, values, dtype, provider):
             close(scores, exact[rows])
             if selected:
                 close(scores, exact.sort().values[:selected])
-        else:  # the others may take any of tied classes
+        else:  # others may choose any of the tied classes
             close(scores[decided[rows]], exact[rows][decided[rows]])
 
     call = provided(provider, op)
@@ -155,5 +155,5 @@ def bench_margin(time_call, op, shape, values, dtype, provider):
         dtype=dtype,
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),
-        bytes_besides=least_other_bytes(other, rows) + (12 * selected or 4 * rows),
+        other_bytes=least_other_bytes(other, rows) + (12 * selected or 4 * rows),
     )

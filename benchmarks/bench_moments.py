@@ -1,4 +1,4 @@
-"""Count, mean and radius of every class, against the same in PyTorch and one reading alone."""
+"""Count, mean and radius of every class, against PyTorch code and a single reading."""
 
 import pytest
 import torch
@@ -82,5 +82,5 @@ def bench_moments(time_call, shape, dtype, normalize, provider):
         dtype=dtype,
         provider=provider,
         bytes_read=input.numel() * input.element_size(),
-        bytes_besides=8 * rows + 4 * classes * (columns + 3),
+        other_bytes=8 * rows + 4 * classes * (columns + 3),
     )

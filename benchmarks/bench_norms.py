@@ -1,4 +1,4 @@
-"""The logarithm of the norm product of a model, against the loop that a user would write."""
+"""The logarithm of a model's norm product, against a loop in PyTorch."""
 
 import copy
 import sys

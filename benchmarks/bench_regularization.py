@@ -1,4 +1,4 @@
-"""Multi-margin regularization and its gradients, against the lines that one would write."""
+"""Multi-margin regularization and its gradients, against PyTorch code."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def fused(input: Tensor, weight: Tensor, target: Tensor, logits: Tensor) -> Tens
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_regularization(time_call, shape, provider):
-    """Forward and backward; the logits are at hand, as they are in training."""
+    """Forward and backward. The logits are given, as in training."""
     samples, features, classes = shape
     torch.manual_seed(0)
     input = torch.randn(samples, features, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Selection alone against ``torch.topk`` and flashinfer, on random scores and harder ones."""
+"""select_smallest against ``torch.topk`` and flashinfer, on random and harder scores."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def cases():
 
 
 def flashinfer_top_k(negated: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Which has the largest only."""
+    """The k smallest by flashinfer, which only finds the largest."""
     import flashinfer
 
     values, indices = flashinfer.top_k(negated.unsqueeze(0), k, sorted=True)
@@ -58,5 +58,5 @@ def bench_select_smallest(time_call, kind, size, k, provider):
         dtype="float32",
         provider=provider,
         bytes_read=scores.numel() * scores.element_size(),
-        bytes_besides=12 * k,
+        other_bytes=12 * k,
     )

@@ -1,4 +1,4 @@
-"""All statistics of a sample at once, against the same fields in PyTorch and one loss alone."""
+"""sample_statistics against the same fields in PyTorch and against the loss alone."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def eager_statistics(
 def make_case(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     logits = make_logits(rows, classes, dtype)
     target = torch.randint(classes, (rows,), device=DEVICE)
-    if DEVICE != "cpu":  # where the norms of features are PyTorch's, and a reading of their own
+    if DEVICE != "cpu":  # on a GPU PyTorch computes the norms of features separately
         return logits, target, None
     return logits, target, torch.randn(rows, COLUMNS, device=DEVICE).to(dtype)
 
@@ -81,8 +81,8 @@ def bench_statistics(time_call, shape, dtype, provider):
         dtype=dtype,
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),
-        # Target and rival, five or six numbers, a truth value, and the features.
-        bytes_besides=37 * shape[0] + (0 if features is None else (4 + 4 * COLUMNS) * shape[0]),
+        # The target and the rival, five or six numbers, a bool, and the features.
+        other_bytes=37 * shape[0] + (0 if features is None else (4 + 4 * COLUMNS) * shape[0]),
     )
 
 
@@ -121,5 +121,5 @@ def bench_statistics_backward(time_call, shape, dtype, provider):
         dtype=dtype,
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),
-        bytes_besides=logits.numel() * logits.element_size(),
+        other_bytes=logits.numel() * logits.element_size(),
     )

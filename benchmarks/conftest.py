@@ -1,7 +1,7 @@
-"""How a provider's call is checked and timed; the figures go to pytest-benchmark's JSON.
+"""How a provider's call is checked and timed. The figures go to pytest-benchmark's JSON.
 
-What pytest-benchmark times is the whole call, on a GPU until it has finished. There, the time
-between two events around the call is taken too, each time after the cache has been overwritten.
+pytest-benchmark times the whole call, on a GPU until the GPU has finished. On a GPU the time
+between two events around the call is measured too, each time after the cache was overwritten.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ PROVIDERS = ["marginops", "eager", "compile"]
 
 
 def make_values(kind: str, random: torch.Tensor) -> torch.Tensor:
-    """Random values, or what is made of them to be hard on a kernel; by the last dimension."""
+    """Random values, or values that are made from them and are hard for a kernel."""
     if kind == "tied":
         return random.mul(2).round()
     if kind == "sorted":
@@ -34,21 +34,21 @@ def make_values(kind: str, random: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def time_call(benchmark: Any) -> Callable[..., None]:
-    """Time ``call`` and note what it is, after one call whose result ``check`` accepts."""
+    """A function that times a call and records facts about it, after ``check`` has passed."""
 
     def run(
         call: Callable[[], Any],
         check: Callable[[Any], None],
         *,
         bytes_read: int,
-        bytes_besides: int = 0,
-        **what: Any,
+        other_bytes: int = 0,
+        **facts: Any,
     ) -> None:
-        """``bytes_read`` are those of the large input, ``bytes_besides`` what else must move."""
+        """``bytes_read`` is the size of the large input, ``other_bytes`` of all else that moves."""
         check(call())
-        what["dtype"] = str(what["dtype"]).removeprefix("torch.")
-        benchmark.extra_info.update(what, bytes_read=bytes_read)
-        benchmark.extra_info["mib_moved"] = (bytes_read + bytes_besides) / 2**20
+        facts["dtype"] = str(facts["dtype"]).removeprefix("torch.")
+        benchmark.extra_info.update(facts, bytes_read=bytes_read)
+        benchmark.extra_info["mib_moved"] = (bytes_read + other_bytes) / 2**20
 
         def timed() -> None:
             call()
@@ -63,10 +63,10 @@ def time_call(benchmark: Any) -> Callable[..., None]:
 
 
 def gpu_figures(call: Callable[[], Any]) -> dict[str, float]:
-    """Median and interquartile range of the GPU's time for a call that finds a cold cache.
+    """Median and interquartile range of the GPU's time for a call with a cold cache.
 
-    The GPU waits for a while before each call, so that the host, which is slower with short
-    kernels, has launched them all when the first one starts.
+    The GPU waits before each call, so that the host has launched all kernels when the first one
+    starts. Otherwise the host would be slower than short kernels.
     """
     began = time.perf_counter()
     for _ in range(3):
@@ -89,20 +89,20 @@ def gpu_figures(call: Callable[[], Any]) -> dict[str, float]:
 
 @functools.cache
 def larger_than_cache() -> torch.Tensor:
-    """Memory to write, which leaves nothing else in the cache."""
+    """Memory that replaces everything in the cache when it is written."""
     return torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` by ``torch.compile``, for the shapes of one benchmark."""
+    """``function``, compiled by ``torch.compile`` for the shapes of one benchmark."""
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def peer(name: str, call: Callable[[], Any], check: Callable[[Any], None]) -> None:
-    """Skip, and say why, where another library is missing or does not do the call right.
+    """Skip with a reason if another library is missing or its call fails the check.
 
-    One that could not do its first call is not asked again: building may be what takes its time.
+    A library whose first call failed is not called again, because its build may take long.
     """
     known = _peers.get(name)
     if known:
@@ -116,11 +116,11 @@ def peer(name: str, call: Callable[[], Any], check: Callable[[Any], None]) -> No
     _peers[name] = ""
 
 
-_peers: dict[str, str] = {}  # why the first call failed, or nothing
+_peers: dict[str, str] = {}  # the reason why the first call failed, or an empty text
 
 
 def peak_memory(call: Callable[[], Any]) -> float:
-    """MiB that a call needs beside what is there before, after one call that warms up."""
+    """MiB of memory that a call needs in addition to that in use, after one call to warm up."""
     call()
     if DEVICE != "cpu":
         torch.cuda.synchronize()
@@ -128,8 +128,8 @@ def peak_memory(call: Callable[[], Any]) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what is free counts when it is used again
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # so that memory that is used again counts
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     call()
     return (_resident("VmHWM") - before) / 2**10

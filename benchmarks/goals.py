@@ -1,4 +1,4 @@
-"""Which of the goals for an H100 the results of a GPU reach.
+"""The goals for an H100, and which of them the results of a GPU reach.
 
 python benchmarks/goals.py benchmarks/results/<gpu>.csv
 """
@@ -11,20 +11,20 @@ from pathlib import Path
 
 from tables import Row, copy_rate, markdown, milliseconds, rate_of, read_results, time_of
 
-Cases = dict[str, Row]  # of one op, shape and dtype, by provider
-Figure = Callable[[Cases, float], float]  # of a case, and the rate of a copy
+Case = dict[str, Row]  # the rows of one op, shape and dtype, by provider
+Figure = Callable[[Case, float], float]  # takes a case and the rate of a copy
 Write = Callable[[float], str]
 
 
-def share_of_copy(case: Cases, copied: float) -> float:
+def share_of_copy(case: Case, copied: float) -> float:
     return rate_of(case["marginops"]) / copied
 
 
-def gpu_ms(case: Cases, _: float) -> float:
+def gpu_ms(case: Case, _: float) -> float:
     return time_of(case["marginops"])
 
 
-def extra_mib(case: Cases, _: float) -> float:
+def extra_mib(case: Case, _: float) -> float:
     return float(case["marginops"]["peak_mib"])
 
 
@@ -33,7 +33,7 @@ def faster_than(other: str) -> Figure:
 
 
 def sooner_than(other: str) -> Figure:
-    """By the time of whole calls."""
+    """The ratio of the times of whole calls."""
     return lambda case, _: float(case[other]["median_ms"]) / float(case["marginops"]["median_ms"])
 
 
@@ -41,16 +41,16 @@ def smaller_than(other: str) -> Figure:
     return lambda case, _: float(case[other]["peak_mib"]) / extra_mib(case, 0)
 
 
-def over_product(case: Cases, _: float) -> float:
+def over_product(case: Case, _: float) -> float:
     return time_of(case["marginops"]) / time_of(case["product"])
 
 
 @dataclass(frozen=True)
 class Goal:
-    """``figure`` of all cases of an op is at least, or at most, ``bound``."""
+    """The ``figure`` of every case of an op is at least, or at most, ``bound``."""
 
     name: str
-    op: str  # a pattern, as is shape
+    op: str  # a regular expression, as is shape
     shape: str
     figure: Figure
     bound: float
@@ -89,12 +89,12 @@ def copy_goal(rows: str, shape: str, share: float) -> Goal:
     return Goal(name, READERS, shape + COLUMNS, share_of_copy, share, percent)
 
 
-def at_most(name: str, of: tuple[str, str], figure: Figure, bound: float, write: Write) -> Goal:
-    return Goal(name, *of, figure, bound, write, at_most=True)
+def at_most(name: str, op: tuple[str, str], figure: Figure, bound: float, write: Write) -> Goal:
+    return Goal(name, *op, figure, bound, write, at_most=True)
 
 
-def at_least(name: str, of: tuple[str, str], figure: Figure, bound: float) -> Goal:
-    return Goal(name, *of, figure, bound, ratio)
+def at_least(name: str, op: tuple[str, str], figure: Figure, bound: float) -> Goal:
+    return Goal(name, *op, figure, bound, ratio)
 
 
 GOALS = [
@@ -119,11 +119,11 @@ GOALS = [
 
 
 def goals_table(rows: list[Row]) -> str:
-    """A line for each goal: how many cases reach it, and the worst of them."""
+    """A line for each goal: the number of cases that reach it, and the worst case."""
     copied = copy_rate(rows)
     if copied is None:
-        raise ValueError("rows: expected those of a GPU, with copies, got none with op 'copy'")
-    cases: dict[tuple[str, str, str], Cases] = {}
+        raise ValueError("rows: expected results of a GPU with the op 'copy', got none with it")
+    cases: dict[tuple[str, str, str], Case] = {}
     for row in rows:
         cases.setdefault((row["op"], row["shape"], row["dtype"]), {})[row["provider"]] = row
     lines = [markdown(["goal", "bound", "reached", "worst", "at"]), "|---|---:|---:|---:|---|"]

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, meant for ten minutes on one: installs offline, builds, runs
-# the tests on cuda:0 and, beside them, the four tools of compute-sanitizer over every kernel; then,
-# alone, the benchmarks. Writes benchmarks/results/<gpu>.csv and a short report, <gpu>.md; the whole
+# All checks that need a GPU, in about ten minutes. The script installs offline, builds, and runs the
+# tests on cuda:0 while the four tools of compute-sanitizer check every kernel. Then it runs the
+# benchmarks alone. It writes benchmarks/results/<gpu>.csv and a short report, <gpu>.md. The whole
 # output is in build/gpu_check/. The exit status is 0 only if every step passed.
 #
-#     benchmarks/gpu_check.sh [tests] [sanitizers] [benchmarks]     all three if none is named
+#     benchmarks/gpu_check.sh [tests] [sanitizers] [benchmarks]     # all three by default
 #
-#     PYTHON   the interpreter (python3)
-#     WHEELS   a folder of wheels to install, from the root of the repository: libraries to compare
-#              with, and what they need
-#     COMMIT   the commit that this folder is an unchanged copy of, where it has no .git
-#     LIMIT    seconds after which what still runs is ended and has failed (560)
+#     PYTHON   the interpreter (default: python3)
+#     WHEELS   a folder of wheels to install, relative to the root of the repository: the libraries
+#              to compare with and their dependencies
+#     COMMIT   the commit of which this folder is an unchanged copy, if it has no .git
+#     LIMIT    seconds after which a step that still runs is ended and fails (default: 560)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -49,7 +49,7 @@ limited() {
   timeout -k 5 $((left > 0 ? left : 1)) "$@"
 }
 
-step() { # step NAME COMMAND...: runs it and notes the outcome
+step() { # step NAME COMMAND...: runs it and records the outcome
   local name=$1 began=$SECONDS outcome=passed
   shift
   "$@" >"$logs/$name.log" 2>&1 || outcome=FAILED
@@ -59,21 +59,21 @@ step() { # step NAME COMMAND...: runs it and notes the outcome
   [ $outcome = passed ] || tail -n 40 "$logs/$name.log"
 }
 
-sanitize() { # sanitize TOOL: a small run of every kernel
-  # Without torch's caching allocator, so that a tool sees where each tensor ends.
+sanitize() { # sanitize TOOL: runs every kernel once under the tool
+  # Without torch's caching allocator a tool sees where each tensor ends.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   limited compute-sanitizer --tool "$1" --target-processes all --print-limit 5000 \
     "${pytest[@]}" tests/ops/test_cuda.py -k "test_every_kernel and float32" >"$logs/$1.out" 2>&1
   local outcome=$?
   tail -n 20 "$logs/$1.out"
-  # What a tool has against kernels of torch and its libraries is not for us to mend.
+  # Only reports on the kernels of marginops count, not those on torch and its libraries.
   grep -E '^========= .*marginops::cuda' "$logs/$1.out" | grep -v 'Host Frame' >"$logs/$1.ours"
   head -n 20 "$logs/$1.ours"
   [ $outcome = 0 ] && [ ! -s "$logs/$1.ours" ] &&
     grep -q '[0-9] passed' "$logs/$1.out" && grep -q 'SUMMARY: ' "$logs/$1.out"
 }
 
-# A fresh cache: the build is timed, and what was compiled from other sources is not found.
+# A fresh cache, so that the build is timed and no other library is found.
 MARGINOPS_CACHE_DIR=$(mktemp -d)
 export MARGINOPS_CACHE_DIR
 trap 'rm -rf "$MARGINOPS_CACHE_DIR"' EXIT
@@ -89,7 +89,7 @@ assert _native.load("cpu") and _native.load("cuda")'
 
 # Emulation, compilation and packaging need no GPU.
 tests='tests/ops tests/models tests/metrics tests/training tests/commands'
-# Many processes share the host's cores.
+# The processes share the cores of the host.
 if wanted tests; then
   OMP_NUM_THREADS=2 step tests limited "${pytest[@]}" -n 8 --dist loadfile $tests &
 fi

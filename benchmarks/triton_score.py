@@ -1,4 +1,4 @@
-"""The minimal margin score as one would write it in Triton: some rows a program, in one reading."""
+"""The minimal margin score in Triton. A program has some rows and reads them once."""
 
 import torch
 import triton
@@ -33,7 +33,7 @@ def score_kernel(
         rest = tl.where(lane[None, :] == top[:, None], float("-inf"), value)
         next_value, next = tl.max(rest, 1, return_indices=True)
         beaten = top_value > first_value
-        # The second is the block's own candidate, or the one that was held so far.
+        # The second class is the candidate of this block or the second class so far.
         other_value = tl.where(beaten, next_value, top_value)
         other = tl.where(beaten, next, top)
         kept_value = tl.where(beaten, first_value, second_value)

@@ -1,5 +1,4 @@
-// The Python face of a native library. It includes no torch header, which keeps it quick to
-// compile.
+// The Python module of a native library. It includes no torch header and so compiles quickly.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
@@ -12,8 +11,9 @@ namespace py = pybind11;
 
 namespace {
 
-// The loader looks for this text in the file, to learn what a library was built for before it loads
-// it. The attribute keeps it whole: optimised code may hold a text in pieces.
+// The loader searches the file of a library for this text. It tells what the library was built for
+// without loading it. The attribute keeps the text in one piece: optimised code may store a string
+// in parts.
 __attribute__((used)) constexpr char kBuiltFor[] =
     "marginops kernels built for torch=" MARGINOPS_TEXT(MARGINOPS_TORCH) " sources=" MARGINOPS_TEXT(
         MARGINOPS_SOURCES) " archs=" MARGINOPS_TEXT(MARGINOPS_ARCHS) ";";

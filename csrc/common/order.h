@@ -1,5 +1,6 @@
-// The order of scores: ascending by value, -0.0 equal to +0.0, +inf before NaN, NaN of either sign
-// last, equal values by lowest index. Unsigned comparison of keys is that order by value.
+// The order of scores. Scores ascend by value. -0.0 and +0.0 are equal. NaN of either sign comes
+// last, after +inf. Equal scores are ordered by their indices. sort_key() returns an unsigned
+// integer, and these integers compare as the scores do by value.
 #pragma once
 
 #include <cstdint>

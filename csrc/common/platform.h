@@ -1,5 +1,5 @@
-// What the shared headers need to compile as host C++, as CUDA, and under the CPU emulation of
-// CUDA.
+// The attributes of functions in the shared headers, which compile as host C++, as CUDA, and in the
+// CPU emulation of CUDA.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,20 +1,20 @@
-// The arithmetic of the statistics of a softmax, shared by the CPU and the CUDA kernels.
+// The arithmetic of softmax statistics. The CPU and the CUDA kernels share it.
 #pragma once
 
 #include "margin_math.h"
 
 namespace marginops {
 
-// Sums of e = exp(logit - maximum) over the classes read so far, except for one that has the
-// maximum: its 1 would swallow what the others add. Logits of -inf add nothing, whatever the
-// maximum, and a NaN need not be noticed here; Top2 keeps it. merge() is associative and
-// commutative up to rounding, so rows may be read in any pieces.
+// Sums of e = exp(logit - maximum) over the classes read so far. One class that has the maximum is
+// left out: next to its e, which is 1, the small terms would be lost to rounding. Logits of -inf
+// add nothing, whatever the maximum is. NaN needs no care here, because Top2 records it. merge() is
+// associative and commutative up to rounding, so a row may be read in any pieces.
 template <class Value>
 struct ExponentialSums {
   Value maximum = -std::numeric_limits<Value>::infinity();
-  Value plain = 0;     // of e
-  Value weighted = 0;  // of e * (logit - maximum)
-  Value squares = 0;   // of e * e
+  Value plain = 0;     // sum of e
+  Value weighted = 0;  // sum of e * (logit - maximum)
+  Value squares = 0;   // sum of e * e
 
   MARGINOPS_FUNCTION void add(Value logit) {
     if (logit > maximum) {
@@ -40,13 +40,13 @@ struct ExponentialSums {
     squares += other.squares;
   }
 
-  // Measures from a maximum that is not smaller and that another class has, so that the class left
-  // out so far counts.
-  MARGINOPS_FUNCTION void raise(Value to) {
-    const Value step = maximum - to;
+  // Replaces the maximum by the logit of another class, which is not smaller. The class that was
+  // left out so far now counts in the sums.
+  MARGINOPS_FUNCTION void raise(Value new_maximum) {
+    const Value step = maximum - new_maximum;
     const Value scale = std::exp(step);
-    maximum = to;
-    if (scale == 0) {  // step may be -inf
+    maximum = new_maximum;
+    if (scale == 0) {  // a step of -inf times 0 would be NaN
       plain = weighted = squares = 0;
       return;
     }
@@ -56,27 +56,27 @@ struct ExponentialSums {
   }
 };
 
-// log(1 + x) of x >= 0, as accurate as std::log1p and twice as fast on the CPU: what rounding 1 + x
-// took away is put back by the last factor.
+// log(1 + x) for x >= 0, as accurate as std::log1p and twice as fast on the CPU. The last factor
+// corrects the rounding of 1 + x.
 template <class Value>
 MARGINOPS_FUNCTION Value log_one_plus(Value x) {
   const Value sum = 1 + x;
   return sum == 1 ? x : std::log(sum) * (x / (sum - 1));
 }
 
-// What a sample's softmax says of its label.
+// Statistics of a sample's softmax, given its label.
 template <class Value>
 struct SoftmaxStatistics {
   Value loss, confidence, entropy, el2n;
   Value maximum, log_sum;  // log_sum: logarithm of the sum of exp(logit - maximum)
 };
 
-// Of a row of which `sums` has seen every class; `own` is the logit of its label. In no field does
-// anything cancel as the confidence approaches 1. Without a finite maximum, or with a NaN in the
-// row, everything is NaN but an infinite maximum itself.
+// The statistics of a row. `sums` has read every class, and `label_logit` is the logit of the
+// label. No field loses digits to cancellation as the confidence approaches 1. If the row has a NaN
+// or no finite maximum, every field is NaN, except that an infinite maximum is kept.
 template <class Value>
 MARGINOPS_FUNCTION SoftmaxStatistics<Value> softmax_statistics(const ExponentialSums<Value>& sums,
-                                                               Value own, bool nan) {
+                                                               Value label_logit, bool nan) {
   constexpr Value kInfinity = std::numeric_limits<Value>::infinity();
   const Value maximum = nan ? std::numeric_limits<Value>::quiet_NaN() : sums.maximum;
   if (!(maximum > -kInfinity && maximum < kInfinity)) {
@@ -84,9 +84,9 @@ MARGINOPS_FUNCTION SoftmaxStatistics<Value> softmax_statistics(const Exponential
     return {kNan, kNan, kNan, kNan, maximum, kNan};
   }
   const Value total = 1 + sums.plain, log_sum = log_one_plus(sums.plain);
-  const Value step = own - maximum, e = std::exp(step), confidence = e / total;
+  const Value step = label_logit - maximum, e = std::exp(step), confidence = e / total;
   Value square;
-  if (own == maximum) {  // the others' sums, whichever of several maxima was left out
+  if (label_logit == maximum) {  // the sums leave out the label or a class with an equal logit
     square = sums.plain * sums.plain + sums.squares;
   } else {
     const Value rest = sums.squares - e * e;
@@ -96,26 +96,27 @@ MARGINOPS_FUNCTION SoftmaxStatistics<Value> softmax_statistics(const Exponential
           maximum,        log_sum};
 }
 
-// Ignored samples count as learnt perfectly.
+// An ignored sample counts as learnt perfectly.
 template <class Value>
 MARGINOPS_FUNCTION SoftmaxStatistics<Value> ignored_statistics() {
   return {0, 1, 0, 0, 0, 0};
 }
 
-// The norm of the gradient of the loss for the last layer's weight and bias, of a sample whose
-// features have the norm `input_norm`.
+// The norm of the loss's gradient for the weight and bias of the last layer. `input_norm` is the
+// norm of the sample's features.
 template <class Value>
 MARGINOPS_FUNCTION Value last_layer_gradient_norm(Value el2n, Value input_norm) {
   return el2n * std::hypot(Value{1}, input_norm);
 }
 
-// The gradient of a row's statistics for its logits. Every class has its dense() part; the label's
-// entry is label() instead, and the margin's `margin` is added there and taken from the rival.
+// The gradient of a row's statistics for its logits. The entry of the label is label(), and that of
+// every other class is dense(). The caller adds the gradient of the margin to the label's entry and
+// subtracts it from the rival's.
 template <class Value>
 struct SoftmaxGradient {
   Value maximum, log_sum;
-  Value confidence, entropy;                       // of the row
-  Value grad_loss, grad_confidence, grad_entropy;  // of the result
+  Value confidence, entropy;                       // results of the row
+  Value grad_loss, grad_confidence, grad_entropy;  // gradients of the results
 
   MARGINOPS_FUNCTION Value log_probability(Value logit) const { return logit - maximum - log_sum; }
 
@@ -127,7 +128,8 @@ struct SoftmaxGradient {
                : p * (grad_loss - grad_confidence * confidence - grad_entropy * (log_p + entropy));
   }
 
-  // The same with -grad_loss + grad_confidence * p_y added, where 1 - p_y does not cancel.
+  // dense() of the label plus grad_confidence * p_y - grad_loss, in a form in which 1 - p_y does
+  // not cancel.
   MARGINOPS_FUNCTION Value label(Value logit) const {
     const Value log_p = log_probability(logit), p = std::exp(log_p);
     const Value entropy_part = p == 0 ? Value{0} : p * grad_entropy * (log_p + entropy);

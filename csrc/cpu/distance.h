@@ -1,4 +1,4 @@
-// Distances between the rows of a weight matrix, with the bias as one more column if it counts.
+// Distances between the rows of a weight matrix. A bias that counts is one more column.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,8 @@ namespace marginops::cpu {
 
 inline void check_bias(const std::optional<Tensor>& bias, const Tensor& weight) {
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
-                  "bias: expected shape [", weight.size(0), "] for the rows of weight");
+                  "bias: expected shape [", weight.size(0), "] for the rows of weight, got ",
+                  bias->numel(), " values");
   STD_TORCH_CHECK(!bias || bias->scalar_type() == weight.scalar_type(),
                   "bias: expected the dtype of weight");
 }
@@ -50,12 +51,12 @@ class Distances {
   virtual ~Distances() = default;
   // ||w_i - w_j||
   virtual Value operator()(int64_t i, int64_t j) const = 0;
-  // Row i of the weight, and its bias behind it.
+  // Copies row i of the weight and then its bias.
   virtual void copy_row(int64_t i, Value* row) const = 0;
 
   int64_t classes = 0;
   int64_t columns = 0;
-  bool tabled = false;  // whether a distance costs no more than reading it
+  bool tabled = false;  // whether a distance is read, not computed
 };
 
 template <class T>
@@ -122,7 +123,7 @@ class WeightDistances final : public Distances<ValueOf<T>> {
   Vector<T> bias_;
 };
 
-// All distances, computed once: for when there are far fewer pairs of classes than rows of logits.
+// A table of all distances, each computed once.
 template <class Value>
 class DistanceTable final : public Distances<Value> {
  public:
@@ -149,7 +150,8 @@ class DistanceTable final : public Distances<Value> {
   std::vector<Value> table_;
 };
 
-// Makes the distances that `count` rows of logits will ask for.
+// The distances that `count` rows of logits need. A table pays off if the pairs of classes are no
+// more than the rows.
 template <class Value>
 std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
                                                  const std::optional<Tensor>& bias, int64_t count) {
@@ -160,7 +162,7 @@ std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
       distances = std::make_unique<WeightDistances<T>>(weight, bias);
     }
   });
-  STD_TORCH_CHECK(distances, "weight: expected float64 beside float64 logits, else not float64");
+  STD_TORCH_CHECK(distances, "weight: expected float64 with float64 logits and only with them");
   const int64_t classes = distances->classes;
   if (classes <= count / classes) {
     return std::make_unique<DistanceTable<Value>>(std::move(distances));
@@ -168,8 +170,9 @@ std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
   return distances;
 }
 
-// ||w_j - centre|| of every class: bounds for the distances. Any centre will do, and one amid the
-// rows gives small radii, so it is the mean of some. Infinite where the square overflows.
+// ||w_j - centre|| of every class: bounds for the distances. Any centre is correct. The mean of
+// some rows lies among the rows and so gives small radii. A radius is infinite where its square
+// overflows.
 template <class Value>
 std::vector<Value> radii(const Distances<Value>& distances) {
   const int64_t classes = distances.classes, columns = distances.columns;
@@ -185,7 +188,7 @@ std::vector<Value> radii(const Distances<Value>& distances) {
       distances.copy_row(i, row.data());
       const Value square = squared_distance(row.data(), centre.data(), columns);
       radius[i] = square < std::numeric_limits<Value>::min() * Value(1e8)
-                      ? std::numeric_limits<Value>::infinity()  // perhaps underflown: no bound
+                      ? std::numeric_limits<Value>::infinity()  // may have underflowed: no bound
                       : std::sqrt(square);
     }
   });

@@ -1,9 +1,9 @@
-// Adds a batch of margins to the state of their distribution on the CPU.
+// Adds a batch of margins to their distribution on the CPU.
 //
-// One reading does both: vectors for sums, extremes and numbers, and, margin by margin, counting
-// the upper halves of the floats, which is all that a bin is. The counting takes a cycle a margin
-// whatever is done, and the vectors fit in between. Sums are those of fixed chunks, added in order,
-// so the number of threads does not change them.
+// Each margin is read once. Vectors compute sums, extremes and counts. Scalar code counts the upper
+// halves of the floats, which are the bins. The counting takes a cycle a margin in any case, and
+// the vector instructions run in between. Sums are those of fixed chunks, added in order, so the
+// number of threads does not change them.
 #include <cmath>
 #include <limits>
 #include <mutex>
@@ -19,13 +19,14 @@ constexpr int64_t kBins = 1 << 16;
 constexpr int64_t kInfiniteBin = 0x7f80;
 constexpr int64_t kChunk = 8192;
 constexpr int64_t kTile = 1024;
-constexpr int64_t kSlab = int64_t{1} << 31;  // counts of so many fit into 32 bits
-// Neighbours count into different tables: an increment need not wait for the one before it.
+constexpr int64_t kSlab = int64_t{1} << 31;  // margins whose counts fit into 32 bits
+// Neighbouring margins are counted in different tables, so an increment need not wait for the one
+// before it.
 constexpr int kTables = 2;
-constexpr int64_t kBlock = 32;            // bins
-constexpr int64_t kTableGrain = 1 << 17;  // margins that are worth tables of a thread's own
+constexpr int64_t kBlock = 32;            // bins that add_table() tests at once
+constexpr int64_t kTableGrain = 1 << 17;  // so many margins are worth tables for a thread
 
-// In double, two vectors for one of float.
+// A vector in double precision, which takes two vectors for one of float.
 template <class Value>
 struct Widened {
   static constexpr int kCount = sizeof(double) / sizeof(Value);
@@ -35,7 +36,7 @@ struct Widened {
 inline Widened<double> widen(VectorOf<double> vector) { return {{vector}}; }
 inline Widened<float> widen(VectorOf<float> vector) {
 #if defined(__AVX512F__)
-  // The forms without a mask make GCC 12 warn of its own header.
+  // GCC 12 warns about its own header where the forms without a mask are used.
   return {{_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, vector, 0)),
            _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, vector, 1))}};
 #elif defined(__AVX2__)
@@ -50,7 +51,8 @@ inline Widened<float> widen(VectorOf<float> vector) {
 #endif
 }
 
-// Of margins other than +inf, but for `ignored`, the number of these.
+// The summary of some margins. `ignored` is the number of those that are +inf. The other fields
+// leave these out.
 struct Summary {
   int64_t ignored = 0, positive = 0;
   double sum = 0, positive_sum = 0;
@@ -69,7 +71,7 @@ struct Summary {
   }
 };
 
-// A Summary lane by lane, of a chunk.
+// The summary of a chunk, lane by lane.
 template <class Value>
 struct Lanes {
   using Vector = VectorOf<Value>;
@@ -136,7 +138,7 @@ class Reader {
       lanes = add_tile<kTableCount>(lanes, values, narrow(values, size), size, counts);
     }
     Summary summary = lanes.summary();
-    summary.ignored -= -(end - begin) & (kLanes - 1);  // what fills up the last vector
+    summary.ignored -= -(end - begin) & (kLanes - 1);  // the padding of the last vector
     for (int64_t i = begin; i < end && summary.sum != summary.sum && !summary.nan; ++i) {
       summary.nan = value_of(margins_[i]) != value_of(margins_[i]);
     }
@@ -144,7 +146,7 @@ class Reader {
   }
 
  private:
-  // `lanes` is a copy, which stays in registers.
+  // `lanes` is passed by value, which keeps it in registers.
   template <int kTableCount, class Count>
   static Lanes<Value> add_tile(Lanes<Value> lanes, const Value* values, const float* floats,
                                int64_t size, Count* counts) {
@@ -160,7 +162,7 @@ class Reader {
     return lanes;
   }
 
-  // Margins next to each other, and +inf up to a multiple of kLanes.
+  // The margins next to each other, padded with +inf to a multiple of kLanes.
   const Value* tile(int64_t begin, int64_t size) {
     const bool dense = margins_.stride == 1;
     if constexpr (std::is_same_v<T, Value>) {
@@ -186,7 +188,7 @@ class Reader {
   float floats_[std::is_same_v<Value, double> ? kTile : 1];
 };
 
-// Most bins are empty, so look at several before adding.
+// Most bins are empty, so several are tested at once before they are added.
 void add_table(const uint32_t* counts, int64_t begin, int64_t end, int64_t* bin_counts) {
   for (int64_t bin = begin; bin < end; bin += kBlock) {
     const uint32_t* block = counts + bin * kTables;

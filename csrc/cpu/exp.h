@@ -9,9 +9,9 @@ template <class Value>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  static constexpr float kLowest = -87.33f;         // what is below becomes 0, not subnormal
-  static constexpr float kRound = 0x1.8p23f + 127;  // added, it leaves a biased exponent lowest
-  static constexpr float kLog2High = 0x1.63p-1f;    // short: a product with an exponent is exact
+  static constexpr float kLowest = -87.33f;         // smaller arguments give 0, not a subnormal
+  static constexpr float kRound = 0x1.8p23f + 127;  // a sum with it ends in the biased exponent
+  static constexpr float kLog2High = 0x1.63p-1f;    // few bits: a product with an exponent is exact
   static constexpr float kLog2Low = -0x1.bd0106p-13f;
   static constexpr int kDegree = 7, kMantissa = 23;
 };
@@ -26,11 +26,11 @@ struct ExpConstants<double> {
 
 constexpr double factorial(int n) { return n < 2 ? 1 : n * factorial(n - 1); }
 
-// Of arguments up to 88 (float) or 709 (double). exp(-inf) is 0 and exp(NaN) is NaN.
+// The argument is at most 88 (float) or 709 (double). exp(-inf) is 0 and exp(NaN) is NaN.
 template <class Value, class Vector = VectorOf<Value>>
 inline Vector exp(Vector x) {
   using Constants = ExpConstants<Value>;
-  // x = exponent * log(2) + rest, and the polynomial is Taylor's.
+  // x = exponent * log(2) + rest. A Taylor polynomial gives exp(rest).
   const Vector rounded = x * static_cast<Value>(1.4426950408889634) + Constants::kRound;
   const Vector exponent = rounded - Constants::kRound;
   const Vector rest = (x - exponent * Constants::kLog2High) - exponent * Constants::kLog2Low;

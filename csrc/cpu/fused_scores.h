@@ -1,4 +1,4 @@
-// The scores of the margin family, for the selections that are fused behind them.
+// The scores of the margin family, which the selection kernels call before they select.
 #pragma once
 
 #include <optional>

@@ -1,7 +1,7 @@
 // Classification margins and minimal margin scores on the CPU.
 //
-// Rows are independent and spread over threads; nothing is summed across rows, so results do not
-// depend on the number of threads.
+// One thread computes a row, and nothing is summed across rows, so results do not depend on the
+// number of threads.
 #include "fused_scores.h"
 
 #include <tuple>
@@ -20,11 +20,11 @@ void check_head(const Tensor& logits, const Tensor& weight, const std::optional<
   STD_TORCH_CHECK(
       weight.scalar_type() == logits.scalar_type() ||
           (weight.scalar_type() == ScalarType::Float && logits.scalar_type() != ScalarType::Double),
-      "weight: expected the dtype of logits, or float32 beside bfloat16 and float16");
+      "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits");
   check_bias(bias, weight);
 }
 
-// The margins of the rows, and with kRival their rivals.
+// The margins of the rows. With kRival the rivals are written too.
 template <bool kRival>
 Tensor margins(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& log_norm,
                const Rows& rows, int64_t ignore_index, int64_t* rival) {
@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor> classification_margin_rival(const Tensor& logits, con
   return {margins<true>(logits, target, log_norm, rows, ignore_index, classes), rival};
 }
 
-// The class whose boundary with class top.first is nearest, and the distance of the two weights.
-// Without radii every class is looked at.
+// The class whose boundary with class top.first is nearest, and the distance between the weights of
+// the two. Without radii every class is tried.
 template <class T>
 std::pair<int64_t, ValueOf<T>> nearest_boundary(const Matrix<T>& logits, int64_t row,
                                                 const Top2<ValueOf<T>>& top,
@@ -88,8 +88,8 @@ std::pair<int64_t, ValueOf<T>> nearest_boundary(const Matrix<T>& logits, int64_t
   return {nearest, distance};
 }
 
-// Calls use(result, pair of classes, their distance, difference of their logits); NaN rows get the
-// pair (0, 1) and NaN.
+// Calls use(result, class, other class, distance of their weights, difference of their logits) for
+// each row. A row with a NaN gets the classes 0 and 1, and NaN for both numbers.
 template <class T, class Use>
 void for_each_boundary(const Tensor& logits, const Tensor& weight,
                        const std::optional<Tensor>& bias, const Rows& rows, bool nearest,
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> minimal_margin_pair(const Tensor& logits, const Tenso
   return {pair, distance};
 }
 
-// The distance that minimal_margin_pair gives for each of the pairs.
+// The distance of each pair, as minimal_margin_pair() computes it.
 Tensor pair_distance(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& pair) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape [C, D], got ", weight.dim(), "-d");
   check_bias(bias, weight);

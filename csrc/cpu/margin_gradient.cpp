@@ -1,7 +1,7 @@
-// Sums over the samples of each class, which the gradients of margins and scores consist of.
+// Sums over the samples of each class, of which the gradients of margins and scores consist.
 //
-// A class belongs to one thread and is summed in the order of its entries, so results do not depend
-// on the number of threads.
+// One thread sums a class, in the order of its entries, so results do not depend on the number of
+// threads.
 #include <tuple>
 
 #include "distance.h"
@@ -21,8 +21,9 @@ void check_entries(const Tensor& key, const Tensor& coefficient, ScalarType valu
       "key: expected sorted values in [0, ", end, ")");
 }
 
-// One class' gradient: the sum of coefficient * (w_class - w_partner) over its entries, which are
-// sorted by partner; the coefficients of a run of equal partners are summed first.
+// The gradient of one class: the sum of coefficient * (w_class - w_partner) over its entries. The
+// entries are sorted by partner. The coefficients of entries with the same partner are summed
+// first.
 template <class T>
 void add_pairs(const int64_t* key, const int64_t* end, const ValueOf<T>* coefficient,
                const WeightDistances<T>& weight, std::vector<ValueOf<T>>& total) {
@@ -50,16 +51,17 @@ std::tuple<Tensor, Tensor> pair_gradient(const Tensor& key, const Tensor& coeffi
     using Value = ValueOf<T>;
     const WeightDistances<T> rows(weight, bias);
     const auto* values = static_cast<const Value*>(coefficient.const_data_ptr());
-    auto* to_weight = static_cast<T*>(grad_weight.mutable_data_ptr());
-    auto* to_bias = static_cast<T*>(grad_bias.mutable_data_ptr());
+    auto* weight_gradient = static_cast<T*>(grad_weight.mutable_data_ptr());
+    auto* bias_gradient = static_cast<T*>(grad_bias.mutable_data_ptr());
     parallel(classes, 1, [&](int64_t begin, int64_t end) {
       std::vector<Value> total(rows.columns);
       for (int64_t c = begin; c < end; ++c) {
-        const int64_t* from = std::lower_bound(keys, keys_end, c * classes);
-        const int64_t* to = std::lower_bound(from, keys_end, (c + 1) * classes);
-        add_pairs<T>(from, to, values + (from - keys), rows, total);
-        for (int64_t d = 0; d < columns; ++d) to_weight[c * columns + d] = static_cast<T>(total[d]);
-        to_bias[c] = static_cast<T>(bias ? total[columns] : Value{0});
+        const int64_t* first = std::lower_bound(keys, keys_end, c * classes);
+        const int64_t* last = std::lower_bound(first, keys_end, (c + 1) * classes);
+        add_pairs<T>(first, last, values + (first - keys), rows, total);
+        for (int64_t d = 0; d < columns; ++d)
+          weight_gradient[c * columns + d] = static_cast<T>(total[d]);
+        bias_gradient[c] = static_cast<T>(bias ? total[columns] : Value{0});
       }
     });
   });
@@ -103,9 +105,9 @@ Tensor class_sum(const Tensor& key, const Tensor& coefficient, const Tensor& row
     parallel(classes, 1, [&](int64_t begin, int64_t end) {
       std::fill(sums + begin * columns, sums + end * columns, Value{0});
       for (int64_t c = begin; c < end; ++c) {
-        const int64_t* from = std::lower_bound(keys, keys_end, c * count);
-        const int64_t* to = std::lower_bound(from, keys_end, (c + 1) * count);
-        add_rows(from, to, c * count, values + (from - keys), view, sums + c * columns);
+        const int64_t* first = std::lower_bound(keys, keys_end, c * count);
+        const int64_t* last = std::lower_bound(first, keys_end, (c + 1) * count);
+        add_rows(first, last, c * count, values + (first - keys), view, sums + c * columns);
       }
     });
   });

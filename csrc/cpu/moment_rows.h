@@ -1,4 +1,4 @@
-// Mean and sum of squares of a few rows, which may be scaled to unit length first.
+// Mean and sum of squares of rows, which may be scaled to unit length first.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace marginops::cpu {
 
-// Zeros for some rows, each filled up to whole vectors, which are aligned.
+// Rows of zeros. Each row is aligned and padded to whole vectors.
 template <class Value>
 class Buffer {
   struct alignas(kVectorBytes) Aligned {
@@ -28,43 +28,43 @@ class Buffer {
   std::vector<Aligned> data_;
 };
 
-// A whole vector, with zeros behind the row's last `count` values. Whole vectors can be read up to
+// Loads a row's last `count` values and fills the vector with zeros. Memory may be read up to
 // `readable`, which may lie behind the row.
 template <class T>
-VectorOf<ValueOf<T>> load_part(const T* from, int64_t count, const T* readable) {
+VectorOf<ValueOf<T>> load_part(const T* source, int64_t count, const T* readable) {
   using Value = ValueOf<T>;
   constexpr int64_t kLanes = Simd<Value>::kLanes;
-  if (readable - from >= kLanes) {
+  if (readable - source >= kLanes) {
     using Index = typename Simd<Value>::Index;
     const auto in_row = lane_numbers<Value>() < Index{} + static_cast<int>(count);
-    return in_row ? load(from) : VectorOf<Value>{};
+    return in_row ? load(source) : VectorOf<Value>{};
   }
   alignas(kVectorBytes) Value part[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) part[i] = value_of(from[i]);
+  for (int64_t i = 0; i < count; ++i) part[i] = value_of(source[i]);
   return load(part);
 }
 
-// Calls use(column, load) for every vector of rows of T, where load(row) is that of a row; and
-// fetch(column) once for every cache line. All of it has to be inlined: else sums are kept in
-// memory, and GCC takes a function that only prefetches for one without effect.
+// Calls use(column, load) for each vector of columns, where load(row) loads that vector of a row,
+// and fetch(column) once for each cache line. Everything has to be inlined: otherwise sums are kept
+// in memory, and GCC treats a function that only prefetches as one without effect.
 template <class T, class Fetch, class Use>
 [[gnu::always_inline]] inline void for_each_vector(int64_t columns, const T* readable,
                                                    const Fetch& fetch, const Use& use) {
   constexpr int64_t kLanes = Simd<ValueOf<T>>::kLanes;
   constexpr int64_t kLine = std::max<int64_t>(64 / sizeof(T), kLanes);
-  const auto whole = [](int64_t d) { return [d](const T* row) { return load(row + d); }; };
+  const auto loader = [](int64_t d) { return [d](const T* row) { return load(row + d); }; };
   int64_t d = 0;
   for (; d + kLine <= columns; d += kLine) {
     fetch(d);
 #pragma GCC unroll 8
-    for (int64_t part = 0; part < kLine; part += kLanes) use(d + part, whole(d + part));
+    for (int64_t part = 0; part < kLine; part += kLanes) use(d + part, loader(d + part));
   }
   if (d < columns) fetch(d);
-  for (; d + kLanes <= columns; d += kLanes) use(d, whole(d));
+  for (; d + kLanes <= columns; d += kLanes) use(d, loader(d));
   if (d < columns) use(d, [&](const T* row) { return load_part(row + d, columns - d, readable); });
 }
 
-// The product as a value of its own: the compiler must not make it part of a fused difference.
+// The rounded product. The asm statement keeps the compiler from fusing it with a subtraction.
 template <class Vector>
 inline Vector rounded(Vector product) {
 #if defined(__x86_64__)
@@ -93,8 +93,8 @@ void sum_squares(const T* const* rows, int64_t columns, const T* readable, Value
   }
 }
 
-// Scales a row to unit length by its largest entry first, for where the sum of squares is not safe.
-// A row of zeros stays, and one with a NaN or an infinity becomes NaN.
+// Scales a row to unit length where the sum of its squares is not safe: it is divided by its
+// largest entry first. A row of zeros stays, and a row with a NaN or an infinity becomes NaN.
 template <class Value>
 void scale_to_unit(Value* row, int64_t columns) {
   Value largest = 0, square = 0;
@@ -115,8 +115,8 @@ void scale_to_unit(Value* row, int64_t columns) {
   for (int64_t d = 0; d < columns; ++d) row[d] *= scale;
 }
 
-// The factors that make rows unit rows, 1 for a row of zeros; returns whether these are all there
-// is to do, or the squares of one over- or underflow.
+// Computes the factors that scale rows to unit length, 1 for a row of zeros. Returns false if the
+// squares of a row over- or underflow; scale_to_unit() then has to scale that row.
 template <int kRows, class T>
 bool unit_scales(const T* const* rows, int64_t columns, const T* readable, ValueOf<T>* scales) {
   bool safe = true;
@@ -134,7 +134,8 @@ bool unit_scales(const T* const* rows, int64_t columns, const T* readable, Value
   return safe;
 }
 
-// A row as it counts; the same values wherever it is read.
+// Copies a row, scaled to unit length if `normalize` is true. All copies of a row have the same
+// values.
 template <class T>
 void copy_row(const T* row, int64_t columns, const T* readable, bool normalize, double* copy) {
   ValueOf<T> scale = 1;
@@ -144,8 +145,9 @@ void copy_row(const T* row, int64_t columns, const T* readable, bool normalize, 
   if (!safe) scale_to_unit(copy, columns);
 }
 
-// Mean and sum of squares of rows, by Welford's updates of their distances from the first of them.
-// These are small where the rows are close to each other, however far from 0, and 0 for equal rows.
+// Mean and sum of squares of rows, by Welford's updates of their differences from the first row.
+// The differences are small where the rows are close to each other, however far from 0 they are.
+// For equal rows they are 0.
 template <class Value>
 class PieceMoments {
   static constexpr int kLanes = Simd<Value>::kLanes;
@@ -157,12 +159,12 @@ class PieceMoments {
   template <class T>
   void start(const T* row, Value scale) {
     for (int64_t d = 0; d < columns_; ++d) origin_[d] = value_of(row[d]) * scale;
-    std::fill(mean_, state_.row(2), Value{0});  // and behind the row, where a NaN may have come
+    std::fill(mean_, state_.row(2), Value{0});  // with the padding, which may hold NaN
     std::fill(squares_, squares_ + kLanes, 0.0);
     count_ = 0;
   }
 
-  // Adds rows, each times its scale; meanwhile the rows that come later are fetched.
+  // Adds rows, each times its scale, and fetches the rows `later` into the cache meanwhile.
   template <int kRows, bool kScaled, class T, class Later>
   void add(const T* const* rows, const T* readable, const Value* scales,
            const Later* const* later) {
@@ -172,7 +174,8 @@ class PieceMoments {
     Value share[kRows];
     for (Value& one : share) one = 1 / static_cast<Value>(++count_);
     const auto fetch = [&](int64_t d) __attribute__((always_inline)) {
-      // Into the second level of the cache, which waits for more lines at once than the first.
+      // Fetches into the second level of the cache, which waits for more lines at once than the
+      // first.
       for (int i = 0; i < kRows; ++i) __builtin_prefetch(later[i] + d, 0, 2);
     };
     const auto update = [&](int64_t d, const auto& load_row) __attribute__((always_inline)) {
@@ -183,9 +186,9 @@ class PieceMoments {
         auto value = load_row(rows[i]);
         if constexpr (kScaled) value = rounded(value * scales[i]);
         value -= origin;
-        const auto before = value - mean;
-        mean += before * share[i];
-        squares[i] += before * (value - mean);
+        const auto difference = value - mean;
+        mean += difference * share[i];
+        squares[i] += difference * (value - mean);
       }
       store(mean, means + d);
     };
@@ -194,7 +197,7 @@ class PieceMoments {
     for (int lane = 0; lane < kLanes; ++lane) squares_[lane] += squares[0][lane];
   }
 
-  // Writes how far the mean is from a base; these differences are exact where they are small.
+  // Writes the mean minus `base`. The differences are exact where they are small.
   void write_mean(const double* base, double* mean) const {
     for (int64_t d = 0; d < columns_; ++d) {
       mean[d] = (static_cast<double>(origin_[d]) - base[d]) + static_cast<double>(mean_[d]);
@@ -209,7 +212,7 @@ class PieceMoments {
  private:
   int64_t columns_, count_ = 0;
   Buffer<Value> state_;
-  Value *origin_, *mean_;  // the first row, and how far the mean is from it
+  Value *origin_, *mean_;  // the first row, and the mean minus the first row
   double squares_[kLanes] = {};
 };
 

@@ -1,7 +1,7 @@
-// Count, mean and radius of every class of samples, on the CPU.
+// Count, mean and radius of each class of samples, on the CPU.
 //
-// Samples are ordered by class first, and every class is cut into pieces of a fixed number of
-// samples, which are spread over threads and merged in order. So results do not depend on the
+// The samples are ordered by class. Every class is cut into pieces of a fixed number of samples.
+// Threads compute the pieces, which are then merged in order. So results do not depend on the
 // number of threads.
 #include "moment_rows.h"
 
@@ -13,13 +13,14 @@
 namespace marginops::cpu {
 namespace {
 
-constexpr int64_t kMomentRows = 256;   // of a piece
+constexpr int64_t kMomentRows = 256;   // rows of a piece, at most
 constexpr int kGroup = 4;              // rows that are read at once
-constexpr int64_t kAheadBytes = 8192;  // to fetch ahead
+constexpr int64_t kAheadBytes = 8192;  // how far ahead rows are fetched
 
-// The samples in the order of their classes, within a class in the order they came.
-struct ByClass {
-  ByClass(Targets& targets, int64_t samples, int64_t classes)
+// The samples that are not ignored, in the order of their classes. Samples of a class keep their
+// order.
+struct SamplesByClass {
+  SamplesByClass(Targets& targets, int64_t samples, int64_t classes)
       : start(static_cast<size_t>(classes) + 1) {
     for (int64_t n = 0; n < samples; ++n) {
       const int64_t label = targets[n];
@@ -34,14 +35,14 @@ struct ByClass {
     }
   }
 
-  std::vector<int64_t> start;  // of each class, and the end
-  std::vector<int64_t> order;
+  std::vector<int64_t> start;  // the place where each class starts, and the end
+  std::vector<int64_t> order;  // the sample at each place
 };
 
 // Some samples of one class.
 struct Piece {
-  int64_t label, begin, end;  // from where to where in the order of the classes
-  int64_t part;               // where its moments are kept, if it is not its whole class
+  int64_t label, begin, end;  // places in SamplesByClass::order
+  int64_t part;               // place of its moments; -1 if it is a whole class
 };
 
 std::vector<Piece> make_pieces(const std::vector<int64_t>& start) {
@@ -57,7 +58,7 @@ std::vector<Piece> make_pieces(const std::vector<int64_t>& start) {
   return pieces;
 }
 
-// Reads pieces of rows; one reader for each thread.
+// Computes the moments of pieces. Each thread has its own reader.
 template <class T>
 class PieceReader {
   using Value = ValueOf<T>;
@@ -72,7 +73,7 @@ class PieceReader {
         ahead_(kAheadBytes / (rows.columns * sizeof(T) + 1) + kGroup),
         moments_(rows.columns) {}
 
-  // Writes the mean, as a difference from a base, and returns the sum of squares.
+  // Writes the mean minus `base` and returns the sum of squared distances from the mean.
   double read(const Piece& piece, const double* base, double* mean) {
     const bool safe = normalize_ ? add_rows<true>(piece) : add_rows<false>(piece);
     const double squares = moments_.squares();
@@ -83,15 +84,15 @@ class PieceReader {
     return squares;
   }
 
-  // The row at a place as it counts.
-  void copy(int64_t place, double* to) const {
-    copy_row(row(place), rows_.columns, readable_, normalize_, to);
+  // Copies the row at a place, scaled if rows are normalized.
+  void copy(int64_t place, double* result) const {
+    copy_row(row(place), rows_.columns, readable_, normalize_, result);
   }
 
  private:
   const T* row(int64_t place) const { return rows_.row(order_[std::min(place, last_)]); }
 
-  // Returns whether the scale of each row could be told.
+  // Returns whether the scale of every row could be computed.
   template <bool kScaled>
   bool add_rows(const Piece& piece) {
     const T* first = row(piece.begin);
@@ -118,7 +119,7 @@ class PieceReader {
     return safe;
   }
 
-  // In double and row by row, for squares that over- or underflow.
+  // Reads the piece again, in double and row by row, where squares over- or underflow.
   double read_again(const Piece& piece, const double* base, double* mean) const {
     const int64_t columns = rows_.columns;
     PieceMoments<double> moments(columns);
@@ -136,19 +137,19 @@ class PieceReader {
   Matrix<T> rows_;
   const std::vector<int64_t>& order_;
   int64_t last_;
-  const T* readable_;  // as far as the tensor reaches
+  const T* readable_;  // end of the tensor
   bool normalize_;
-  int64_t ahead_;  // rows
+  int64_t ahead_;  // rows that are fetched ahead
   PieceMoments<Value> moments_;
 };
 
-// Adds the mean and the squares of `other_rows` rows to those of `rows` others, by the formula of
+// Merges the mean and the squares of `other_rows` rows into those of `rows` rows, by the formula of
 // Chan, Golub and LeVeque.
 void merge(double* mean, double& squares, int64_t rows, const double* other, double other_squares,
            int64_t other_rows, int64_t columns) {
   constexpr int kLanes = Simd<double>::kLanes;
   const double share = static_cast<double>(other_rows) / static_cast<double>(rows + other_rows);
-  double between = 0;
+  double step_squares = 0;
   VectorOf<double> sums = {};
   int64_t d = 0;
   for (; d + kLanes <= columns; d += kLanes) {
@@ -158,11 +159,11 @@ void merge(double* mean, double& squares, int64_t rows, const double* other, dou
   }
   for (; d < columns; ++d) {
     const double step = other[d] - mean[d];
-    between += step * step;
+    step_squares += step * step;
     mean[d] += step * share;
   }
-  for (int lane = 0; lane < kLanes; ++lane) between += sums[lane];
-  squares += other_squares + between * share * static_cast<double>(rows);
+  for (int lane = 0; lane < kLanes; ++lane) step_squares += sums[lane];
+  squares += other_squares + step_squares * share * static_cast<double>(rows);
 }
 
 template <class Value>
@@ -170,13 +171,13 @@ struct Results {
   int64_t columns;
   Value *mean, *radius;
 
-  void write(int64_t label, int64_t rows, const double* base, const double* of_mean,
+  void write(int64_t label, int64_t rows, const double* base, const double* difference,
              double squares) const {
-    Value* to = mean + label * columns;
+    Value* class_mean = mean + label * columns;
     for (int64_t d = 0; d < columns; ++d) {
-      const double value = base[d] + of_mean[d];
+      const double value = base[d] + difference[d];
       const bool finite = value - value == 0;
-      to[d] = finite ? static_cast<Value>(value) : std::numeric_limits<Value>::quiet_NaN();
+      class_mean[d] = finite ? static_cast<Value>(value) : std::numeric_limits<Value>::quiet_NaN();
     }
     radius[label] = static_cast<Value>(std::sqrt(squares / static_cast<double>(rows)));
   }
@@ -187,7 +188,7 @@ struct Results {
 };
 
 template <class T>
-void write_moments(const Matrix<T>& rows, const ByClass& samples, bool normalize,
+void write_moments(const Matrix<T>& rows, const SamplesByClass& samples, bool normalize,
                    const Results<ValueOf<T>>& results) {
   const int64_t columns = rows.columns, grain = kGrain / (columns + 1);
   const std::vector<Piece> pieces = make_pieces(samples.start);
@@ -195,7 +196,7 @@ void write_moments(const Matrix<T>& rows, const ByClass& samples, bool normalize
   for (const Piece& piece : pieces) parts += piece.part >= 0;
   const std::unique_ptr<double[]> means(new double[parts * columns]);
   std::vector<double> squares(parts);
-  // Rows and not pieces are shared out: a thread has the pieces that begin among its rows.
+  // Threads share the rows, not the pieces: a thread takes the pieces that begin among its rows.
   parallel(samples.order.size(), grain, [&](int64_t begin, int64_t end) {
     PieceReader<T> reader(rows, samples.order, normalize);
     const std::vector<double> zeros(columns);
@@ -205,7 +206,7 @@ void write_moments(const Matrix<T>& rows, const ByClass& samples, bool normalize
                          [](const Piece& one, int64_t place) { return one.begin < place; });
     for (; piece != pieces.end() && piece->begin < end; ++piece) {
       if (piece->part >= 0) {
-        // Relative to the first row of the class, so that nothing is lost of small differences.
+        // Means are relative to the first row of the class, which keeps small differences exact.
         reader.copy(samples.start[piece->label], base.data());
         squares[piece->part] = reader.read(*piece, base.data(), &means[piece->part * columns]);
       } else {
@@ -255,10 +256,10 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(const Tensor& input, const Tens
     using T = std::remove_pointer_t<decltype(null)>;
     using Value = ValueOf<T>;
     Targets targets(target, num_classes, ignore_index);
-    const ByClass samples(targets, input.size(0), num_classes);
+    const SamplesByClass samples(targets, input.size(0), num_classes);
     auto* counts = static_cast<int64_t*>(count.mutable_data_ptr());
     for (int64_t c = 0; c < num_classes; ++c) counts[c] = samples.start[c + 1] - samples.start[c];
-    // Rows are read one by one in the order of the classes.
+    // Rows are read singly, so the columns of a row have to be neighbours.
     const bool dense = columns <= 1 || input.stride(1) == 1;
     const Tensor rows = dense ? input : torch::stable::contiguous(input);
     const Results<Value> results{columns, static_cast<Value*>(mean.mutable_data_ptr()),

@@ -1,5 +1,5 @@
-// A row's two largest logits together with its sums of exponentials, reading each logit from memory
-// once: the exponentials are a second loop over classes that are still in cache.
+// Finds the two largest logits of each row and its sums of exponentials, and reads each logit from
+// memory once. A second loop adds the exponentials of classes that are still in cache.
 #pragma once
 
 #include "../common/statistics_math.h"
@@ -8,7 +8,8 @@
 
 namespace marginops::cpu {
 
-// Classes from which sums along a row beat sums across rows; in shorter rows its ends take longest.
+// Rows with more classes are summed along the row. In shorter rows the ends, which fill no vector,
+// take longest.
 template <class Value>
 constexpr int64_t kLongSums = 8 * Simd<Value>::kLanes;
 
@@ -43,7 +44,8 @@ struct LaneSums {
   }
 };
 
-// Adds the exponentials of all logits but the one at `left_out`, if it is not negative.
+// Adds the exponentials of all logits except the one at `left_out`. A negative `left_out` leaves
+// out none.
 template <class Value>
 void add_exponentials(const Value* logits, int64_t size, int64_t left_out,
                       ExponentialSums<Value>& sums) {
@@ -60,26 +62,26 @@ void add_exponentials(const Value* logits, int64_t size, int64_t left_out,
   const auto add_vectors = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kLanes) lanes.add(load(logits + i) - sums.maximum);
   };
-  const auto add_some = [&](int64_t begin, int64_t fresh) {  // those before `fresh` were added
+  const auto add_part = [&](int64_t begin, int64_t fresh) {  // lanes before `fresh` are in the sums
     const auto lane = lane_numbers<Value>();
     const auto out = (lane < static_cast<int32_t>(fresh - begin)) |
                      (lane == static_cast<int32_t>(left_out - begin));
     lanes.add((out ? none : load(logits + begin)) - sums.maximum);
   };
   const int64_t full = size / kLanes * kLanes;
-  int64_t from = 0;
+  int64_t next = 0;
   if (0 <= left_out && left_out < full) {
-    const int64_t around = left_out / kLanes * kLanes;
-    add_vectors(0, around);
-    add_some(around, around);
-    from = around + kLanes;
+    const int64_t vector_begin = left_out / kLanes * kLanes;
+    add_vectors(0, vector_begin);
+    add_part(vector_begin, vector_begin);
+    next = vector_begin + kLanes;
   }
-  add_vectors(from, full);
-  if (full < size) add_some(size - kLanes, full);
+  add_vectors(next, full);
+  if (full < size) add_part(size - kLanes, full);
   lanes.add_to(sums);
 }
 
-// The logits in the dtype of arithmetic: where they are, or copied to `buffer`.
+// The logits in the dtype of arithmetic: where they are, or widened into `buffer`.
 inline const float* widened(const float* logits, int64_t, float*) { return logits; }
 inline const double* widened(const double* logits, int64_t, double*) { return logits; }
 template <class Half>
@@ -91,20 +93,20 @@ const float* widened(const Half* logits, int64_t size, float* buffer) {
   return buffer;
 }
 
-// A row with neighbouring columns.
+// The sums of a row whose columns are neighbours in memory.
 template <class T>
 RowSums<ValueOf<T>> sums_of_row(const T* row, int64_t classes) {
   using Value = ValueOf<T>;
   RowSums<Value> result;
   auto& [top, sums] = result;
   alignas(kVectorBytes) Value buffer[std::is_same_v<T, Value> ? 1 : kSegment];
-  for (int64_t from = 0; from < classes && !top.nan; from += kSegment) {
-    const int64_t size = std::min(classes - from, kSegment);
-    const auto start = static_cast<int32_t>(from);
-    const Value* segment = widened(row + from, size, buffer);
+  for (int64_t begin = 0; begin < classes && !top.nan; begin += kSegment) {
+    const int64_t size = std::min(classes - begin, kSegment);
+    const auto start = static_cast<int32_t>(begin);
+    const Value* segment = widened(row + begin, size, buffer);
     Top2<Value> next = top2_values(segment, size);
     int64_t left_out = -1;
-    if (!next.nan && top.before(next.first_value, start, top.second_value, top.second)) {
+    if (!next.nan && top.precedes(next.first_value, start, top.second_value, top.second)) {
       find_classes(segment, size, next);
       if (next.first_value > sums.maximum) {
         sums.raise(next.first_value);
@@ -121,24 +123,24 @@ RowSums<ValueOf<T>> sums_of_row(const T* row, int64_t classes) {
   return result;
 }
 
-// Up to kLanes rows, given by where they start.
+// The sums of up to kLanes rows. `rows` holds the addresses of the rows, and each lane has a row.
 template <class T>
-class SumsAcross {
+class RowPerLaneSums {
   using Value = ValueOf<T>;
   using Vector = VectorOf<Value>;
 
  public:
-  SumsAcross(const T* const* rows, int count, int64_t classes, int64_t column_stride) {
+  RowPerLaneSums(const T* const* rows, int count, int64_t classes, int64_t column_stride) {
     Tile<Value> tile;
-    for (int64_t from = 0; from < classes; from += kTransposedTile) {
-      const int64_t columns = std::min(kTransposedTile, classes - from);
-      const Vector before = top_.first;
-      tile.read(rows, count, from, columns, column_stride);
+    for (int64_t begin = 0; begin < classes; begin += kTransposedTile) {
+      const int64_t columns = std::min(kTransposedTile, classes - begin);
+      const Vector previous = top_.first;
+      tile.read(rows, count, begin, columns, column_stride);
       for (int64_t column = 0; column < columns; ++column) {
-        top_.add(load(tile.values[column]), from + column);
+        top_.add(load(tile.values[column]), begin + column);
       }
-      if (from > 0) raise(before);
-      add(tile, from, columns);
+      if (begin > 0) raise(previous);
+      add(tile, begin, columns);
     }
   }
 
@@ -148,24 +150,24 @@ class SumsAcross {
   }
 
  private:
-  // ExponentialSums::raise() in the lanes where the maximum was smaller before.
-  void raise(Vector before) {
-    const auto rises = top_.first > before;
+  // ExponentialSums::raise() in the lanes whose maximum has grown.
+  void raise(Vector previous) {
+    const auto rises = top_.first > previous;
     const Vector lowest = Vector{} + ExpConstants<Value>::kLowest;
-    const Vector step = maximum(lowest, before - top_.first);
-    const Vector scale = exp<Value>(before - top_.first);
+    const Vector step = maximum(lowest, previous - top_.first);
+    const Vector scale = exp<Value>(previous - top_.first);
     lanes_.squares = rises ? scale * (scale * (1 + lanes_.squares)) : lanes_.squares;
     lanes_.weighted =
         rises ? scale * (lanes_.weighted + step * (1 + lanes_.plain)) : lanes_.weighted;
     lanes_.plain = rises ? scale * (1 + lanes_.plain) : lanes_.plain;
   }
 
-  void add(const Tile<Value>& tile, int64_t from, int64_t columns) {
+  void add(const Tile<Value>& tile, int64_t begin, int64_t columns) {
     const Vector none = Vector{} - std::numeric_limits<Value>::infinity();
     const Vector base = top_.first == none ? Vector{} : top_.first;
-    LaneSums<Value> lanes;  // summed apart, for the sake of rounding
+    LaneSums<Value> lanes;  // summed separately, which rounds less
     for (int64_t column = 0; column < columns; ++column) {
-      const auto leads = top_.first_class == static_cast<int32_t>(from + column);
+      const auto leads = top_.first_class == static_cast<int32_t>(begin + column);
       lanes.add(leads ? none : load(tile.values[column]) - base);
     }
     lanes_.plain += lanes.plain;
@@ -177,18 +179,17 @@ class SumsAcross {
   LaneSums<Value> lanes_;
 };
 
-// Calls use(row, RowSums) for each row.
 template <class T, class Use>
 void for_each_sums(const Tensor& logits, const Use& use) {
   const Matrix<T> view = matrix<T>(logits);
   const Rows rows(logits, std::nullopt);
   const int64_t classes = view.columns;
   parallel(rows.count, kGrain / (4 * classes), [&](int64_t begin, int64_t end) {
-    if (is_along_classes(view, kLongSums<ValueOf<T>>)) {
+    if (is_vectorised_along_classes(view, kLongSums<ValueOf<T>>)) {
       for (int64_t r = begin; r < end; ++r) use(r, sums_of_row(view.row(r), classes));
     } else {
       for_each_group(view, rows, begin, end, [&](int64_t r, int count, const T* const* starts) {
-        const SumsAcross<T> sums(starts, count, classes, view.column_stride);
+        const RowPerLaneSums<T> sums(starts, count, classes, view.column_stride);
         for (int lane = 0; lane < count; ++lane) use(r + lane, sums[lane]);
       });
     }

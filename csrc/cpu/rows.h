@@ -1,5 +1,5 @@
-// What the kernels of several families do with the rows of logits: check them, find each row's two
-// largest, and turn these and the target into a margin.
+// Rows of logits, for the kernels of several families: checks of arguments, loops that find the two
+// largest logits of each row, and the margin that these give with the target.
 #pragma once
 
 #include <atomic>
@@ -38,11 +38,11 @@ Value half_scale_of(const std::optional<Tensor>& log_norm) {
   return log_norm ? half_scale(*static_cast<const Value*>(log_norm->const_data_ptr())) : Value{1};
 }
 
-// `own` is the logit of the label.
 template <class Value>
-Value margin_of(const Top2<Value>& top, Value own, Value half) {
+Value margin_of(const Top2<Value>& top, Value label_logit, Value half) {
   if (top.nan) return std::numeric_limits<Value>::quiet_NaN();
-  return normalize(own - (own == top.first_value ? top.second_value : top.first_value), half);
+  return normalize(
+      label_logit - (label_logit == top.first_value ? top.second_value : top.first_value), half);
 }
 
 template <class Value>
@@ -51,7 +51,7 @@ int64_t rival_of(const Top2<Value>& top, int64_t label) {
   return top.first == label ? top.second : top.first;
 }
 
-// The rows of logits that results are wanted for: all of them, or those listed.
+// The rows of logits that get a result: all rows, or the listed ones.
 class Rows {
  public:
   Rows(const Tensor& logits, const std::optional<Tensor>& listed)
@@ -73,14 +73,14 @@ class Rows {
   Vector<int64_t> listed_{};
 };
 
-// Whether rows are long enough to be vectorised along the classes.
+// Whether rows are vectorised along the classes: they are long, and their columns are neighbours.
 template <class T>
-bool is_along_classes(const Matrix<T>& logits, int64_t long_row) {
+bool is_vectorised_along_classes(const Matrix<T>& logits, int64_t long_row) {
   return logits.columns > long_row && logits.column_stride == 1;
 }
 
-// Calls read(begin, count, starts) for up to kLanes neighbouring results at once, with where their
-// rows start.
+// Calls read(result, count, starts) for groups of up to kLanes neighbouring results. `starts` holds
+// the addresses of their rows.
 template <class T, class Read>
 void for_each_group(const Matrix<T>& logits, const Rows& rows, int64_t begin, int64_t end,
                     const Read& read) {
@@ -93,32 +93,33 @@ void for_each_group(const Matrix<T>& logits, const Rows& rows, int64_t begin, in
   }
 }
 
-// Calls use(result, row, top) for each of the rows; kClasses says whether the classes are needed.
+// Calls use(result, row, top) for each row. kClasses says whether `use` needs the classes.
 template <bool kClasses, class T, class Use>
 void for_each_top2(const Matrix<T>& logits, const Rows& rows, const Use& use) {
   const int64_t classes = logits.columns;
   parallel(rows.count, kGrain / classes, [&](int64_t begin, int64_t end) {
-    if (is_along_classes(logits, kLongRow)) {
+    if (is_vectorised_along_classes(logits, kLongRow)) {
       for (int64_t r = begin; r < end; ++r) {
         use(r, rows[r], top2_row<T, kClasses>(logits.row(rows[r]), classes));
       }
     } else {
       for_each_group(logits, rows, begin, end, [&](int64_t r, int count, const T* const* starts) {
-        const auto top = top2_across(starts, count, classes, logits.column_stride);
+        const auto top = top2_row_per_lane(starts, count, classes, logits.column_stride);
         for (int lane = 0; lane < count; ++lane) use(r + lane, rows[r + lane], top[lane]);
       });
     }
   });
 }
 
-// Targets, each checked as it is read; a wrong one is reported once all threads are done.
+// The targets. operator[] checks each target that it reads, and check() reports a wrong one after
+// all threads are done.
 class Targets {
  public:
   Targets(const Tensor& target, int64_t classes, int64_t ignore_index)
       : target_(vector<int64_t>(target)), classes_(classes), ignore_index_(ignore_index) {}
 
   bool ignored(int64_t row) const { return target_[row] == ignore_index_; }
-  // A class that is safe to read, whatever the target.
+  // The target, or class 0 if the target is no class, so that a logit can be read for it.
   int64_t operator[](int64_t row) {
     const int64_t target = target_[row];
     if (target >= 0 && target < classes_) return target;
@@ -126,7 +127,8 @@ class Targets {
     return 0;
   }
   void check() const {
-    for (int64_t row = 0; wrong_ && row < target_.size; ++row) {  // the first, whoever saw it
+    for (int64_t row = 0; wrong_ && row < target_.size;
+         ++row) {  // the first, whichever thread saw it
       const int64_t target = target_[row];
       STD_TORCH_CHECK((target >= 0 && target < classes_) || target == ignore_index_,
                       "target: expected classes in [0, ", classes_, ") or ignore_index ",

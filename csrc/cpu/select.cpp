@@ -1,10 +1,10 @@
-// Selection of the k smallest scores on the CPU.
+// Selects the k smallest scores on the CPU.
 //
-// A sample bounds the k-th score from above; one pass over all scores, on all threads, collects in
-// index order what does not lie above the bound. If these are far too many, ties at the bound are
-// cut by index, or a radix select narrows them down. Then they are sorted, stably, by the keys of
-// common/order.h, so that ties stay in index order. The sample decides how long this takes, never
-// what is chosen.
+// A sample of the scores gives an upper bound for the k-th score. One pass over all scores, on all
+// threads, collects in index order the scores that are not above the bound. If these are far too
+// many, either ties at the bound are cut by index, or a radix select narrows them down. A stable
+// sort by the keys of common/order.h then keeps ties in index order. The sample decides how long
+// this takes, never what is chosen.
 #include <array>
 #include <tuple>
 
@@ -14,8 +14,8 @@
 namespace marginops::cpu {
 namespace {
 
-constexpr int64_t kComparisonSort = 256;  // up to here comparing beats counting
-constexpr int64_t kWideDigits = 8192;     // from here digits of 11 bits beat digits of 8
+constexpr int64_t kComparisonSort = 256;  // up to here a comparison sort is faster
+constexpr int64_t kWideDigits = 8192;     // from here 11-bit digits are faster
 
 template <class Key, class Index>
 struct Entry {
@@ -30,7 +30,7 @@ struct Entry {
   }
 };
 
-// Memory that nothing has written yet.
+// Memory that nothing has written: a vector would write zeros.
 template <class T>
 std::unique_ptr<T[]> uninitialized(int64_t size) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
@@ -64,7 +64,7 @@ class Selector {
   }
 
  private:
-  // A score that probably at least k scores do not exceed, and few more than k.
+  // A bound. Probably at least k scores, and few more, do not exceed it.
   Score bound() const {
     const int64_t samples = std::clamp<int64_t>(std::max(size_ / 16, k_ / 4), 64, 4096);
     const double share = static_cast<double>(k_) / static_cast<double>(size_);
@@ -81,7 +81,7 @@ class Selector {
     return sample[rank];
   }
 
-  // Collects every score that is not above the bound; NaN is never above.
+  // Collects the scores that are not above the bound. NaN is never above it.
   void collect(Score bound) {
     const int64_t parts = std::clamp<int64_t>(size_ / kGrain, 1, torch::stable::get_num_threads());
     const auto begin_of = [&](int64_t part) { return size_ * part / parts; };
@@ -90,8 +90,8 @@ class Selector {
       return;
     }
     std::vector<int64_t> counts(static_cast<size_t>(parts));
-    parallel(parts, 1, [&](int64_t from, int64_t to) {
-      for (int64_t part = from; part < to; ++part) {
+    parallel(parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
         counts[part] =
             collect(begin_of(part), begin_of(part + 1), bound, entries_.get() + begin_of(part));
       }
@@ -103,15 +103,15 @@ class Selector {
     }
   }
 
-  int64_t collect(int64_t from, int64_t to, Score bound, Entries* entries) const {
+  int64_t collect(int64_t begin, int64_t end, Score bound, Entries* entries) const {
     constexpr int kLanes = Simd<Score>::kLanes;
     constexpr unsigned kAll = (1u << kLanes) - 1;
-    int64_t count = 0, i = from;
-    for (; i + kLanes <= to; i += kLanes) {
+    int64_t count = 0, i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
       unsigned hits = kAll & ~lane_bits<Score>(load(scores_ + i) > bound);
       for (; hits != 0; hits &= hits - 1) entries[count++] = entry(i + __builtin_ctz(hits));
     }
-    for (; i < to; ++i) {
+    for (; i < end; ++i) {
       if (!(scores_[i] > bound)) entries[count++] = entry(i);
     }
     return count;
@@ -119,15 +119,16 @@ class Selector {
 
   Entries entry(int64_t i) const { return {static_cast<Index>(i), sort_key(scores_[i])}; }
 
-  // If the k-th smallest lies at the bound: keeps all below, and the first of its equals.
+  // If the k-th smallest score is equal to the bound, keeps the scores below the bound and the
+  // first of those at it, k in all, and returns true.
   bool cut_ties(Key bound) {
-    int64_t below = 0, at = 0;
+    int64_t smaller = 0, equal = 0;
     for (int64_t i = 0; i < count_; ++i) {
-      below += entries_[i].key < bound;
-      at += entries_[i].key == bound;
+      smaller += entries_[i].key < bound;
+      equal += entries_[i].key == bound;
     }
-    if (below > k_ || below + at < k_) return false;
-    int64_t kept = 0, missing = k_ - below;
+    if (smaller > k_ || smaller + equal < k_) return false;
+    int64_t kept = 0, missing = k_ - smaller;
     for (int64_t i = 0; i < count_ && kept < k_; ++i) {
       const Entries entry = entries_[i];
       if (entry.key < bound || (entry.key == bound && missing-- > 0)) entries_[kept++] = entry;
@@ -136,23 +137,24 @@ class Selector {
     return true;
   }
 
-  // Keeps the k smallest entries, in some order that is by index among equals: radix select.
+  // Radix select: keeps the k smallest entries. Entries of equal keys stay in index order.
   void narrow() {
     constexpr int kBits = 8;
-    int64_t chosen = 0, open = count_;  // entries_[0, chosen) are in, the next `open` undecided
+    int64_t chosen = 0, open = count_;  // `chosen` entries are in entries_, `open` in undecided
     auto undecided = uninitialized<Entries>(count_);
     std::copy_n(entries_.get(), count_, undecided.get());
     for (int shift = kKeyBits - kBits; shift >= 0 && open > k_ - chosen; shift -= kBits) {
       std::array<int64_t, 1 << kBits> counts{};
       for (int64_t i = 0; i < open; ++i) ++counts[digit<kBits>(undecided[i].key, shift)];
       int pivot = 0;
-      for (int64_t below = 0; below + counts[pivot] < k_ - chosen; ++pivot) below += counts[pivot];
+      for (int64_t smaller = 0; smaller + counts[pivot] < k_ - chosen; ++pivot)
+        smaller += counts[pivot];
       int64_t kept = 0;
       for (int64_t i = 0; i < open; ++i) {
         const Entries entry = undecided[i];
-        const int own = digit<kBits>(entry.key, shift);
-        if (own < pivot) entries_[chosen++] = entry;
-        if (own == pivot) undecided[kept++] = entry;
+        const int current = digit<kBits>(entry.key, shift);
+        if (current < pivot) entries_[chosen++] = entry;
+        if (current == pivot) undecided[kept++] = entry;
       }
       open = kept;
     }
@@ -165,7 +167,8 @@ class Selector {
     return static_cast<int>(key >> shift) & ((1 << kBits) - 1);
   }
 
-  // Entries of equal keys are in index order, so a stable sort by key is enough: radix sort.
+  // Radix sort. It is stable, and entries of equal keys are in index order already, so sorting by
+  // key is enough.
   template <int kBits>
   void sort() {
     constexpr int kPasses = (kKeyBits + kBits - 1) / kBits;
@@ -179,7 +182,7 @@ class Selector {
     for (int pass = 0; pass < kPasses; ++pass) {
       auto& position = positions[pass];
       if (position[digit<kBits>(entries_[0].key, pass * kBits)] == static_cast<Index>(count_)) {
-        continue;  // one digit for all
+        continue;  // all entries have the same digit
       }
       Index sum = 0;
       for (Index& count : position) sum += std::exchange(count, sum);

@@ -1,5 +1,6 @@
-// Vectors of float or double as wide as the machine's registers, in the compilers' vector
-// extension: one source for every instruction set. Half-precision input is widened as it is loaded.
+// Vectors of float or double, as wide as the machine's registers. They use the compilers' vector
+// extension, so one source serves every instruction set. Half-precision input is widened as it is
+// loaded.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -33,7 +34,7 @@ struct Simd<float> {
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Index __attribute__((vector_size(kVectorBytes)));
-  static constexpr uint32_t kInfinity = 0xff000000u;  // its magnitude_bits()
+  static constexpr uint32_t kInfinity = 0xff000000u;  // magnitude_bits() of infinity
 };
 template <>
 struct Simd<double> {
@@ -44,7 +45,7 @@ struct Simd<double> {
   static constexpr uint64_t kInfinity = 0xffe0000000000000u;
 };
 
-// The dtype in which T is computed with.
+// The dtype of arithmetic on T.
 template <class T>
 struct Arithmetic {
   using type = float;
@@ -64,23 +65,27 @@ inline float value_of(float16 x) { return x; }
 template <class Value>
 using VectorOf = typename Simd<Value>::Vector;
 
-inline VectorOf<float> load(const float* from) {
+inline VectorOf<float> load(const float* source) {
   VectorOf<float> vector;
-  memcpy(&vector, from, sizeof vector);
+  memcpy(&vector, source, sizeof vector);
   return vector;
 }
-inline VectorOf<double> load(const double* from) {
+inline VectorOf<double> load(const double* source) {
   VectorOf<double> vector;
-  memcpy(&vector, from, sizeof vector);
+  memcpy(&vector, source, sizeof vector);
   return vector;
 }
-inline void store(VectorOf<float> vector, float* to) { memcpy(to, &vector, sizeof vector); }
-inline void store(VectorOf<double> vector, double* to) { memcpy(to, &vector, sizeof vector); }
+inline void store(VectorOf<float> vector, float* destination) {
+  memcpy(destination, &vector, sizeof vector);
+}
+inline void store(VectorOf<double> vector, double* destination) {
+  memcpy(destination, &vector, sizeof vector);
+}
 template <class Half>
-inline Simd<float>::Bits load_bits(const Half* from) {
+inline Simd<float>::Bits load_bits(const Half* source) {
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));
   Packed packed;
-  memcpy(&packed, from, sizeof packed);
+  memcpy(&packed, source, sizeof packed);
   return __builtin_convertvector(packed, Simd<float>::Bits);
 }
 inline VectorOf<float> as_floats(Simd<float>::Bits bits) {
@@ -88,13 +93,14 @@ inline VectorOf<float> as_floats(Simd<float>::Bits bits) {
   memcpy(&vector, &bits, sizeof vector);
   return vector;
 }
-inline VectorOf<float> load(const bfloat16* from) { return as_floats(load_bits(from) << 16); }
-inline VectorOf<float> load(const float16* from) {
+inline VectorOf<float> load(const bfloat16* source) { return as_floats(load_bits(source) << 16); }
+inline VectorOf<float> load(const float16* source) {
   using Bits = Simd<float>::Bits;
-  const Bits half = load_bits(from);
+  const Bits half = load_bits(source);
   const Bits magnitude = half & 0x7fff, exponent = half & 0x7c00;
   const Bits rebias = exponent == 0x7c00 ? Bits{} + (224u << 23) : Bits{} + (112u << 23);
-  // Subnormals as 0.5 + m - 0.5, so that they come out right where the machine flushes its own.
+  // Subnormals are computed as 0.5 + m - 0.5, which is right even where the machine flushes its own
+  // subnormals to 0.
   const VectorOf<float> small = as_floats(magnitude | 0x3f000000) - 0.5f;
   Bits bits;
   memcpy(&bits, &small, sizeof bits);
@@ -102,31 +108,32 @@ inline VectorOf<float> load(const float16* from) {
   return as_floats(bits | (half & 0x8000) << 16);
 }
 
-// To the nearest, ties to even.
-inline void store(VectorOf<float> vector, bfloat16* to) {
+// Rounds to the nearest number, and ties to even.
+inline void store(VectorOf<float> vector, bfloat16* destination) {
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));
   Simd<float>::Bits bits;
   memcpy(&bits, &vector, sizeof bits);
   bits = vector != vector ? Simd<float>::Bits{} + 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const auto packed = __builtin_convertvector(bits, Packed);
-  memcpy(static_cast<void*>(to), &packed, sizeof packed);
+  memcpy(static_cast<void*>(destination), &packed, sizeof packed);
 }
-inline void store(VectorOf<float> vector, float16* to) {
+inline void store(VectorOf<float> vector, float16* destination) {
 #if defined(__AVX512F__)
-  // The form without a mask makes GCC 12 warn of its own header.
+  // GCC 12 warns about its own header where the form without a mask is used.
   const auto packed = _mm512_maskz_cvtps_ph(0xffff, vector, _MM_FROUND_TO_NEAREST_INT);
-  memcpy(static_cast<void*>(to), &packed, sizeof packed);
+  memcpy(static_cast<void*>(destination), &packed, sizeof packed);
 #elif defined(__AVX2__) && defined(__F16C__)
   const auto packed = _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT);
-  memcpy(static_cast<void*>(to), &packed, sizeof packed);
+  memcpy(static_cast<void*>(destination), &packed, sizeof packed);
 #else
   for (int lane = 0; lane < Simd<float>::kLanes; ++lane) {
-    to[lane] = static_cast<float16>(vector[lane]);
+    destination[lane] = static_cast<float16>(vector[lane]);
   }
 #endif
 }
 
-// Where either operand is NaN the second one is returned, as the machine's instruction does.
+// If either operand is NaN, the result is the second operand, as it is with the machine's
+// instruction.
 template <class Vector>
 inline Vector maximum(Vector a, Vector b) {
   return a > b ? a : b;
@@ -143,7 +150,7 @@ inline typename Simd<Value>::Index lane_numbers() {
   return lanes;
 }
 
-// A bit for each lane in which a comparison of Values holds, the first lane's the lowest.
+// One bit for each lane, the lowest for the first lane: whether a comparison of Values holds there.
 template <class Value, class Mask>
 inline unsigned lane_bits(const Mask& holds) {
 #if defined(__AVX512F__)
@@ -160,8 +167,8 @@ inline unsigned lane_bits(const Mask& holds) {
 #endif
 }
 
-// Folds a reduction over the lanes: calls step(fold) log2(lanes) times, where fold(vector) turns
-// the vector so that afterwards every lane has met every other.
+// Reduces over the lanes: calls step(fold) log2(lanes) times. fold(vector) rotates the vector, so
+// that after all steps every lane has been combined with every other lane.
 template <class Value, class Step>
 inline void for_each_fold(const Step& step) {
   using Index = typename Simd<Value>::Index;
@@ -177,7 +184,8 @@ inline void for_each_fold(const Step& step) {
   }
 }
 
-// Twice the bits of x, without the sign: grows with |x|, and is above that of infinity for NaN.
+// Twice the bits of x, without the sign. They grow with |x|, and for NaN they are above those of
+// infinity.
 template <class Value>
 inline typename Simd<Value>::Bits magnitude_bits(VectorOf<Value> vector) {
   typename Simd<Value>::Bits bits;

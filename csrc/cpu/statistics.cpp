@@ -1,6 +1,6 @@
-// The statistics of every sample's softmax, and their gradient, on the CPU.
+// Statistics of each sample's softmax, and their gradient, on the CPU.
 //
-// Rows are independent and spread over threads, so results do not depend on the number of threads.
+// One thread computes a row, so results do not depend on the number of threads.
 #include <tuple>
 
 #include "row_sums.h"
@@ -8,7 +8,7 @@
 namespace marginops::cpu {
 namespace {
 
-// A vector [N] of results, or of what is given for each of them; nothing if it is not given.
+// The values of an optional argument. Without it the vector is empty.
 template <class Value>
 Vector<Value> optional_vector(const std::optional<Tensor>& tensor) {
   return tensor ? vector<Value>(*tensor) : Vector<Value>{};
@@ -56,10 +56,11 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
     for_each_sums<T>(logits, [&](int64_t r, const RowSums<Value>& row) {
       const int64_t label = targets[r];
       const bool ignored = targets.ignored(r);
-      const Value own = value_of(view.at(r, label));
-      const auto softmax =
-          ignored ? ignored_statistics<Value>() : softmax_statistics(row.sums, own, row.top.nan);
-      margins[r] = ignored ? std::numeric_limits<Value>::infinity() : margin_of(row.top, own, half);
+      const Value label_logit = value_of(view.at(r, label));
+      const auto softmax = ignored ? ignored_statistics<Value>()
+                                   : softmax_statistics(row.sums, label_logit, row.top.nan);
+      margins[r] =
+          ignored ? std::numeric_limits<Value>::infinity() : margin_of(row.top, label_logit, half);
       rivals[r] = ignored ? 0 : rival_of(row.top, label);
       corrects[r] = ignored || (row.top.first == label && !row.top.nan);
       losses[r] = softmax.loss;
@@ -77,8 +78,9 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
   return {margin, rival, loss, confidence, entropy, correct, el2n, gradient_norm, maximum, log_sum};
 }
 
-// Writes the dense part of a row's gradient. Whole vectors are read up to `readable` and written up
-// to `writable`, which may lie behind the row: what is written there is written again.
+// Writes SoftmaxGradient::dense() for every class of a row. Whole vectors are read up to `readable`
+// and written up to `writable`. Both may lie behind the row: later rows overwrite what is written
+// there.
 template <class T>
 void write_dense(const SoftmaxGradient<ValueOf<T>>& gradient, const T* logits, int64_t classes,
                  int64_t stride, const T* readable, T* result, const T* writable) {
@@ -87,25 +89,25 @@ void write_dense(const SoftmaxGradient<ValueOf<T>>& gradient, const T* logits, i
   const VectorOf<Value> lowest = VectorOf<Value>{} + ExpConstants<Value>::kLowest;
   const Value constant = gradient.grad_loss - gradient.grad_confidence * gradient.confidence -
                          gradient.grad_entropy * gradient.entropy;
-  for (int64_t from = 0; from < classes; from += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, classes - from);
+  for (int64_t begin = 0; begin < classes; begin += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, classes - begin);
     VectorOf<Value> logit;
-    if (stride == 1 && readable - (logits + from) >= kLanes) {
-      logit = load(logits + from);
+    if (stride == 1 && readable - (logits + begin) >= kLanes) {
+      logit = load(logits + begin);
     } else {
       alignas(kVectorBytes) Value part[kLanes] = {};
-      for (int64_t i = 0; i < count; ++i) part[i] = value_of(logits[(from + i) * stride]);
+      for (int64_t i = 0; i < count; ++i) part[i] = value_of(logits[(begin + i) * stride]);
       logit = load(part);
     }
     const auto log_p = logit - gradient.maximum - gradient.log_sum;
     const auto dense =
         exp<Value>(log_p) * (constant - gradient.grad_entropy * maximum(lowest, log_p));
-    if (writable - (result + from) >= kLanes) {
-      store(dense, result + from);
+    if (writable - (result + begin) >= kLanes) {
+      store(dense, result + begin);
     } else {
       T part[kLanes];
       store(dense, part);
-      std::copy_n(part, count, result + from);
+      std::copy_n(part, count, result + begin);
     }
   }
 }
@@ -143,10 +145,10 @@ Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, co
     const Matrix<T> view = matrix<T>(logits);
     const auto confidences = vector<Value>(confidence), entropies = vector<Value>(entropy),
                maxima = vector<Value>(maximum), log_sums = vector<Value>(log_sum);
-    const auto of_margin = optional_vector<Value>(grad_margin),
-               of_loss = optional_vector<Value>(grad_loss),
-               of_confidence = optional_vector<Value>(grad_confidence),
-               of_entropy = optional_vector<Value>(grad_entropy);
+    const auto grad_margins = optional_vector<Value>(grad_margin),
+               grad_losses = optional_vector<Value>(grad_loss),
+               grad_confidences = optional_vector<Value>(grad_confidence),
+               grad_entropies = optional_vector<Value>(grad_entropy);
     const auto given = [](const Vector<Value>& values, int64_t r) {
       return values.data ? values[r] : Value{0};
     };
@@ -159,23 +161,26 @@ Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, co
         const int64_t label = targets[r], other = rivals[r];
         const bool has_label = 0 <= label && label < classes;
         const bool has_other = 0 <= other && other < classes && other != label;
-        Value own = 0, opposite = 0;
+        Value label_gradient = 0, rival_gradient = 0;
         if (has_dense && label != ignore_index) {
-          const SoftmaxGradient<Value> gradient{maxima[r],           log_sums[r],
-                                                confidences[r],      entropies[r],
-                                                given(of_loss, r),   given(of_confidence, r),
-                                                given(of_entropy, r)};
+          const SoftmaxGradient<Value> gradient{maxima[r],
+                                                log_sums[r],
+                                                confidences[r],
+                                                entropies[r],
+                                                given(grad_losses, r),
+                                                given(grad_confidences, r),
+                                                given(grad_entropies, r)};
           write_dense(gradient, view.row(r), classes, view.column_stride, readable, row,
                       result + end * classes);
-          if (has_label) own = gradient.label(value_of(view.at(r, label)));
-          if (has_other) opposite = gradient.dense(value_of(view.at(r, other)));
+          if (has_label) label_gradient = gradient.label(value_of(view.at(r, label)));
+          if (has_other) rival_gradient = gradient.dense(value_of(view.at(r, other)));
         } else {
           std::fill(row, row + classes, T(0));
           if (label == ignore_index) continue;
         }
-        const Value slope = normalize(given(of_margin, r), half);
-        if (has_label) row[label] = static_cast<T>(own + slope);
-        if (has_other) row[other] = static_cast<T>(opposite - slope);
+        const Value margin_gradient = normalize(given(grad_margins, r), half);
+        if (has_label) row[label] = static_cast<T>(label_gradient + margin_gradient);
+        if (has_other) row[other] = static_cast<T>(rival_gradient - margin_gradient);
       }
     });
   });
@@ -197,11 +202,11 @@ std::tuple<Tensor, Tensor> row_sums(const Tensor& logits, const Tensor& target, 
     auto* all_leaders = static_cast<int64_t*>(leaders.mutable_data_ptr());
     const auto write = [&](int64_t r, const Top2<Value>& top, const ExponentialSums<Value>& sums) {
       const int64_t label = labels[r];
-      const bool here = 0 <= label && label < classes;
+      const bool has_label = 0 <= label && label < classes;
       Value* value = all_values + 6 * r;
       value[0] = top.nan ? std::numeric_limits<Value>::quiet_NaN() : top.first_value;
       value[1] = top.second_value;
-      value[2] = here ? value_of(view.at(r, label)) : Value{0};
+      value[2] = has_label ? value_of(view.at(r, label)) : Value{0};
       value[3] = sums.plain;
       value[4] = sums.weighted;
       value[5] = sums.squares;

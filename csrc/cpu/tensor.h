@@ -1,4 +1,4 @@
-// From tensors of the stable ABI to plain views, and loops over the threads of torch.
+// Plain views of the tensors of torch's stable ABI, new tensors, and loops on torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,7 @@
 
 namespace marginops::cpu {
 
-constexpr int64_t kGrain = 32768;  // numbers to read that are worth a thread
+constexpr int64_t kGrain = 32768;  // reading so many numbers is worth a thread
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -68,7 +68,7 @@ inline ScalarType result_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// By the C shim and not through the dispatcher, which costs a microsecond a tensor.
+// Calls the C shim. The dispatcher would cost a microsecond for each tensor.
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
   const int64_t rows = *sizes.begin(), columns = sizes.size() == 2 ? *(sizes.begin() + 1) : 1;
   const int64_t shape[2] = {rows, columns}, strides[2] = {columns, 1};
@@ -80,10 +80,10 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) 
   return Tensor(tensor);
 }
 
-// Ranges of at least `grain` of [0, count) on the threads of torch.
-template <class Range>
-void parallel(int64_t count, int64_t grain, const Range& range) {
-  torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), range);
+// Splits [0, count) into ranges of at least `grain` and calls body(begin, end) on torch's threads.
+template <class Body>
+void parallel(int64_t count, int64_t grain, const Body& body) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
 }
 
 }  // namespace marginops::cpu

@@ -1,8 +1,9 @@
-// The two largest logits of rows, reading each logit from memory once.
+// Finds the two largest logits of each row and reads each logit from memory once.
 //
-// Long rows with neighbouring columns are vectorised along the classes: a first pass keeps the two
-// largest values per lane, a second one, over a segment that is still in cache, finds their
-// classes. Short rows, and any other layout, are vectorised across rows, a row per lane.
+// Long rows whose columns are neighbours in memory are vectorised along the classes: a first pass
+// keeps the two largest values of each lane, and a second pass over the segment, which is still in
+// cache, finds their classes. Short rows and other layouts are vectorised across rows: each lane
+// has a row.
 #pragma once
 
 #include <algorithm>
@@ -12,11 +13,11 @@
 
 namespace marginops::cpu {
 
-constexpr int64_t kSegment = 2048;       // logits that are surely in cache for a second look
-constexpr int64_t kLongRow = 48;         // classes from which a row fills vectors of its own
-constexpr int64_t kTransposedTile = 64;  // classes copied at once for vectors across rows
+constexpr int64_t kSegment = 2048;       // logits that stay in cache for a second pass
+constexpr int64_t kLongRow = 48;         // rows with more classes are vectorised along them
+constexpr int64_t kTransposedTile = 64;  // classes that a Tile holds
 
-// The two largest values of all lanes, the second counted with multiplicity.
+// The two largest values of each lane. A value that occurs twice counts twice.
 template <class Value>
 struct LaneTop2 {
   using Vector = VectorOf<Value>;
@@ -51,7 +52,8 @@ struct LaneTop2 {
   }
 };
 
-// Sets the classes of the two largest values: the lowest that have them.
+// Finds the classes of the two largest values, which `top` holds already. Among equal logits the
+// lower class comes first.
 template <class T>
 void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
   using Value = ValueOf<T>;
@@ -66,15 +68,15 @@ void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
   }
   const Index none = Index{} + Top2<Value>::kNone;
   Index first = none, second = none, index = lane_numbers<Value>();
-  const auto look = [&](const VectorOf<Value>& value) {
+  const auto match = [&](const VectorOf<Value>& value) {
     first = minimum(value == top.first_value ? index : none, first);
     second = minimum(value == top.second_value ? index : none, second);
   };
   int64_t column = 0;
-  for (; column + kLanes <= classes; column += kLanes, index += kLanes) look(load(row + column));
-  if (column < classes) {  // an entry that is seen again changes nothing
+  for (; column + kLanes <= classes; column += kLanes, index += kLanes) match(load(row + column));
+  if (column < classes) {  // the last vector overlaps: a logit seen twice changes nothing
     index -= static_cast<int>(column + kLanes - classes);
-    look(load(row + classes - kLanes));
+    match(load(row + classes - kLanes));
   }
   for_each_fold<Value>([&](auto fold) {
     first = minimum(first, fold(first));
@@ -82,13 +84,13 @@ void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
   });
   top.first = static_cast<int32_t>(first[0]);
   top.second = static_cast<int32_t>(second[0]);
-  if (top.first == top.second) {  // both values are equal, so the second is the next that has it
+  if (top.first == top.second) {  // the values are equal: the second class is the next that has it
     do ++top.second;
     while (top.second < classes - 1 && value_of(row[top.second]) != top.second_value);
   }
 }
 
-// The two largest values only, without their classes.
+// The two largest values, without their classes.
 template <class T>
 Top2<ValueOf<T>> top2_values(const T* row, int64_t classes) {
   using Value = ValueOf<T>;
@@ -108,7 +110,7 @@ Top2<ValueOf<T>> top2_values(const T* row, int64_t classes) {
     even.add(load(row + column));
     column += kLanes;
   }
-  if (column < classes) {  // the last vector, without the lanes that have been seen
+  if (column < classes) {  // the last vector overlaps: the lanes seen before count as -inf
     const int fresh = static_cast<int>(classes - column);
     const auto seen = lane_numbers<Value>() < kLanes - fresh;
     const auto none = VectorOf<Value>{} - std::numeric_limits<Value>::infinity();
@@ -118,18 +120,19 @@ Top2<ValueOf<T>> top2_values(const T* row, int64_t classes) {
   return even.reduced();
 }
 
-// With kClasses, the second look is only at segments that have one of the two largest so far; the
-// others keep no class, and merge() lets none of them win a tie.
+// The two largest logits of a row and, with kClasses, their classes. The classes are searched only
+// in segments that may have one of the two largest so far. The logits of other segments keep kNone
+// as their class, and merge() lets none of them win a tie.
 template <class T, bool kClasses>
 Top2<ValueOf<T>> top2_row(const T* row, int64_t classes) {
   Top2<ValueOf<T>> top;
-  for (int64_t from = 0; from < classes; from += kSegment) {
-    const int64_t size = std::min(classes - from, kSegment);
-    const auto start = static_cast<int32_t>(from);
-    Top2<ValueOf<T>> next = top2_values(row + from, size);
+  for (int64_t begin = 0; begin < classes; begin += kSegment) {
+    const int64_t size = std::min(classes - begin, kSegment);
+    const auto start = static_cast<int32_t>(begin);
+    Top2<ValueOf<T>> next = top2_values(row + begin, size);
     if (kClasses && !next.nan &&
-        top.before(next.first_value, start, top.second_value, top.second)) {
-      find_classes(row + from, size, next);
+        top.precedes(next.first_value, start, top.second_value, top.second)) {
+      find_classes(row + begin, size, next);
       next.first += start;
       next.second += next.second == top.kNone ? 0 : start;
     }
@@ -138,16 +141,17 @@ Top2<ValueOf<T>> top2_row(const T* row, int64_t classes) {
   return top;
 }
 
-// Some classes of up to kLanes rows, a row per lane.
+// Up to kTransposedTile classes of up to kLanes rows. Each lane has a row.
 template <class Value>
 struct Tile {
   alignas(kVectorBytes) Value values[kTransposedTile][Simd<Value>::kLanes] = {};
 
-  // Copies the classes [from, from + columns) of rows that are given by where they start.
+  // Copies the classes [begin, begin + columns). `rows` holds the addresses of the rows.
   template <class T>
-  void read(const T* const* rows, int count, int64_t from, int64_t columns, int64_t column_stride) {
+  void read(const T* const* rows, int count, int64_t begin, int64_t columns,
+            int64_t column_stride) {
     for (int lane = 0; lane < count; ++lane) {
-      const T* row = rows[lane] + from * column_stride;
+      const T* row = rows[lane] + begin * column_stride;
       for (int64_t column = 0; column < columns; ++column) {
         values[column][lane] = value_of(row[column * column_stride]);
       }
@@ -155,7 +159,7 @@ struct Tile {
   }
 };
 
-// The two largest logits, and their classes, of the row in each lane.
+// The two largest logits of the row in each lane, and their classes.
 template <class Value>
 struct RowPerLaneTop2 {
   using Vector = VectorOf<Value>;
@@ -165,7 +169,8 @@ struct RowPerLaneTop2 {
   Index first_class = Index{} + Top2<Value>::kNone, second_class = first_class;
   typename Simd<Value>::Bits magnitude{};
 
-  // Classes come in ascending order, so only a larger value, or the first, takes a place.
+  // Classes come in ascending order, so a logit takes a place only if it is larger or if the place
+  // is empty.
   void add(Vector value, int64_t column) {
     const Index index = Index{} + static_cast<int32_t>(column);
     magnitude = maximum(magnitude_bits<Value>(value), magnitude);
@@ -187,17 +192,17 @@ struct RowPerLaneTop2 {
   }
 };
 
-// Up to kLanes rows at once, given by where they start.
+// The two largest logits of up to kLanes rows. `rows` holds the addresses of the rows.
 template <class T>
-RowPerLaneTop2<ValueOf<T>> top2_across(const T* const* rows, int count, int64_t classes,
-                                       int64_t column_stride) {
+RowPerLaneTop2<ValueOf<T>> top2_row_per_lane(const T* const* rows, int count, int64_t classes,
+                                             int64_t column_stride) {
   RowPerLaneTop2<ValueOf<T>> top;
   Tile<ValueOf<T>> tile;
-  for (int64_t from = 0; from < classes; from += kTransposedTile) {
-    const int64_t columns = std::min(kTransposedTile, classes - from);
-    tile.read(rows, count, from, columns, column_stride);
+  for (int64_t begin = 0; begin < classes; begin += kTransposedTile) {
+    const int64_t columns = std::min(kTransposedTile, classes - begin);
+    tile.read(rows, count, begin, columns, column_stride);
     for (int64_t column = 0; column < columns; ++column) {
-      top.add(load(tile.values[column]), from + column);
+      top.add(load(tile.values[column]), begin + column);
     }
   }
   return top;

@@ -1,9 +1,10 @@
-// What the bindings of the CUDA kernels share: they check what kernels rely on, allocate, and
-// launch in the current stream. LibTorch's stable ABI, compiled by the host compiler.
+// Helpers of the bindings of the CUDA kernels. A binding checks what its kernel relies on,
+// allocates, and launches in the current stream. Bindings use torch's stable ABI and are compiled
+// by the host compiler.
 #pragma once
 
 #ifndef USE_CUDA
-#define USE_CUDA  // the stable headers declare the CUDA stream and errors only then
+#define USE_CUDA  // the stable headers declare the CUDA stream and errors only with it
 #endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -23,7 +24,7 @@ namespace marginops::cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Makes the tensor's device the current one and knows its current stream.
+// Makes the tensor's device the current one and holds its current stream.
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -116,7 +117,7 @@ inline LogNorm log_norm_of(const std::optional<Tensor>& log_norm, const Matrix& 
   return result;
 }
 
-// Owns the vector that Head points at.
+// A Head and the bias that it points to.
 class HeadArguments {
  public:
   HeadArguments(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& like)
@@ -131,13 +132,13 @@ class HeadArguments {
   HeadArguments(const HeadArguments&) = delete;
   const Head& get() const { return head_; }
 
-  const Head& beside(const Matrix& logits) const {
+  const Head& head_for(const Matrix& logits) const {
     const Dtype dtype = head_.weight.dtype;
     STD_TORCH_CHECK(head_.weight.rows == logits.cols, "weight: expected ", logits.cols,
                     " rows, got ", head_.weight.rows);
     STD_TORCH_CHECK(
         dtype == logits.dtype || (dtype == Dtype::kFloat32 && logits.dtype != Dtype::kFloat64),
-        "weight: expected the dtype of logits, or float32 beside bfloat16 and float16");
+        "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits");
     return head_;
   }
 

@@ -5,14 +5,14 @@
 
 namespace marginops::cuda {
 
-constexpr int kSumEntries = 256;  // of a part, which is a block's work
-// Features of a block at most. Three on a multiprocessor: left alone ptxas aims for more, and
-// spills.
+constexpr int kSumEntries = 256;  // entries of a part, which is the work of a block
+// Features of a block, at most. A multiprocessor must hold three blocks. Without this bound ptxas
+// aims for more, and registers spill.
 constexpr int kSumBlock = 256;
 
-// A class' entries within a part are a piece of it. What a part holds of a class that has entries
-// in other parts, too, goes to `pieces` [parts, 2, D]: place 0 if the class began in an earlier
-// part, else 1.
+// The sorted entries. They are cut into parts, and the entries of a class within a part are a piece
+// of the class. If the class has entries in other parts too, the sum of a piece goes to `pieces`
+// [parts, 2, D]: to place 0 if the class began in an earlier part, otherwise to place 1.
 template <class Number>
 struct ClassSumEntries {
   const int64_t* key;
@@ -24,15 +24,16 @@ struct ClassSumEntries {
   __device__ __forceinline__ int64_t class_at(int64_t entry) const {
     return entry < 0 || entry >= size ? -1 : __ldg(key + entry) / rows;
   }
-  // Whether the class of an entry goes on in the next part.
+  // Whether the class of the last entry of a part continues in the next part.
   __device__ __forceinline__ bool crosses(int64_t last) const {
     return last + 1 < size && class_at(last) == class_at(last + 1);
   }
 };
 
-// result[c] = sum of coefficient * row over the entries of class c, for classes within one part;
-// others leave their pieces, and classes without entries are not written. A block has one part and
-// up to 256 features, a thread one of them. No atomics: the order of summation is fixed.
+// result[c] = sum of coefficient * row over the entries of class c, for classes within one part.
+// Other classes leave their pieces, and classes without entries are not written. A block has one
+// part and up to 256 features, and each thread has one of these. There are no atomics, so the order
+// of summation is fixed.
 template <class Scalar>
 __global__ void __launch_bounds__(kSumBlock, 3)
     class_sum_kernel(ClassSumEntries<Value<Scalar>> entries, const Scalar* __restrict__ rows,
@@ -62,15 +63,15 @@ __global__ void __launch_bounds__(kSumBlock, 3)
     __syncthreads();
     if (feature < features) {
       const int64_t column = feature * col_stride;
-      int piece = 0;  // its first entry
+      int piece = 0;  // first entry of the current piece
       Number sum = 0;
       const auto finish = [&](int end) {
-        Number* to = result + label[piece] * features;
+        Number* destination = result + label[piece] * features;
         if (piece == 0 && crosses_begin)
-          to = pieces + 2 * part * features;
+          destination = pieces + 2 * part * features;
         else if (end == count && crosses_end)
-          to = pieces + (2 * part + 1) * features;
-        if (label[piece] >= 0) to[feature] = sum;
+          destination = pieces + (2 * part + 1) * features;
+        if (label[piece] >= 0) destination[feature] = sum;
         piece = end;
         sum = 0;
       };
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kSumBlock, 3)
   }
 }
 
-// Adds the pieces of the classes that begin in a part and go on in the next, in order.
+// Adds the pieces of each class that begins in a part and continues in the next, in order.
 template <class Number>
 __global__ void __launch_bounds__(kSumBlock)
     class_join_kernel(ClassSumEntries<Number> entries, int64_t features,
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kSumBlock)
     const Number* piece = pieces + 2 * (item / tiles) * features + feature;
     Number sum = piece[features];
     const int64_t end = lower_bound(entries.key, entries.size, (label + 1) * entries.rows);
-    const int64_t later = (end - 1) / kSumEntries - item / tiles;  // parts
+    const int64_t later = (end - 1) / kSumEntries - item / tiles;  // parts after this one
 #pragma unroll 8
     for (int64_t i = 1; i <= later; ++i) sum += __ldg(piece + 2 * i * features);
     result[label * features + feature] = sum;

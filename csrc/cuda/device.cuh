@@ -1,4 +1,4 @@
-// What all kernels share: dtypes, 16-byte packs, launching.
+// What all kernels and launchers share: dtypes, 16-byte packs, launches and workspaces.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,7 +11,8 @@
 
 #include "tensor.h"
 
-// A device-side assertion, also with NDEBUG. Code after it must still be safe where it is nothing.
+// A device-side assertion, with NDEBUG too. Where it compiles to nothing, the code after it must
+// still be safe.
 #if defined(__CUDA_ARCH__) || defined(CUDACPU)
 #define MARGINOPS_DEVICE_ASSERT(condition) \
   ((condition) ? void() : __assert_fail(#condition, __FILE__, __LINE__, __func__))
@@ -71,7 +72,7 @@ __device__ __forceinline__ void store_pack(Scalar* aligned, const Pack<Scalar>& 
   *reinterpret_cast<uint4*>(aligned) = raw;
 }
 
-// On all lanes of a whole warp.
+// The sum over the warp, on all lanes. The whole warp takes part.
 template <class Number>
 __device__ __forceinline__ Number warp_sum(Number sum) {
 #pragma unroll
@@ -103,7 +104,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int block, cudaStre
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// As many blocks as the work needs, up to `most`; kernels stride over what is left.
+// The number of blocks that the work needs, at most `most`. Kernels loop over what is left.
 inline unsigned blocks_for(int64_t items, int64_t items_per_block, int64_t most = 0x7fffffff) {
   const int64_t blocks = (items + items_per_block - 1) / items_per_block;
   return static_cast<unsigned>(std::min(blocks, most));
@@ -133,7 +134,7 @@ cudaError_t with_scalar(Dtype dtype, Body body) {
   return cudaErrorInvalidValue;
 }
 
-// Cuts a workspace into 256-byte aligned pieces; without memory it only counts.
+// Cuts a workspace into 256-byte aligned pieces. Without memory it only adds up their sizes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}

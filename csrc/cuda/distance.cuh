@@ -1,6 +1,7 @@
-// Distances between rows of the last layer's weight, each by one warp: neighbouring lanes read
-// neighbouring features, in 16-byte packs where rows are aligned. The order of summation depends
-// only on the shape, so a distance is the same wherever it is computed.
+// Distances between rows of the last layer's weight. One warp computes a distance. Neighbouring
+// lanes read neighbouring features, in 16-byte packs where rows are aligned. The order of summation
+// depends only on the shape and the alignment of the rows, so a distance is the same wherever it is
+// computed.
 #pragma once
 
 #include "common/margin_math.h"
@@ -8,13 +9,14 @@
 
 namespace marginops::cuda {
 
-// The larger one; NaN if either is.
+// The larger number, or NaN if either is NaN.
 template <class Number>
 __device__ __forceinline__ Number larger(Number a, Number b) {
   return b > a || b != b ? b : a;
 }
 
-// One point of weight space, the bias its last coordinate (0 where the norm leaves it out).
+// A row of the weight as a point. The bias is its last coordinate, which is 0 where the norm leaves
+// the bias out.
 template <class Scalar>
 struct Point {
   const Scalar* data;
@@ -41,8 +43,8 @@ struct HeadView {
   }
 };
 
-// The distance where the plain sum of squares over- or underflows: differences are scaled by the
-// largest. Rare, so short rather than fast.
+// The distance where the plain sum of squares over- or underflows: the differences are divided by
+// the largest one. This is rare, so the code is short rather than fast.
 template <class A, class B>
 __device__ __forceinline__ Value<A> scaled_distance(Point<A> a, Point<B> b, int64_t features) {
   using Number = Value<A>;
@@ -101,7 +103,7 @@ __device__ __forceinline__ Value<A> warp_distance(Point<A> a, Point<B> b, int64_
   return is_safe_square(sum) ? sqrt(sum) : scaled_distance(a, b, features);
 }
 
-// distance[k] = ||w_i - w_j|| of pair k, a warp a pair.
+// distance[k] = ||w_i - w_j|| of pair k. A warp has one pair.
 template <class Weight>
 __global__ void __launch_bounds__(256, 3)
     pair_distance_kernel(HeadView<Weight> head, int64_t classes, IndexMatrix pair,
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(256, 3)
   }
 }
 
-// table[i * classes + j] = ||w_i - w_j|| for i != j, a warp a pair.
+// table[i * classes + j] = ||w_i - w_j|| for i != j. A warp has one pair.
 template <class Weight>
 __global__ void __launch_bounds__(256, 3)
     distance_table_kernel(HeadView<Weight> head, int32_t classes, Value<Weight>* table) {
@@ -134,8 +136,9 @@ __global__ void __launch_bounds__(256, 3)
   }
 }
 
-// A centre for the radii: the mean of up to 1024 evenly spaced rows (any point would be correct,
-// and a point amid the rows gives small radii). 32 features a block, eight threads a feature.
+// A centre for the radii: the mean of up to 1024 evenly spaced rows. Any point would be correct,
+// and a point among the rows gives small radii. A block has 32 features, and a feature has eight
+// threads.
 template <class Weight>
 __global__ void __launch_bounds__(256)
     centre_kernel(HeadView<Weight> head, int32_t classes, Value<Weight>* centre) {
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(256)
   centre[feature] = sum / count;
 }
 
-// radius[c] = ||w_c - centre||, a warp a class.
+// radius[c] = ||w_c - centre||. A warp has one class.
 template <class Weight>
 __global__ void __launch_bounds__(256, 3)
     radius_kernel(HeadView<Weight> head, int32_t classes, const Value<Weight>* centre,

@@ -1,4 +1,4 @@
-#include "margin.cuh"
+#include "classification_margin.cuh"
 
 #include "class_sum.cuh"
 #include "minimal_margin.cuh"
@@ -45,7 +45,7 @@ bool use_table(const Matrix& logits, int64_t rows) {
   return logits.cols <= kTableClasses && rows >= std::max(kTableRows, logits.cols * logits.cols);
 }
 
-// The pieces of the workspace of minimal margins.
+// The parts of the workspace of minimal margins.
 template <class Number>
 struct BoundaryWorkspace {
   Plan plan;

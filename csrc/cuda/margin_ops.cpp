@@ -1,4 +1,4 @@
-// The CUDA kernels of the ops declared in marginops/ops/margin*.py.
+// Bindings of the CUDA kernels for the ops in marginops/ops/margin*.py.
 #include <algorithm>
 
 #include "binding.h"
@@ -23,7 +23,7 @@ Tensor minimal_margin_score_op(const Tensor& logits, const Tensor& weight,
                                const std::optional<Tensor>& bias, bool nearest) {
   const Matrix matrix = logits_of(logits);
   const HeadArguments arguments(weight, bias, logits);
-  const Head& head = arguments.beside(matrix);
+  const Head& head = arguments.head_for(matrix);
   const Launch launch(logits);
   Tensor score = torch::stable::new_empty(logits, {matrix.rows}, result_type(matrix.dtype));
   Tensor workspace = new_workspace(
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> minimal_margin_pair_op(const Tensor& logits, const Te
                                                   const std::optional<Tensor>& rows, bool nearest) {
   const Matrix matrix = logits_of(logits);
   const HeadArguments arguments(weight, bias, logits);
-  const Head& head = arguments.beside(matrix);
+  const Head& head = arguments.head_for(matrix);
   const Rows chosen = rows_of(rows, matrix, logits);
   const Launch launch(logits);
   Tensor pair = torch::stable::new_empty(logits, {chosen.size, 2}, ScalarType::Long);

@@ -1,4 +1,5 @@
-// Minimal margins: what comes out of a row's two largest logits and the last layer.
+// The outputs of minimal margins. They compute the score, or the pair of classes and their
+// distance, from the two largest logits of a row and the last layer.
 #pragma once
 
 #include "distance.cuh"
@@ -7,19 +8,19 @@
 
 namespace marginops::cuda {
 
-// A class beside the top one, the boundary between them, and how far away it is.
+// A class other than the top one, the boundary between the two, and how far away it is.
 template <class Number>
 struct Boundary {
   Number score;  // difference of logits / distance
   Number distance;
   int32_t other;
 
-  __device__ __forceinline__ bool before(const Boundary& than) const {
-    return is_nearer(score, other, than.score, than.other);
+  __device__ __forceinline__ bool is_nearer_than(const Boundary& boundary) const {
+    return is_nearer(score, other, boundary.score, boundary.other);
   }
 };
 
-// Where minimal margins go: the score, or the pair of classes and their distance.
+// The results to write: the score, or the pair of classes and their distance.
 template <class Number>
 struct BoundaryResult {
   Number* score;
@@ -39,7 +40,7 @@ struct BoundaryResult {
   }
 };
 
-// Minimal margins by a table of all distances; the lanes of a row are at most a warp.
+// Minimal margins from a table of all distances. A row has at most a warp of lanes.
 template <class Number>
 struct TableOutput {
   using Accumulator = TopAccumulator<Number>;
@@ -65,23 +66,23 @@ struct TableOutput {
           if (c == top.first) continue;
           Boundary<Number> boundary{0, distances[c], c};
           boundary.score = boundary_distance(top.first_value - row[c], boundary.distance);
-          if (boundary.before(best)) best = boundary;
+          if (boundary.is_nearer_than(best)) best = boundary;
         }
       }
       for (int distance = threads / 2; distance > 0; distance /= 2) {
         const Boundary<Number> other{__shfl_xor_sync(kAllLanes, best.score, distance),
                                      __shfl_xor_sync(kAllLanes, best.distance, distance),
                                      __shfl_xor_sync(kAllLanes, best.other, distance)};
-        if (other.before(best)) best = other;
+        if (other.is_nearer_than(best)) best = other;
       }
     }
     if (row.active && lane == 0) result.write(row.position, top, best);
   }
 };
 
-// Minimal margins by distances computed here, each by a warp. For the nearest boundary the warps of
-// a row share the classes: lanes test one class each against the bound of may_be_nearer(), and the
-// warp computes the distance of those that pass.
+// Minimal margins from distances that are computed here, each by one warp. For the nearest boundary
+// the warps of a row share the classes: each lane tests a class with may_be_nearer(), and the warp
+// computes the distances of those that pass.
 template <class Number, class Weight>
 struct DistanceOutput {
   using Accumulator = TopAccumulator<Number>;
@@ -103,20 +104,21 @@ struct DistanceOutput {
     if (row.active && !top.nan) best = search(row, top, lane, threads);
     if (radius != nullptr && threads > kWarp) {
       __shared__ Boundary<Number> by_warp[kRowsBlock / kWarp];
-      __syncthreads();  // the row before is written
+      __syncthreads();  // the previous row has been written
       if (lane % kWarp == 0) by_warp[threadIdx.x / kWarp] = best;
       __syncthreads();
       if (lane == 0) {
         for (int i = 1; i < threads / kWarp; ++i) {
           const Boundary<Number> other = by_warp[threadIdx.x / kWarp + i];
-          if (other.before(best)) best = other;
+          if (other.is_nearer_than(best)) best = other;
         }
       }
     }
     if (row.active && lane == 0) result.write(row.position, top, best);
   }
 
-  // The boundary to the second class and, for the nearest, to this warp's share of all others.
+  // Returns the boundary to the second class. For the nearest boundary, tries this warp's share of
+  // the other classes too and returns the nearest.
   template <class Scalar>
   __device__ __forceinline__ Boundary<Number> search(const Row<Scalar>& row,
                                                      const Top2<Number>& top, int lane,
@@ -124,18 +126,18 @@ struct DistanceOutput {
     const Point<Weight> first = head.point(top.first);
     const auto classes = static_cast<unsigned>(radius == nullptr ? 0 : row.classes);
     const Number first_radius = radius == nullptr ? 0 : radius[top.first];
-    unsigned base = lane / kWarp * kWarp, mine = 0;  // next classes to test; the one of this lane
-    bool open = false;                               // whether it may yet be nearer
-    Number difference = 0, reach = 0;
+    unsigned base = lane / kWarp * kWarp, mine = 0;  // next classes to test; the class of this lane
+    bool open = false;                               // whether that class may still be nearer
+    Number difference = 0, radius_sum = 0;
     Boundary<Number> best{0, 0, 0}, found{0, 0, top.second};
     Number found_difference = top.first_value - top.second_value;
     while (true) {
       found.distance = warp_distance(first, head.point(found.other), head.features, head.aligned);
       found.score = boundary_distance(found_difference, found.distance);
-      if (found.other == top.second || found.before(best)) best = found;
+      if (found.other == top.second || found.is_nearer_than(best)) best = found;
       unsigned left = 0;
       while (true) {
-        open = open && may_be_nearer(difference, reach, best.score);
+        open = open && may_be_nearer(difference, radius_sum, best.score);
         left = __ballot_sync(kAllLanes, open);
         if (left != 0 || base >= classes) break;
         mine = base + lane % kWarp;
@@ -144,7 +146,7 @@ struct DistanceOutput {
                mine != static_cast<unsigned>(top.second);
         if (open) {
           difference = top.first_value - row[mine];
-          reach = first_radius + radius[mine];
+          radius_sum = first_radius + radius[mine];
         }
       }
       if (left == 0) return best;

@@ -1,5 +1,5 @@
-// What the class moment kernels share: rows in class order and their parts, reading and scaling of
-// rows.
+// What the class moment kernels share: rows in class order, their parts and pieces, and the reading
+// and scaling of rows.
 #pragma once
 
 #include <limits>
@@ -10,9 +10,9 @@
 
 namespace marginops::cuda {
 
-constexpr int kMomentRows = 256;  // of a part, at most
-// Two on a multiprocessor where a thread holds many values: left alone ptxas aims for more, and
-// spills.
+constexpr int kMomentRows = 256;  // rows of a part, at most
+// A multiprocessor must hold two blocks where a thread holds many values. Without this bound ptxas
+// aims for more, and registers spill.
 constexpr int kMomentBlock = 256;
 
 struct ClassKeys {
@@ -56,89 +56,94 @@ __device__ __forceinline__ Number finite_or_nan(Number value) {
   return value - value == 0 ? value : std::numeric_limits<Number>::quiet_NaN();
 }
 
-// Mean and squares of rows, by Welford's recurrence on their differences from an origin close to
-// them: however far from 0 they are, nothing cancels, and the squares of equal rows are 0.
+// Mean and squares of rows, by Welford's recurrence on their differences from an origin that is
+// close to them. So nothing cancels, however far the rows are from 0, and the squares of equal rows
+// are 0.
 template <class Number, int kWidth>
 struct Welford {
   Number origin[kWidth] = {};
-  Number mean[kWidth] = {};  // less the origin
+  Number mean[kWidth] = {};  // minus the origin
   Number squares = 0;
 
   template <class Scalar>
-  __device__ __forceinline__ void start(const Pack<Scalar>& from) {
+  __device__ __forceinline__ void start(const Pack<Scalar>& row) {
     squares = 0;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      origin[c] = to_value(from.scalar[c]);
+      origin[c] = to_value(row.scalar[c]);
       mean[c] = 0;
     }
   }
-  // step: 1 / the number of rows, with this one.
+  // `step` is 1 / the number of rows, with this one.
   __device__ __forceinline__ void add(const Number (&value)[kWidth], Number step) {
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      const Number away = value[c] - origin[c], before = away - mean[c];
-      mean[c] += before * step;
-      squares += before * (away - mean[c]);
+      const Number offset = value[c] - origin[c], difference = offset - mean[c];
+      mean[c] += difference * step;
+      squares += difference * (offset - mean[c]);
     }
   }
 };
 
-// The places of a class in the order.
+// The places [begin, end) of a class in class order.
 struct ClassSpan {
   int64_t label;
   int64_t begin;
   int64_t end;
 };
 
-// A class within one part leaves its mean in `mean` and its squares in `class_squares`. What a part
-// holds of a class that has rows in other parts, too, goes to the pieces: number 2 * part if the
-// class began in an earlier part, else 2 * part + 1. "Squares" are sums of squared distances from
-// the mean, one for each warp that read columns of the row.
+// The parts, and where their moments are. A class within one part has its mean in `mean` and its
+// squares in `class_squares`. If a class has rows in several parts, each piece has its place in
+// `piece_mean` and `piece_squares`: 2 * part, or 2 * part + 1 if the class begins in the part.
+// Squares are sums of squared distances from the mean, one for each warp that reads columns of the
+// rows.
 template <class Number>
 struct MomentParts {
   ClassKeys key;
   const int64_t* row;
   const int64_t* begin;  // [C + 1]
   int64_t classes;
-  int rows;                // of a part
-  int64_t warps;           // of a row
-  int64_t groups;          // of 32 columns
-  int* unsafe;             // whether any squares are
+  int rows;                // rows of a part
+  int64_t warps;           // warps that read a row
+  int64_t groups;          // groups of 32 columns
+  int* unsafe;             // whether any squares are unsafe
   Number* mean;            // [C, D]
   double* piece_mean;      // [pieces, D]
   double* class_squares;   // [C, warps]
   double* piece_squares;   // [pieces, warps]
-  double* merged_squares;  // [parts, groups], of the class that begins in a part and goes on
+  double* merged_squares;  // [parts, groups], of a class that begins in a part and continues
 
   __device__ __forceinline__ int64_t part_of(int64_t entry) const { return entry / rows; }
-  // Parts with rows that are not ignored, and how many such rows they have.
+  // The number of parts that have rows that are not ignored.
   __device__ __forceinline__ int64_t used() const {
     return part_of(__ldg(begin + classes) + rows - 1);
   }
+  // The number of rows of a part that are not ignored.
   __device__ __forceinline__ int count(int64_t part) const {
     return static_cast<int>(min(__ldg(begin + classes) - part * rows, int64_t{rows}));
   }
   __device__ __forceinline__ ClassSpan span(int64_t label) const {
     return {label, __ldg(begin + label), __ldg(begin + label + 1)};
   }
-  // Rows of the piece of a class in a part.
-  __device__ __forceinline__ int64_t rows_of(const ClassSpan& own, int64_t part) const {
-    return min(own.end, (part + 1) * rows) - max(own.begin, part * rows);
+  // The number of rows in the piece of a class in a part.
+  __device__ __forceinline__ int64_t rows_of(const ClassSpan& span, int64_t part) const {
+    return min(span.end, (part + 1) * rows) - max(span.begin, part * rows);
   }
 
-  // Where moments are: a class, or a piece as a negative number.
-  __device__ __forceinline__ int32_t piece(const ClassSpan& own, int64_t part) const {
-    return ~static_cast<int32_t>(2 * part + (own.begin >= part * rows));
+  // The place of a piece, as a negative number.
+  __device__ __forceinline__ int32_t piece(const ClassSpan& span, int64_t part) const {
+    return ~static_cast<int32_t>(2 * part + (span.begin >= part * rows));
   }
   // Whether a class begins with this piece.
   __device__ __forceinline__ static bool begins(int32_t piece) { return ~piece & 1; }
-  __device__ __forceinline__ int32_t place(const ClassSpan& own, int64_t part) const {
-    const bool whole = own.begin >= part * rows && own.end <= (part + 1) * rows;
-    return whole ? static_cast<int32_t>(own.label) : piece(own, part);
+  // Where the moments of a class in a part are: the class, or the place of its piece.
+  __device__ __forceinline__ int32_t place(const ClassSpan& span, int64_t part) const {
+    const bool whole = span.begin >= part * rows && span.end <= (part + 1) * rows;
+    return whole ? static_cast<int32_t>(span.label) : piece(span, part);
   }
-  // The mean of a class in one part. The pieces of others leave their means less the origin, which
-  // is that of the class and stands in for its mean until it is known.
+  // Writes the mean of a class within one part. The pieces of another class write their means minus
+  // the origin of that class. The first piece also writes the origin to `mean`, where it stands
+  // until the mean is known.
   template <class Wide, int kWidth>
   __device__ __forceinline__ void write_mean(int32_t place, int64_t label,
                                              const Welford<Wide, kWidth>& piece, int64_t column,
@@ -146,26 +151,26 @@ struct MomentParts {
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
       if (column + c >= columns) break;
-      Number* to = mean + label * columns + column + c;
+      Number* result = mean + label * columns + column + c;
       if (place >= 0) {
-        *to = finite_or_nan(static_cast<Number>(piece.origin[c] + piece.mean[c]));
+        *result = finite_or_nan(static_cast<Number>(piece.origin[c] + piece.mean[c]));
       } else {
         piece_mean[~place * columns + column + c] = piece.mean[c];
-        if (begins(place)) *to = static_cast<Number>(piece.origin[c]);
+        if (begins(place)) *result = static_cast<Number>(piece.origin[c]);
       }
     }
   }
   __device__ __forceinline__ double* squares_at(int32_t place, int64_t warp) const {
     return (place >= 0 ? class_squares + place * warps : piece_squares + ~place * warps) + warp;
   }
-  // Whether squares must be found in float64; those of a single row are 0 or NaN.
+  // Whether squares must be computed again in float64. The squares of a single row are 0 or NaN.
   __device__ __forceinline__ static bool is_unsafe(Number squares, bool single) {
     return sizeof(Number) == 4 && !is_safe_square(squares) && !(single && squares == 0);
   }
 };
 
-// The factors that bring a row to unit length: a power of two, so that squares neither over- nor
-// underflow, and what is left.
+// The factors that scale a row to unit length. The first is a power of two, with which squares
+// neither over- nor underflow, and the second is the rest.
 template <class Number>
 struct RowScale {
   Number first, second;
@@ -173,8 +178,9 @@ struct RowScale {
   __device__ __forceinline__ Number operator()(Number value) const {
     return value * first * second;
   }
-  // Takes the sum of squares of first * row, where `first` starts as 1; false if it must be
-  // summed again with another `first`. A row of zeros stays, NaN and infinities make it NaN.
+  // Takes the sum of squares of first * row, where `first` is 1 at the start. Returns false if the
+  // squares must be summed again with the new `first`. A row of zeros stays, and a row with a NaN
+  // or an infinity becomes NaN.
   __device__ __forceinline__ bool settle(Number sum) {
     constexpr bool kDouble = sizeof(Number) == 8;
     constexpr Number kUp = kDouble ? Number(0x1p600) : Number(0x1p100f);
@@ -190,8 +196,8 @@ struct RowScale {
   }
 };
 
-// What unit length takes: nothing; the block that has a whole row finds its norm; or they were
-// found before.
+// How the norms that scale rows to unit length are computed. kNone: rows are not scaled. kOwn: by
+// each block, which has whole rows. kGiven: by an earlier launch.
 enum class RowNorm { kNone, kOwn, kGiven };
 
 template <class Scalar>
@@ -203,7 +209,8 @@ struct MomentInput {
   int64_t col_stride;
   const RowScale<Value<Scalar>>* scale;  // [N] for kGiven
 
-  // A thread reads a whole pack, of rows that are aligned to 16 bytes, or one column.
+  // The number of columns that a thread reads from `column` on. Its width is a whole pack if rows
+  // are aligned to 16 bytes, otherwise one column.
   template <int kWidth>
   __device__ __forceinline__ int valid(int64_t column) const {
     return static_cast<int>(max(min(columns - column, int64_t{kWidth}), int64_t{0}));
@@ -231,7 +238,7 @@ __device__ __forceinline__ Value<Scalar> sum_of_squares(const Pack<Scalar>& pack
   return sum;
 }
 
-// Norms of rows of which each thread of the block has a pack.
+// Norms of rows. Each thread of the block has a pack of every row.
 template <class Scalar>
 class BlockNorms {
   using Number = Value<Scalar>;
@@ -262,10 +269,10 @@ class BlockNorms {
   }
 
  private:
-  int turn_ = 0;  // of two buffers, so that one barrier is enough
+  int turn_ = 0;  // which of two buffers is used; with two, one barrier is enough
 };
 
-// Scales of rows that are too long for one block: a block a row.
+// The scales of rows that are too long for one block of moment_piece_kernel. A block has one row.
 template <class Scalar, int kWidth>
 __global__ void __launch_bounds__(kMomentBlock, 2)
     moment_norm_kernel(MomentInput<Scalar> input, RowScale<Value<Scalar>>* __restrict__ result) {

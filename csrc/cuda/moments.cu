@@ -5,8 +5,8 @@
 namespace marginops::cuda {
 namespace {
 
-// Few rows make short parts, so that there is work for all multiprocessors. By the number of rows
-// alone: results are the same on every device.
+// Few rows are cut into short parts, so that all multiprocessors have work. The size depends on the
+// number of rows alone, so results are the same on every device.
 int rows_of_part(int64_t rows) {
   int size = kWarp;
   while (size < kMomentRows && rows > int64_t{512} * size) size *= 2;
@@ -17,7 +17,7 @@ int scalar_bytes(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// How many columns a thread reads at once: a pack, or one.
+// The number of columns that a thread reads at once: a pack, or one.
 int width_of(const Matrix& input) {
   const int bytes = scalar_bytes(input.dtype);
   const bool aligned = input.col_stride == 1 && input.row_stride * bytes % 16 == 0 &&
@@ -27,7 +27,7 @@ int width_of(const Matrix& input) {
 
 int64_t ceil_div(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
-// How the work is shared out, and the memory for what is between the launches.
+// How blocks share the work, and the memory for what one launch leaves for the next.
 template <class Number>
 struct MomentPlan {
   MomentPlan(const Matrix& input, int64_t classes, bool normalize, void* memory)
@@ -134,7 +134,7 @@ cudaError_t class_moments(const Matrix& input, const ClassOrder& order, int64_t 
     const MomentPlan<Number> plan(input, classes, normalize, workspace);
     const ClassKeys key{order.key, moment_key_bytes(classes)};
     const auto mean = static_cast<Number*>(result.mean);
-    // NaN, for classes without rows.
+    // The mean of a class without rows stays NaN.
     cudaError_t error = cudaMemsetAsync(mean, 0xff, classes * input.cols * sizeof(Number), stream);
     if (error != cudaSuccess) return error;
     error = launch(moment_begin_kernel, blocks_for(classes + 1, kMomentBlock), kMomentBlock, stream,

@@ -1,6 +1,6 @@
 // Mean and gyration radius of the rows of each class. The rows in class order are cut into parts,
-// and what a part holds of a class is a piece of it: Welford's recurrence goes over its rows, and
-// Chan's formula merges the pieces of a class, in their order.
+// and the rows of a class within a part are a piece of the class. Welford's recurrence computes a
+// piece, and Chan's formula merges the pieces of a class in order.
 #pragma once
 
 #include "moment_rows.cuh"
@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kMomentBlock)
   }
 }
 
-// begin [C + 1]: how many rows have a smaller class; the last is how many are not ignored.
+// begin[c] is the number of rows of classes below c. begin[C] is the number of rows that are not
+// ignored.
 __global__ void __launch_bounds__(kMomentBlock)
     moment_begin_kernel(ClassKeys key, int64_t size, int64_t classes, int64_t* __restrict__ begin,
                         int64_t* __restrict__ count) {
@@ -33,8 +34,9 @@ __global__ void __launch_bounds__(kMomentBlock)
   }
 }
 
-// The pieces of a part: a block has up to 256 packs of columns, a thread one of them, for all rows
-// of the part in turn. A class within one part is done, but for its radius.
+// Computes the pieces of a part. A block has up to 256 packs of columns. A thread has one of these
+// and reads all rows of the part in turn. For a class within one part, only the radius is left to
+// compute.
 template <class Scalar, int kWidth, RowNorm kNorm>
 __global__ void __launch_bounds__(kMomentBlock, 2)
     moment_piece_kernel(MomentInput<Scalar> input, MomentParts<Value<Scalar>> parts) {
@@ -52,18 +54,18 @@ __global__ void __launch_bounds__(kMomentBlock, 2)
     const int count = parts.count(part);
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       const int64_t entry = part * parts.rows + i, row = __ldg(parts.row + entry);
-      const ClassSpan own = parts.span(parts.key[entry]);
+      const ClassSpan span = parts.span(parts.key[entry]);
       source[i] = input.data + row * input.row_stride;
-      factor[i] = Number{1} / static_cast<Number>(min(entry - own.begin, int64_t{i}) + 1);
-      place[i] = parts.place(own, part);
+      factor[i] = Number{1} / static_cast<Number>(min(entry - span.begin, int64_t{i}) + 1);
+      place[i] = parts.place(span, part);
       if constexpr (kNorm == RowNorm::kGiven) given[i] = input.scale[row];
-      if (i == 0) origin = input.data + __ldg(parts.row + own.begin) * input.row_stride;
+      if (i == 0) origin = input.data + __ldg(parts.row + span.begin) * input.row_stride;
     }
     if (threadIdx.x == 0) factor[count] = 1;
     __syncthreads();
     const int64_t column = (item % tiles * blockDim.x + threadIdx.x) * kWidth;
     const int valid = input.template valid<kWidth>(column);
-    if (column - lane * kWidth < input.columns) {  // the whole warp goes
+    if (column - lane * kWidth < input.columns) {  // the same for the whole warp
       BlockNorms<Scalar> norms;
       Welford<Number, kWidth> piece;
       if constexpr (kNorm == RowNorm::kNone)
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(kMomentBlock, 2)
             parts.write_mean(place[entry], label, piece, column, input.columns);
             const Number squares = warp_sum(piece.squares);
             if (lane == 0) *parts.squares_at(place[entry], column / (kWarp * kWidth)) = squares;
-            // Of unit vectors they are safe, or too small to matter.
+            // The squares of unit vectors are safe, or too small to matter.
             if (kNorm == RowNorm::kNone && parts.is_unsafe(squares, factor[entry] == 1))
               if (lane == 0) atomicOr(parts.unsafe, 1);
           }
@@ -110,8 +112,8 @@ __global__ void __launch_bounds__(kMomentBlock, 2)
   }
 }
 
-// Once more in float64, the pieces whose squares over- or underflowed. A warp has the columns of a
-// warp of the kernel above, in a part.
+// Computes once more, in float64, the pieces whose squares over- or underflowed. A warp has one
+// part and the columns of a warp of the kernel above.
 template <class Scalar, int kWidth>
 __global__ void __launch_bounds__(kMomentBlock, 2)
     moment_wide_kernel(MomentInput<Scalar> input, MomentParts<float> parts) {
@@ -126,12 +128,12 @@ __global__ void __launch_bounds__(kMomentBlock, 2)
     const int64_t part_end = part * parts.rows + parts.count(part);
     int64_t end;
     for (int64_t begin = part * parts.rows; begin < part_end; begin = end) {
-      const ClassSpan own = parts.span(parts.key[begin]);
-      end = min(own.end, part_end);
-      const int32_t place = parts.place(own, part);
+      const ClassSpan span = parts.span(parts.key[begin]);
+      end = min(span.end, part_end);
+      const int32_t place = parts.place(span, part);
       double* squares = parts.squares_at(place, warp);
       if (!parts.is_unsafe(static_cast<float>(*squares), end - begin == 1)) continue;
-      const Scalar* origin = input.data + __ldg(parts.row + own.begin) * input.row_stride;
+      const Scalar* origin = input.data + __ldg(parts.row + span.begin) * input.row_stride;
       Welford<double, kWidth> piece;
       piece.start(input.template load<kWidth>(origin, column, valid));
       for (int64_t entry = begin; entry < end; ++entry) {
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kMomentBlock, 2)
         for (int c = 0; c < kWidth; ++c) value[c] = to_value(pack.scalar[c]);
         piece.add(value, 1.0 / static_cast<double>(entry - begin + 1));
       }
-      parts.write_mean(place, own.label, piece, column, input.columns);
+      parts.write_mean(place, span.label, piece, column, input.columns);
       const double total = warp_sum(piece.squares);
       __syncwarp();  // all lanes have read the old squares
       if (lane == 0) *squares = total;
@@ -150,8 +152,8 @@ __global__ void __launch_bounds__(kMomentBlock, 2)
   }
 }
 
-// Chan's merge of the moments of one column; in float64, for there is no bound to how many pieces
-// a class has, and they are a small part of what was read.
+// Moments of one column, merged by Chan's formula. They are in float64, because a class may have
+// any number of pieces. They are a small part of what was read.
 struct ColumnMoments {
   double count = 0;
   double mean = 0;
@@ -166,9 +168,10 @@ struct ColumnMoments {
   }
 };
 
-// Merges the pieces of each class that has several. A block has one class and 64 columns; several
-// threads share the pieces of a column. Items are classes or, where these are fewer, parts: then
-// for the class of the last row of the part, if it begins there.
+// Merges the pieces of each class that has several. A block has one class and 64 columns, and
+// several threads share the pieces of a column. Items are classes or, if there are fewer parts than
+// classes, parts. For a part, the block merges the class of its last row, if that class begins in
+// the part.
 template <class Number>
 __global__ void __launch_bounds__(kMomentBlock)
     moment_merge_kernel(int64_t columns, MomentParts<Number> parts, int64_t items, bool by_class) {
@@ -182,32 +185,33 @@ __global__ void __launch_bounds__(kMomentBlock)
       if (part >= parts.used()) continue;
       label = parts.key[part * parts.rows + parts.count(part) - 1];
     }
-    const ClassSpan own = parts.span(label);
-    const int64_t first = parts.part_of(own.begin), last = parts.part_of(own.end - 1);
-    if (own.begin == own.end || first == last || (!by_class && first != part)) continue;
+    const ClassSpan span = parts.span(label);
+    const int64_t first = parts.part_of(span.begin), last = parts.part_of(span.end - 1);
+    if (span.begin == span.end || first == last || (!by_class && first != part)) continue;
     const int64_t column = item % tiles * kMergeColumns + thread % kMergeColumns;
     const int64_t share = (last - first) / kMergeLanes + 1;
-    const int64_t until = min(first + (lane + 1) * share, last + 1);
+    const int64_t stop = min(first + (lane + 1) * share, last + 1);
     ColumnMoments found;
 #pragma unroll 4
-    for (int64_t i = first + lane * share; i < until; ++i) {
+    for (int64_t i = first + lane * share; i < stop; ++i) {
       if (column >= columns) break;
-      const double rows = static_cast<double>(parts.rows_of(own, i));
-      found.merge({rows, __ldg(parts.piece_mean + ~parts.piece(own, i) * columns + column), 0});
+      const double rows = static_cast<double>(parts.rows_of(span, i));
+      found.merge({rows, __ldg(parts.piece_mean + ~parts.piece(span, i) * columns + column), 0});
     }
     shared[thread] = found;
     __syncthreads();
     if (lane == 0) {
       for (int i = 1; i < kMergeLanes; ++i) found.merge(shared[thread + i * kMergeColumns]);
       if (column < columns) {
-        Number& mean = parts.mean[label * columns + column];  // so far the origin
+        Number& mean = parts.mean[label * columns + column];  // the origin so far
         mean = finite_or_nan(static_cast<Number>(mean + found.mean));
       }
-      // Each warp adds the squares that one warp, or none, found in each piece.
+      // Each warp adds, for all pieces, the squares from one warp of the kernels above, if there is
+      // one.
       const int64_t group = column / kWarp;
       if (group < parts.warps)
         for (int64_t i = first + thread % kWarp; i <= last; i += kWarp)
-          found.squares += *parts.squares_at(parts.piece(own, i), group);
+          found.squares += *parts.squares_at(parts.piece(span, i), group);
       const double total = warp_sum(found.squares);
       if (thread % kWarp == 0 && column < columns)
         parts.merged_squares[first * parts.groups + group] = total;
@@ -216,7 +220,7 @@ __global__ void __launch_bounds__(kMomentBlock)
   }
 }
 
-// A warp a class.
+// A warp has one class.
 template <class Number>
 __global__ void __launch_bounds__(kMomentBlock)
     moment_radius_kernel(MomentParts<Number> parts, Number* __restrict__ radius) {
@@ -224,17 +228,17 @@ __global__ void __launch_bounds__(kMomentBlock)
   const int64_t warps = int64_t{gridDim.x} * (kMomentBlock / kWarp);
   for (int64_t c = (int64_t{blockIdx.x} * kMomentBlock + threadIdx.x) / kWarp; c < parts.classes;
        c += warps) {
-    const ClassSpan own = parts.span(c);
-    const int64_t first = parts.part_of(own.begin);
-    const bool merged = own.begin < own.end && first != parts.part_of(own.end - 1);
+    const ClassSpan span = parts.span(c);
+    const int64_t first = parts.part_of(span.begin);
+    const bool merged = span.begin < span.end && first != parts.part_of(span.end - 1);
     const double* squares = merged ? parts.merged_squares + first * parts.groups
                                    : parts.class_squares + c * parts.warps;
-    const int64_t size = merged ? parts.groups : own.begin < own.end ? parts.warps : 0;
+    const int64_t size = merged ? parts.groups : span.begin < span.end ? parts.warps : 0;
     double sum = 0;
     for (int64_t i = lane; i < size; i += kWarp) sum += squares[i];
     sum = warp_sum(sum);
     if (lane == 0)  // 0 / 0 is NaN
-      radius[c] = static_cast<Number>(sqrt(sum / static_cast<double>(own.end - own.begin)));
+      radius[c] = static_cast<Number>(sqrt(sum / static_cast<double>(span.end - span.begin)));
   }
 }
 

@@ -1,19 +1,19 @@
-// Launchers of the class moment kernels, torch-free; the rules of margin_launch.h hold here too. The rows
-// are put in the order of their classes by the library's stable sort, between the two launchers.
+// Launchers of the class moment kernels, without torch. The rules of margin_launch.h hold here too.
+// Between the two launchers, torch's stable sort puts the rows in the order of their classes.
 #pragma once
 
 #include "margin_launch.h"
 
 namespace marginops::cuda {
 
-// Rows in the order of their classes: their keys, and which rows they are.
+// The rows in the order of their classes.
 struct ClassOrder {
-  const void* key;     // [N] sorted
-  const int64_t* row;  // [N]
+  const void* key;     // [N] classes, sorted
+  const int64_t* row;  // [N] indices of rows
 };
 
-// Bytes of a key, an unsigned integer of 1 byte or a signed one of 2 or 4: as few as can be, for a
-// radix sort takes a pass for each of them. C < 2^31.
+// The bytes of a key, which is an unsigned integer of 1 byte or a signed one of 2 or 4. They are as
+// few as possible, because a radix sort takes a pass for each byte. C < 2^31.
 int moment_key_bytes(int64_t classes);
 
 // key [N]: the class of each row, and C for ignored rows.

@@ -1,4 +1,4 @@
-// The CUDA kernels of the ops declared in marginops/ops/moments.py.
+// Bindings of the CUDA kernels for the ops in marginops/ops/moments.py.
 #include "moments_launch.h"
 
 #include <array>
@@ -8,7 +8,7 @@
 namespace marginops::cuda {
 namespace {
 
-// The sorted keys, and the place that each had.
+// The sorted keys, and the index that each key had before.
 std::tuple<Tensor, Tensor> stable_sort(const Tensor& key) {
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack{from(key), from(std::optional<bool>(true)), from(int64_t{0}),
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments_op(const Tensor& input, const T
   STD_TORCH_CHECK(num_classes >= 1, "num_classes: expected at least 1, got ", num_classes);
   STD_TORCH_CHECK(num_classes <= INT32_MAX, "num_classes: expected less than 2**31, got ",
                   num_classes);
-  // The library's sort takes no more; moments of a part of the rows each can be merged.
+  // torch's sort takes no more keys. Moments of several parts of the rows can be merged.
   STD_TORCH_CHECK(rows.rows <= INT32_MAX, "input: expected fewer than 2**31 rows at once, got ",
                   rows.rows);
   const Launch launch(input);

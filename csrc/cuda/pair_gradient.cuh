@@ -1,4 +1,4 @@
-// Gradient of the distances between rows of weight, from sorted entries (class, partner,
+// The gradient of the distances between rows of weight, from sorted entries (class, partner,
 // coefficient).
 #pragma once
 
@@ -6,13 +6,15 @@
 
 namespace marginops::cuda {
 
-constexpr int kPairBlock =
-    256;  // three on a multiprocessor: left alone ptxas aims for more, and spills
+// A multiprocessor must hold three blocks. Without this bound ptxas aims for more, and registers
+// spill.
+constexpr int kPairBlock = 256;
 
-// grad[c] = sum over the entries of class c of coefficient * (w_c - w_partner), the bias as the
-// last coordinate. A block has one class and 256 coordinates, a thread one of them. The class'
-// entries come in chunks of 256: each warp sums its entries of equal partner by a segmented scan,
-// then every thread walks over these pieces. No atomics: the order of summation is fixed.
+// grad[c] = sum over the entries of class c of coefficient * (w_c - w_partner), with the bias as
+// the last coordinate. A block has one class and 256 coordinates, and each thread has one of these.
+// The block takes the entries of its class in chunks of 256. Each warp sums its entries of equal
+// partner by a segmented scan, and then every thread adds up these pieces. There are no atomics, so
+// the order of summation is fixed.
 template <class Weight>
 __global__ void __launch_bounds__(kPairBlock, 3)
     pair_gradient_kernel(const int64_t* __restrict__ key,
@@ -33,7 +35,7 @@ __global__ void __launch_bounds__(kPairBlock, 3)
     if (thread < 2) segment[thread] = lower_bound(key, size, (index + thread) * classes);
     __syncthreads();
     const int64_t begin = segment[0], end = segment[1];
-    const Number own = active ? head.at(index, feature) : 0;
+    const Number own_coordinate = active ? head.at(index, feature) : 0;
     Number sum = 0;
     int64_t entry = begin + thread, next_key = 0;
     Number next_coefficient = 0;
@@ -47,8 +49,8 @@ __global__ void __launch_bounds__(kPairBlock, 3)
       const int64_t partner = valid ? next_key - index * classes : -1;
       MARGINOPS_DEVICE_ASSERT(partner >= -1 && partner < classes);  // keys are sorted
       Number run = next_coefficient;
-      const int64_t before = __shfl_up_sync(kAllLanes, partner, 1);
-      const unsigned heads = __ballot_sync(kAllLanes, lane == 0 || before != partner);
+      const int64_t previous = __shfl_up_sync(kAllLanes, partner, 1);
+      const unsigned heads = __ballot_sync(kAllLanes, lane == 0 || previous != partner);
       const int head_lane = 31 - __clz(static_cast<int>(heads & (kAllLanes >> (31 - lane))));
 #pragma unroll
       for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -71,12 +73,12 @@ __global__ void __launch_bounds__(kPairBlock, 3)
         piece_partner[offset] = partner;
       }
       entry += kPairBlock;
-      load_next();  // under way during the walk
+      load_next();  // under way while the pieces are added
       __syncthreads();
       if (active) {
 #pragma unroll 4
         for (int i = 0; i < pieces; ++i)
-          sum += piece_sum[i] * (own - head.at(piece_partner[i], feature));
+          sum += piece_sum[i] * (own_coordinate - head.at(piece_partner[i], feature));
       }
       __syncthreads();
     }

@@ -1,25 +1,25 @@
-// How the rows of logits are shared out among threads, and the launches that follow.
+// How threads share the rows of logits, and the launches that follow from it.
 #pragma once
 
 #include "rows.cuh"
 
 namespace marginops::cuda {
 
-// The parts of split rows take at most 1 or 2 MiB.
+// With at most so many parts, the accumulators of split rows take 1 or 2 MiB.
 constexpr int64_t kMostParts = 1 << 15;
 
 struct Plan {
-  bool tile;          // tile_kernel; the rest is for rows_kernel
-  bool whole;         // one launch
-  int read_threads;   // a row, or a part of it
+  bool tile;          // tile_kernel runs; the other fields are for rows_kernel
+  bool whole;         // one launch reads and writes
+  int read_threads;   // threads that read a row or a part of it
   int splits;         // parts of a row
-  int write_threads;  // a row, when its parts are merged
+  int write_threads;  // threads that merge the parts of a row
 
-  // How many accumulators are handed from launch to launch.
+  // The number of accumulators that one launch leaves for the next.
   int64_t parts(int64_t rows) const { return whole ? 0 : rows * splits; }
 };
 
-// whole_warps: the output needs at least a warp a row; it can use several if `nearest`.
+// whole_warps: the output needs at least one warp for each row. nearest: it can use several.
 inline Plan plan_rows(const Matrix& logits, int64_t rows, bool whole_warps, bool nearest) {
   const int64_t scalar = logits.dtype == Dtype::kFloat64   ? 8
                          : logits.dtype == Dtype::kFloat32 ? 4

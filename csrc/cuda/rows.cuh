@@ -1,6 +1,6 @@
-// Reading rows of logits: a kernel reads each row once into the accumulator of its output, and
-// hands it over. Merges have a fixed order or one that does not matter, so results are
-// deterministic.
+// Kernels that read rows of logits. They read each row once into the accumulator of an output, and
+// the output turns it into results. Accumulators are merged in a fixed order, or in one that does
+// not matter, so results are deterministic.
 #pragma once
 
 #include <type_traits>
@@ -10,21 +10,22 @@
 namespace marginops::cuda {
 
 constexpr int kRowsBlock = 256;
-// Blocks a multiprocessor must hold: ptxas left alone aims for more, and spills.
+// Blocks that a multiprocessor must hold. Without this bound ptxas aims for more, and registers
+// spill.
 template <class Scalar>
 constexpr int kRowsBlocks = sizeof(Scalar) == 8 ? 2 : 3;
 constexpr int kTileRows = 128;
 constexpr int kTileRowBytes = 128;
 
-// One row as its threads see it; `active` is false for threads beyond the last row, which go along
+// One row as its threads see it. `active` is false for threads beyond the last row, which take part
 // because warps and blocks work together.
 template <class Scalar>
 struct Row {
   const Scalar* data;
   int64_t stride;
   int32_t classes;
-  int64_t source;    // its row in logits
-  int64_t position;  // its place in the result
+  int64_t source;    // index of the row in logits
+  int64_t position;  // index of the row in the result
   bool active;
 
   __device__ __forceinline__ Value<Scalar> operator[](int32_t index) const {
@@ -39,7 +40,7 @@ struct Logits {
   int64_t row_stride;
   int64_t col_stride;
   int32_t classes;
-  IndexVector rows;  // not checked: they come from our own selections
+  IndexVector rows;  // not checked: they come from selections of this library
 
   __device__ __forceinline__ Row<Scalar> row(int64_t position) const {
     const bool active = position < rows.size;
@@ -49,7 +50,7 @@ struct Logits {
   }
 };
 
-// Adds a pack of which `index` is the first class.
+// Adds a pack, whose first class is `index`.
 template <class Accumulator, class Scalar>
 __device__ __forceinline__ void add_pack(Accumulator& found, const Pack<Scalar>& pack,
                                          int32_t index) {
@@ -59,15 +60,15 @@ __device__ __forceinline__ void add_pack(Accumulator& found, const Pack<Scalar>&
   found.add_pack(value, index);
 }
 
-// Thread `lane` of `threads` reads its share of the classes [begin, end). Columns that lie side by
-// side are read in 16-byte packs, four in flight, with single scalars before the first 16-byte
-// boundary and after the last; neighbouring lanes read neighbouring packs.
+// Thread `lane` of `threads` reads its share of the classes [begin, end). Neighbouring columns are
+// read in 16-byte packs, four in flight, and one by one before the first 16-byte boundary and after
+// the last. Neighbouring lanes read neighbouring packs.
 template <class Accumulator, class Scalar>
 __device__ __forceinline__ Accumulator read_row(const Row<Scalar>& row, unsigned begin,
                                                 unsigned end, unsigned lane, unsigned threads) {
   constexpr unsigned kSize = Pack<Scalar>::kSize;
   Accumulator found;
-  unsigned scalars = end;  // up to here one by one
+  unsigned scalars = end;  // classes below this one are read one by one
   if (row.stride == 1) {
     const auto address = reinterpret_cast<uintptr_t>(row.data + begin);
     const unsigned head = static_cast<unsigned>(-address % 16 / sizeof(Scalar));
@@ -95,8 +96,8 @@ __device__ __forceinline__ Accumulator read_row(const Row<Scalar>& row, unsigned
   return found;
 }
 
-// The accumulators of each group of `width` neighbouring lanes merged, on all of them. The whole
-// warp takes part.
+// Merges the accumulators of each group of `width` neighbouring lanes. All lanes of a group get the
+// result. The whole warp takes part.
 template <class Accumulator>
 __device__ __forceinline__ Accumulator merge_lanes(Accumulator found, int width) {
   for (int distance = width / 2; distance > 0; distance /= 2) found.merge(found.exchange(distance));
@@ -106,17 +107,19 @@ __device__ __forceinline__ Accumulator merge_lanes(Accumulator found, int width)
   return found;
 }
 
-// What comes out of a row is an output: it has the type of the Accumulator; label() is called
-// before the row is read, so that the load is under way meanwhile; write() is called by all threads
-// of the block, with the same settled accumulator on the `threads` threads of a row, of which this
-// one is `lane`; with kWholeWarps these are at least a warp.
+// An output turns the accumulator of a row into results. It names the type of the Accumulator.
+// label() is called before the row is read, so that the label is loaded meanwhile. write() is
+// called by all threads of the block. The `threads` threads of a row, of which this one is `lane`,
+// pass the same settled accumulator. With kWholeWarps a row has at least a warp of threads.
 
-// How rows_kernel works on a row: all in one go; or many blocks a row, each leaving its part in
-// `partial` [N, splits], and then a launch that merges them.
+// What a launch of rows_kernel does. kWhole reads rows and writes results. kPart reads parts of
+// rows, with many blocks for each row, and writes the accumulators of the parts to `partial` [N,
+// splits]. kMerge merges these and writes results.
 enum class Phase { kWhole, kPart, kMerge };
 
-// 256 / threads rows a block, `threads` a power of two. A row is read as read_row() says, merged
-// by shuffles, and across warps through shared memory.
+// A block has 256 / threads rows, and `threads` is a power of two. Each thread reads its share of a
+// row by read_row(). Shuffles merge the accumulators of a warp, and shared memory those of several
+// warps.
 template <class Scalar, class Output>
 __global__ void __launch_bounds__(kRowsBlock, kRowsBlocks<Scalar>)
     rows_kernel(Logits<Scalar> logits, int threads, int splits, Phase phase,
@@ -141,7 +144,7 @@ __global__ void __launch_bounds__(kRowsBlock, kRowsBlocks<Scalar>)
     }
     found = merge_lanes(found, min(threads, kWarp));
     if (threads > kWarp) {
-      __syncthreads();  // the row before is read
+      __syncthreads();  // the previous row has been merged
       if (lane % kWarp == 0) by_warp[threadIdx.x / kWarp] = found;
       __syncthreads();
       const int warps = threads / kWarp;
@@ -156,20 +159,21 @@ __global__ void __launch_bounds__(kRowsBlock, kRowsBlocks<Scalar>)
   }
 }
 
-// What a lane reads from shared memory at once: a bank, or two for float64.
+// What a lane reads from shared memory at once: one bank, or two for float64.
 template <class Scalar>
 using BankUnit = std::conditional_t<sizeof(Scalar) == 8, uint2, unsigned>;
 
-// Where a tile keeps the scalars of its rows. Rows of a multiple of 16 bytes are a unit apart, as
-// side by side they would share few banks. Others lie as in memory, so that their packs are just
-// copied: a warp that reads a column asks a bank for two words at most.
+// Where a tile keeps the scalars of its rows. Rows whose size is a multiple of 16 bytes are padded
+// by a unit, because without it they would share few banks. Other rows lie as in memory, so that
+// their packs are copied as they are; a warp that reads a column then asks a bank for two words at
+// most.
 template <class Scalar>
 struct TileLayout {
   using Unit = BankUnit<Scalar>;
   static constexpr int kUnits = 16 / sizeof(Unit);
 
   unsigned padding;     // scalars after a row
-  unsigned reciprocal;  // above 2^24 / classes by at most 1: exact for the scalars of a tile
+  unsigned reciprocal;  // floor(2^24 / classes) + 1: row() is exact in a tile
 
   explicit TileLayout(unsigned classes)
       : padding(classes * sizeof(Scalar) % 16 == 0 ? sizeof(Unit) / sizeof(Scalar) : 0),
@@ -178,7 +182,7 @@ struct TileLayout {
   __device__ __forceinline__ int row(int i) const { return static_cast<int>(i * reciprocal >> 24); }
   __device__ __forceinline__ int place(int i) const { return i + row(i) * padding; }
 
-  // `aligned` is where pack 0 goes: with padding, the first row.
+  // `aligned` is the place of pack 0. With padding it is the start of the first row.
   __device__ __forceinline__ void store(Scalar* aligned, int p, const uint4& pack) const {
     if (padding == 0) {
       reinterpret_cast<uint4*>(aligned)[p] = pack;
@@ -192,9 +196,10 @@ struct TileLayout {
   }
 };
 
-// Short rows: a block brings 128 of them into shared memory, and each thread then has a row. Rows
-// side by side are read in packs from the first 16-byte boundary on, others scalar by scalar. There
-// is a block for every tile, however many: more than a grid may have would not fit in memory.
+// For short rows: a block copies 128 of them into shared memory, and then each thread has a row.
+// Contiguous rows are read in packs from the first 16-byte boundary on, other rows scalar by
+// scalar. Every tile has its own block: more tiles than a grid may have blocks would not fit in
+// memory.
 template <class Scalar, class Output>
 __global__ void __launch_bounds__(kTileRows)
     tile_kernel(Logits<Scalar> logits, TileLayout<Scalar> layout, Output output) {
@@ -203,8 +208,8 @@ __global__ void __launch_bounds__(kTileRows)
   __shared__ __align__(16) unsigned char storage[kTileRows * kRowBytes];
   const int thread = threadIdx.x, classes = logits.classes;
   const int64_t first = int64_t{blockIdx.x} * kTileRows;
-  const Row<Scalar> own = logits.row(first + thread);
-  const int64_t label = output.label(own);
+  const Row<Scalar> origin = logits.row(first + thread);
+  const int64_t label = output.label(origin);
 
   const int offset = reinterpret_cast<uintptr_t>(logits.data) % 16 / sizeof(Scalar);
   const bool packed = logits.rows.data == nullptr && logits.col_stride == 1 &&
@@ -225,13 +230,17 @@ __global__ void __launch_bounds__(kTileRows)
   }
   for (int j = thread; j < count - packs * kSize; j += kTileRows) {
     const int i = j < head ? j : j + packs * kSize, row = layout.row(i);
-    const Row<Scalar> from = logits.row(first + row);
-    tile[layout.place(i)] = __ldg(from.data + (i - row * classes) * from.stride);
+    const Row<Scalar> source_row = logits.row(first + row);
+    tile[layout.place(i)] = __ldg(source_row.data + (i - row * classes) * source_row.stride);
   }
   __syncthreads();
 
-  const Row<Scalar> staged{
-      tile + layout.place(thread * classes), 1, classes, own.source, own.position, own.active};
+  const Row<Scalar> staged{tile + layout.place(thread * classes),
+                           1,
+                           classes,
+                           origin.source,
+                           origin.position,
+                           origin.active};
   typename Output::Accumulator found;
   if (staged.active) found.add_row(staged);
   found.settle();

@@ -1,7 +1,8 @@
-// The k smallest scores by radix select on the keys of common/order.h: from the top digit down, a
-// histogram says which digit holds the k-th smallest key, until the scores up to some prefix of a
-// key are exactly the k smallest, or only equal keys are left and the lowest indices decide. Counts
-// are integers and the order of the result is settled in the end, so atomics do not show.
+// Selects the k smallest scores by radix select on the keys of common/order.h. From the top digit
+// down, a histogram tells which digit the k-th smallest key has. The search ends when exactly k
+// scores have keys up to some prefix, or when only equal keys are left, of which the lowest indices
+// are chosen. The atomics count integers, and the result is ordered at the end, so results are
+// deterministic.
 #pragma once
 
 #include "common/order.h"
@@ -12,14 +13,14 @@ namespace marginops::cuda {
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
 constexpr int kSelectBlock = 1024;
-constexpr int kSortedMost = 2048;           // k of one block
-constexpr int64_t kOneBlockMost = 1 << 17;  // n of one block
-constexpr int kStreamBlock = 256;           // of the kernels of many blocks
+constexpr int kSortedMost = 2048;           // largest k of one block
+constexpr int64_t kOneBlockMost = 1 << 17;  // largest n of one block
+constexpr int kStreamBlock = 256;           // for the kernels of many blocks
 
 template <class Scalar>
 using Key = typename SortKey<Value<Scalar>>::type;
 
-// How many digits the keys have.
+// The number of digits of a key.
 template <class Number>
 constexpr int kKeyLevels = (8 * sizeof(Number) + kDigitBits - 1) / kDigitBits;
 
@@ -33,7 +34,8 @@ struct ScoresView {
     return sort_key(to_value(__ldg(data + index * stride)));
   }
 
-  // Calls visit(index, key) for begin, begin + step, ..., below end, four loads in flight.
+  // Calls visit(index, key) for the indices begin, begin + step, ... below end, with four loads in
+  // flight.
   template <class Visit>
   __device__ __forceinline__ void for_each(int64_t begin, int64_t end, int64_t step,
                                            Visit visit) const {
@@ -49,9 +51,9 @@ struct ScoresView {
   }
 };
 
-// Where the search stands: `wanted` more are to come from among the numbers that start with
-// `prefix` above bit `shift`; all numbers below the prefix are chosen. Once `closed`, all that
-// start with it are chosen too.
+// The state of the search. It compares the bits from `shift` upwards of a number with `prefix`. All
+// numbers below the prefix are chosen, and `wanted` more are chosen among those that are equal to
+// it. Once `closed`, all of these are chosen.
 template <class Number>
 struct Search {
   Number prefix;
@@ -72,14 +74,15 @@ struct Search {
     return static_cast<unsigned>(number >> next_shift()) & ((1u << (shift - next_shift())) - 1);
   }
   __device__ __forceinline__ bool ended() const { return closed || shift == 0; }
-  // Of the open numbers, `before` have a smaller digit and `same` this one.
-  __device__ __forceinline__ Search descend(unsigned digit, int64_t before, int64_t same) const {
+  // Appends a digit to the prefix. Of the numbers with the old prefix, `smaller` have a smaller
+  // digit and `same` have this one.
+  __device__ __forceinline__ Search descend(unsigned digit, int64_t smaller, int64_t same) const {
     const int next = next_shift();
-    return {(prefix << (shift - next)) | digit, next, wanted - before, same == wanted - before};
+    return {(prefix << (shift - next)) | digit, next, wanted - smaller, same == wanted - smaller};
   }
 };
 
-// Exclusive sum over the block of one count a thread. All threads take part.
+// The exclusive sum over the block of one count from each thread. All threads take part.
 template <int kBlock>
 __device__ __forceinline__ int64_t block_offset(int64_t count) {
   __shared__ int64_t warp_total[kBlock / kWarp];
@@ -87,8 +90,8 @@ __device__ __forceinline__ int64_t block_offset(int64_t count) {
   int64_t sum = count;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int64_t below = __shfl_up_sync(kAllLanes, sum, distance);
-    if (lane >= distance) sum += below;
+    const int64_t lower = __shfl_up_sync(kAllLanes, sum, distance);
+    if (lane >= distance) sum += lower;
   }
   if (lane == kWarp - 1) warp_total[warp] = sum;
   __syncthreads();
@@ -98,7 +101,8 @@ __device__ __forceinline__ int64_t block_offset(int64_t count) {
   return offset;
 }
 
-// Finds the digit in which the search goes on. The whole block takes part; `next` is shared.
+// Finds the digit with which the search continues. The whole block takes part, and `next` lies in
+// shared memory.
 template <int kBlock, class Count, class Number>
 __device__ __forceinline__ void find_digit(const Count* histogram, const Search<Number>& search,
                                            Search<Number>* next) {
@@ -110,13 +114,13 @@ __device__ __forceinline__ void find_digit(const Count* histogram, const Search<
     count[i] = histogram[threadIdx.x * kEach + i];
     total += count[i];
   }
-  int64_t before = block_offset<kBlock>(total);
+  int64_t smaller = block_offset<kBlock>(total);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int64_t same = count[i];
-    if (before < search.wanted && search.wanted <= before + same)
-      *next = search.descend(threadIdx.x * kEach + i, before, same);
-    before += same;
+    if (smaller < search.wanted && search.wanted <= smaller + same)
+      *next = search.descend(threadIdx.x * kEach + i, smaller, same);
+    smaller += same;
   }
   __syncthreads();
 }

@@ -1,4 +1,4 @@
-// The CUDA kernels of the ops declared in marginops/ops/select.py.
+// Bindings of the CUDA kernels for the ops in marginops/ops/select.py.
 #include <array>
 
 #include "binding.h"
@@ -25,7 +25,8 @@ Tensor stable_argsort(const Tensor& key) {
                                     from(false)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  const Tensor sorted = torch::stable::detail::to<Tensor>(stack[0]);  // takes it over, to free it
+  const Tensor sorted =
+      torch::stable::detail::to<Tensor>(stack[0]);  // owns the values, to free them
   return torch::stable::detail::to<Tensor>(stack[1]);
 }
 
@@ -34,7 +35,8 @@ std::tuple<Tensor, Tensor> empty_selection(const Tensor& like, ScalarType dtype)
           torch::stable::new_empty(like, {0}, ScalarType::Long)};
 }
 
-// Few of few in one launch of our own; else our kernels choose and the library's sort orders.
+// A small k of few scores takes one launch. Otherwise the kernels choose the scores, and torch's
+// sort orders them.
 std::tuple<Tensor, Tensor> select_smallest_op(const Tensor& scores, int64_t k) {
   const Vector all = vector(scores, "scores", scores);
   check_k(k, all.size);

@@ -1,14 +1,15 @@
-// Selection in one block: histograms in shared memory; the chosen are collected there in any order,
-// sorted by key and index, and written. Scores are read once a digit, neighbouring threads reading
-// neighbouring scores, from the caches after the first time.
+// Selection in one block. Its histograms lie in shared memory. The chosen scores are collected
+// there in any order, sorted by key and index, and written. Each digit needs a reading of all
+// scores, which come from the caches after the first time. Neighbouring threads read neighbouring
+// scores.
 #pragma once
 
 #include "select.cuh"
 
 namespace marginops::cuda {
 
-// One step of the search by the whole block: number_at(index, key) is the number searched, with
-// is_open() false where the key alone has decided.
+// One step of the search, by the whole block. number_at(index, key) is the number whose digits are
+// counted. is_open(key) is false where the key alone has decided.
 template <class Scalar, class Number, class IsOpen, class NumberAt>
 __device__ __forceinline__ Search<Number> narrow(const ScoresView<Scalar>& scores,
                                                  const Search<Number>& search, unsigned* histogram,
@@ -28,8 +29,8 @@ __device__ __forceinline__ Search<Number> narrow(const ScoresView<Scalar>& score
   return result;
 }
 
-// Sorts `size` (a power of two) entries by key and index. Up to distance 32 the two halves of all
-// exchanges of a warp stay within it.
+// Sorts `size` entries by key and index; `size` is a power of two. Up to distance 32, each warp
+// exchanges entries that no other warp touches, and a barrier of the warp is enough.
 template <class Number>
 __device__ __forceinline__ void bitonic_sort(Number* key, int* index, int size) {
   for (int length = 2; length <= size; length *= 2) {
@@ -56,8 +57,6 @@ __device__ __forceinline__ void bitonic_sort(Number* key, int* index, int size) 
   __syncthreads();
 }
 
-// Everything in one block: histograms in shared memory, the chosen are collected there in any
-// order, sorted, and written. Scores are read once a digit, from the caches after the first time.
 template <class Scalar>
 __global__ void __launch_bounds__(kSelectBlock)
     select_sorted_kernel(ScoresView<Scalar> scores, int k, Scalar* values, int64_t* indices) {
@@ -72,7 +71,7 @@ __global__ void __launch_bounds__(kSelectBlock)
     search = narrow(
         scores, search, histogram, [](Number) { return true; },
         [](int64_t, Number key) { return key; });
-  // What is wanted of the scores with an equal key: those of the lowest indices.
+  // Of the scores with an equal key, those with the lowest indices are chosen.
   auto ties = Search<unsigned>::start(32 - __clz(static_cast<int>(scores.size)), search.wanted);
   while (!search.closed && !ties.ended())
     ties = narrow(

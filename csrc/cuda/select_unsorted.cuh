@@ -1,14 +1,15 @@
-// Selection by many blocks: one launch a digit for the histograms, one to count the chosen of every
-// warp's range, one to write them in the order of their index. Neighbouring lanes read neighbouring
-// scores, four loads in flight. What a launch finds is read by the next, so no block waits.
+// Selection by many blocks. One launch for each digit computes a histogram, one launch counts the
+// chosen scores in the range of every warp, and one writes them in the order of their indices.
+// Neighbouring lanes read neighbouring scores, with four loads in flight. A launch reads what the
+// previous one found, so no block waits.
 #pragma once
 
 #include "select.cuh"
 
 namespace marginops::cuda {
 
-// What the launches hand on. search[l] is the state before level l; every block of a launch finds
-// it from the level before, and the first one writes it down for the next launch.
+// What the launches pass on. search[l] is the state before level l. Every block of a launch
+// computes it from the previous level, and the first block writes it for the next launch.
 template <class Number>
 struct SelectState {
   unsigned long long histogram[kKeyLevels<Number>][kDigits];
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kStreamBlock)
       atomicAdd(state->histogram[level] + i, static_cast<unsigned long long>(histogram[i]));
 }
 
-// Each warp has a range of the scores, the same in both kernels below.
+// The range of scores that a warp has, the same in both kernels below.
 struct WarpRange {
   int64_t warp, begin, end;
 
@@ -73,9 +74,9 @@ struct WarpRange {
   }
 };
 
-// counts[warp]: how many scores of its range are below the threshold, and how many at it.
+// How many scores in the range of a warp are below the threshold, and how many are equal to it.
 struct WarpCount {
-  int64_t below, at;
+  int64_t smaller, equal;
 };
 
 template <class Scalar>
@@ -84,23 +85,23 @@ __global__ void __launch_bounds__(kStreamBlock)
                         WarpCount* counts) {
   const Search<Key<Scalar>> search = reach_level(state, kKeyLevels<Key<Scalar>>);
   const WarpRange range(scores.size);
-  int64_t below = 0, at = 0;
+  int64_t smaller = 0, equal = 0;
   scores.for_each(range.begin + threadIdx.x % kWarp, range.end, kWarp,
                   [&](int64_t, Key<Scalar> key) {
                     const Key<Scalar> head = search.head(key);
-                    below += head < search.prefix;
-                    at += head == search.prefix;
+                    smaller += head < search.prefix;
+                    equal += head == search.prefix;
                   });
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    below += __shfl_xor_sync(kAllLanes, below, distance);
-    at += __shfl_xor_sync(kAllLanes, at, distance);
+    smaller += __shfl_xor_sync(kAllLanes, smaller, distance);
+    equal += __shfl_xor_sync(kAllLanes, equal, distance);
   }
-  if (threadIdx.x % kWarp == 0) counts[range.warp] = {below, at};
+  if (threadIdx.x % kWarp == 0) counts[range.warp] = {smaller, equal};
 }
 
-// Writes the chosen in the order of their index: a warp's place follows from the counts of the
-// warps before it, a lane's from the votes of its warp.
+// Writes the chosen scores in the order of their indices. A warp finds its place from the counts of
+// the warps before it, and a lane from the votes of its warp.
 template <class Scalar>
 __global__ void __launch_bounds__(kStreamBlock)
     select_write_kernel(ScoresView<Scalar> scores, const SelectState<Key<Scalar>>* state,
@@ -109,37 +110,37 @@ __global__ void __launch_bounds__(kStreamBlock)
   using Number = Key<Scalar>;
   constexpr int kWarps = kStreamBlock / kWarp;
   constexpr Number kSign = Number{1} << (8 * sizeof(Number) - 1);
-  __shared__ int64_t below_before[kWarps], at_before[kWarps];
+  __shared__ int64_t smaller_before[kWarps], equal_before[kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int64_t below = 0, at = 0;
+  int64_t smaller = 0, equal = 0;
   for (int64_t i = threadIdx.x; i < int64_t{blockIdx.x} * kWarps; i += kStreamBlock) {
-    below += counts[i].below;
-    at += counts[i].at;
+    smaller += counts[i].smaller;
+    equal += counts[i].equal;
   }
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    below += __shfl_xor_sync(kAllLanes, below, distance);
-    at += __shfl_xor_sync(kAllLanes, at, distance);
+    smaller += __shfl_xor_sync(kAllLanes, smaller, distance);
+    equal += __shfl_xor_sync(kAllLanes, equal, distance);
   }
   if (lane == 0) {
-    below_before[warp] = below;
-    at_before[warp] = at;
+    smaller_before[warp] = smaller;
+    equal_before[warp] = equal;
   }
   __syncthreads();
   const WarpRange range(scores.size);
-  below = at = 0;
+  smaller = equal = 0;
   for (int i = 0; i < kWarps; ++i) {
-    below += below_before[i];
-    at += at_before[i];
+    smaller += smaller_before[i];
+    equal += equal_before[i];
   }
   for (int i = 1; i <= warp; ++i) {
-    below += counts[range.warp - i].below;
-    at += counts[range.warp - i].at;
+    smaller += counts[range.warp - i].smaller;
+    equal += counts[range.warp - i].equal;
   }
 
   const Search<Number> search = state->search[kKeyLevels<Number>];
-  const WarpCount own = counts[range.warp];
-  if (own.below == 0 && (own.at == 0 || at >= search.wanted)) return;
+  const WarpCount warp_count = counts[range.warp];
+  if (warp_count.smaller == 0 && (warp_count.equal == 0 || equal >= search.wanted)) return;
   constexpr int kBatch = 4;  // loads in flight
   for (int64_t base = range.begin; base < range.end; base += kBatch * kWarp) {
     Number key[kBatch];
@@ -152,20 +153,21 @@ __global__ void __launch_bounds__(kStreamBlock)
     for (int j = 0; j < kBatch; ++j) {
       const int64_t i = base + j * kWarp + lane;
       const Number head = search.head(key[j]);
-      const bool is_below = i < range.end && head < search.prefix;
-      const bool is_at = i < range.end && head == search.prefix;
-      const unsigned below_votes = __ballot_sync(kAllLanes, is_below);
-      const unsigned at_votes = __ballot_sync(kAllLanes, is_at);
-      if ((below_votes | at_votes) == 0) continue;
+      const bool is_smaller = i < range.end && head < search.prefix;
+      const bool is_equal = i < range.end && head == search.prefix;
+      const unsigned smaller_votes = __ballot_sync(kAllLanes, is_smaller);
+      const unsigned equal_votes = __ballot_sync(kAllLanes, is_equal);
+      if ((smaller_votes | equal_votes) == 0) continue;
       const unsigned earlier = (1u << lane) - 1;
-      const int64_t at_rank = at + __popc(at_votes & earlier);
-      if (is_below || (is_at && at_rank < search.wanted)) {
-        const int64_t place = below + __popc(below_votes & earlier) + min(at_rank, search.wanted);
+      const int64_t equal_rank = equal + __popc(equal_votes & earlier);
+      if (is_smaller || (is_equal && equal_rank < search.wanted)) {
+        const int64_t place =
+            smaller + __popc(smaller_votes & earlier) + min(equal_rank, search.wanted);
         keys[place] = static_cast<std::make_signed_t<Number>>(key[j] ^ kSign);
         indices[place] = i;
       }
-      below += __popc(below_votes);
-      at += __popc(at_votes);
+      smaller += __popc(smaller_votes);
+      equal += __popc(equal_votes);
     }
   }
 }

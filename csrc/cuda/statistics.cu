@@ -25,7 +25,7 @@ cudaError_t write_statistics(const Matrix& logits, const Output& output, void* w
 }
 
 template <class Scalar, bool kDense>
-cudaError_t write_gradient(const Logits<Scalar>& logits, const GradientView<Value<Scalar>>& from,
+cudaError_t write_gradient(const Logits<Scalar>& logits, const GradientView<Value<Scalar>>& inputs,
                            Scalar* grad_logits, cudaStream_t stream) {
   const int64_t rows = logits.rows.size, classes = logits.classes;
   const int64_t packs = classes / Pack<Scalar>::kSize + 1;
@@ -33,12 +33,12 @@ cudaError_t write_gradient(const Logits<Scalar>& logits, const GradientView<Valu
   int threads = 1;
   while (threads < kGradientBlock && (threads * 4 < packs || (threads < 8 && threads < classes)))
     threads *= 2;
-  unsigned parts = 1;  // of a row, where there are few
+  unsigned parts = 1;  // parts of a row, several where rows are few
   while (parts < 1024 && rows * threads * parts * 2 <= enough_threads &&
          int64_t{threads} * parts * 4 < packs)
     parts *= 2;
   const dim3 grid(blocks_for(rows, kGradientBlock / threads), parts);
-  return launch(gradient_kernel<Scalar, kDense>, grid, kGradientBlock, stream, logits, from,
+  return launch(gradient_kernel<Scalar, kDense>, grid, kGradientBlock, stream, logits, inputs,
                 threads, grad_logits);
 }
 
@@ -92,23 +92,23 @@ cudaError_t sample_statistics_gradient(const Matrix& logits, const Target& targe
   return with_scalar(logits.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
     using Number = Value<Scalar>;
-    const GradientView<Number> from{target,
-                                    Normalizer<Number>(log_norm),
-                                    {gradient.rival.data, gradient.rival.stride},
-                                    column<Number>(gradient.confidence),
-                                    column<Number>(gradient.entropy),
-                                    column<Number>(gradient.maximum),
-                                    column<Number>(gradient.log_sum),
-                                    column<Number>(gradient.grad_margin),
-                                    column<Number>(gradient.grad_loss),
-                                    column<Number>(gradient.grad_confidence),
-                                    column<Number>(gradient.grad_entropy)};
+    const GradientView<Number> inputs{target,
+                                      Normalizer<Number>(log_norm),
+                                      {gradient.rival.data, gradient.rival.stride},
+                                      column<Number>(gradient.confidence),
+                                      column<Number>(gradient.entropy),
+                                      column<Number>(gradient.maximum),
+                                      column<Number>(gradient.log_sum),
+                                      column<Number>(gradient.grad_margin),
+                                      column<Number>(gradient.grad_loss),
+                                      column<Number>(gradient.grad_confidence),
+                                      column<Number>(gradient.grad_entropy)};
     const Logits<Scalar> rows = view<Scalar>(logits, {nullptr, logits.rows, 0});
     const auto out = static_cast<Scalar*>(grad_logits);
     const bool dense = gradient.grad_loss != nullptr || gradient.grad_confidence != nullptr ||
                        gradient.grad_entropy != nullptr;
-    return dense ? write_gradient<Scalar, true>(rows, from, out, stream)
-                 : write_gradient<Scalar, false>(rows, from, out, stream);
+    return dense ? write_gradient<Scalar, true>(rows, inputs, out, stream)
+                 : write_gradient<Scalar, false>(rows, inputs, out, stream);
   });
 }
 

@@ -1,13 +1,14 @@
-// Statistics of each sample's softmax, from one reading of its row of logits.
+// Statistics of each sample's softmax, from one reading of its row of logits: the accumulator and
+// the outputs.
 #pragma once
 
+#include "classification_margin.cuh"
 #include "common/statistics_math.h"
-#include "margin.cuh"
 #include "statistics_launch.h"
 
 namespace marginops::cuda {
 
-// The two largest logits and the sums of the exponentials of all but the first.
+// The two largest logits, and the sums of the exponentials of all classes but the first.
 template <class Number>
 struct StatisticsAccumulator : TopAccumulator<Number> {
   using Top = TopAccumulator<Number>;
@@ -18,7 +19,7 @@ struct StatisticsAccumulator : TopAccumulator<Number> {
     sums.add(value);
   }
 
-  // The maximum is raised at most once a pack.
+  // Raises the maximum at most once for a pack.
   template <int kSize>
   __device__ __forceinline__ void add_pack(Number (&value)[kSize], int32_t index) {
     if (Top::matters(value)) {
@@ -41,13 +42,13 @@ struct StatisticsAccumulator : TopAccumulator<Number> {
       if (c != this->first) add_below(row[c]);
   }
 
-  // The sums of whichever has the first class come first, so that the lanes that exchange theirs
-  // add in the same order.
+  // The sums of the side that has the first class come first. So two lanes that exchange their sums
+  // add them in the same order.
   __device__ __forceinline__ void merge(StatisticsAccumulator other) {
-    if (Top::before(other.first_value, other.first, this->first_value, this->first)) {
-      const ExponentialSums<Number> own = sums;
+    if (Top::precedes(other.first_value, other.first, this->first_value, this->first)) {
+      const ExponentialSums<Number> own_sums = sums;
       sums = other.sums;
-      other.sums = own;
+      other.sums = own_sums;
     }
     sums.merge(other.sums);
     Top::merge(other);
@@ -64,8 +65,8 @@ struct StatisticsAccumulator : TopAccumulator<Number> {
   }
 
  private:
-  // ExponentialSums::add() of a value that is not above the maximum. A step of -inf or NaN, from
-  // -inf among others, becomes one that adds 0.
+  // ExponentialSums::add() for a value that is not above the maximum. A step of -inf or NaN, for
+  // example from a value of -inf, is replaced by one that adds 0.
   __device__ __forceinline__ void add_below(Number value) {
     constexpr Number kLowest = std::numeric_limits<Number>::lowest();
     Number step = value - sums.maximum;
@@ -87,7 +88,7 @@ struct Column {
   }
 };
 
-// All statistics of a sample; the margin and the rival as they are without the others.
+// All statistics of a sample. Its TargetOutput writes the margin and the rival.
 template <class Number>
 struct StatisticsOutput {
   using Accumulator = StatisticsAccumulator<Number>;
@@ -110,10 +111,10 @@ struct StatisticsOutput {
     if (!row.active || lane != 0) return;
     const int64_t n = row.position;
     const bool ignored = label == margins.target.ignore_index, valid = row.has(label);
-    const Number own = valid ? row[static_cast<int32_t>(label)] : 0;
+    const Number label_logit = valid ? row[static_cast<int32_t>(label)] : 0;
     const SoftmaxStatistics<Number> result =
         ignored ? ignored_statistics<Number>()
-                : softmax_statistics(found.sums, own, found.nan || !valid);
+                : softmax_statistics(found.sums, label_logit, found.nan || !valid);
     loss[n] = result.loss;
     confidence[n] = result.confidence;
     entropy[n] = result.entropy;
@@ -136,8 +137,8 @@ __device__ __forceinline__ ExponentialSums<Number> sums_of(const TopAccumulator<
   return {};
 }
 
-// What one shard of the classes adds to the statistics of a sample: by a TopAccumulator without
-// the sums, which are 0 then.
+// What one shard of the classes adds to the statistics of a sample. With a TopAccumulator the sums
+// are 0.
 template <class Number, class Found>
 struct ShardOutput {
   using Accumulator = Found;

@@ -1,4 +1,4 @@
-// The gradient of the statistics for the logits: one reading and one writing of each row.
+// The gradient of the statistics for the logits. Each row is read once and written once.
 #pragma once
 
 #include "statistics.cuh"
@@ -7,7 +7,7 @@ namespace marginops::cuda {
 
 constexpr int kGradientBlock = 256;
 
-// What the gradient needs, [N] each; grad_* without data are 0.
+// The inputs of the gradient, each [N]. A grad_* without data is 0.
 template <class Number>
 struct GradientView {
   Target target;
@@ -21,37 +21,39 @@ struct GradientView {
   }
 };
 
-// One row of the gradient. The thread that writes the classes around the label or the rival also
-// writes these, afterwards. Those outside [0, C) belong to another shard of the logits.
+// One row of the gradient. The thread that writes the classes around the label or the rival writes
+// the entry of that class again, afterwards. A label or rival outside [0, C) belongs to another
+// shard of the logits.
 template <class Scalar, bool kDense>
 struct RowGradient {
   using Number = Value<Scalar>;
   Row<Scalar> row;
   bool ignored;
   int32_t label, rival;
-  Number margin;  // what the label gets from the margin, and the rival loses
+  Number margin;  // gradient of the margin, added for the label and subtracted for the rival
   SoftmaxGradient<Number> softmax;
 
-  __device__ __forceinline__ RowGradient(const GradientView<Number>& from, const Row<Scalar>& row)
+  __device__ __forceinline__ RowGradient(const GradientView<Number>& inputs, const Row<Scalar>& row)
       : row(row) {
     const int64_t n = row.position;
-    const int64_t wanted = __ldg(from.target.index.data + n * from.target.index.stride);
-    ignored = wanted == from.target.ignore_index;
+    const int64_t wanted = __ldg(inputs.target.index.data + n * inputs.target.index.stride);
+    ignored = wanted == inputs.target.ignore_index;
     label = ignored || !row.has(wanted) ? -1 : static_cast<int32_t>(wanted);
-    const int64_t other = from.rival[n];
+    const int64_t other = inputs.rival[n];
     rival = ignored || !row.has(other) ? -1 : static_cast<int32_t>(other);
-    margin = from.normalized(from.optional(from.grad_margin, n));
+    margin = inputs.normalized(inputs.optional(inputs.grad_margin, n));
     if constexpr (kDense)
-      softmax = {from.maximum[n],
-                 from.log_sum[n],
-                 from.confidence[n],
-                 from.entropy[n],
-                 from.optional(from.grad_loss, n),
-                 from.optional(from.grad_confidence, n),
-                 from.optional(from.grad_entropy, n)};
+      softmax = {inputs.maximum[n],
+                 inputs.log_sum[n],
+                 inputs.confidence[n],
+                 inputs.entropy[n],
+                 inputs.optional(inputs.grad_loss, n),
+                 inputs.optional(inputs.grad_confidence, n),
+                 inputs.optional(inputs.grad_entropy, n)};
   }
 
-  // The gradient of `count` classes from `index` on is written; these have a margin among them.
+  // Writes the entries of the label and the rival if they are among the `count` classes from
+  // `index` on, whose dense part has been written.
   __device__ __forceinline__ void write_sparse(Scalar* out, unsigned index, unsigned count) const {
     if (static_cast<unsigned>(label) - index < count) {
       Number value = margin;
@@ -90,11 +92,11 @@ struct RowGradient {
   }
 };
 
-// `threads` threads a row, a power of two, times gridDim.y. Packs of 16 bytes where the rows read
-// and written have the same place between 16-byte boundaries.
+// A row has `threads` threads, a power of two, in each of gridDim.y blocks. It is read and written
+// in 16-byte packs if the rows read and written lie equally between 16-byte boundaries.
 template <class Scalar, bool kDense>
 __global__ void __launch_bounds__(kGradientBlock, kRowsBlocks<Scalar>)
-    gradient_kernel(Logits<Scalar> logits, GradientView<Value<Scalar>> from, int threads,
+    gradient_kernel(Logits<Scalar> logits, GradientView<Value<Scalar>> inputs, int threads,
                     Scalar* grad_logits) {
   constexpr unsigned kSize = Pack<Scalar>::kSize;
   const int rows_per_block = kGradientBlock / threads;
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(kGradientBlock, kRowsBlocks<Scalar>)
        first += int64_t{gridDim.x} * rows_per_block) {
     const Row<Scalar> row = logits.row(first + static_cast<int>(threadIdx.x) / threads);
     if (!row.active) return;
-    const RowGradient<Scalar, kDense> gradient(from, row);
+    const RowGradient<Scalar, kDense> gradient(inputs, row);
     Scalar* out = grad_logits + row.position * logits.classes;
     const auto address = reinterpret_cast<uintptr_t>(out);
     const bool packed =

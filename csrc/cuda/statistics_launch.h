@@ -1,11 +1,11 @@
-// Launchers of the statistics kernels, torch-free; the rules of margin_launch.h hold here too.
+// Launchers of the statistics kernels, without torch. The rules of margin_launch.h hold here too.
 #pragma once
 
 #include "margin_launch.h"
 
 namespace marginops::cuda {
 
-// [N] each, of the result type but for rival and correct.
+// Each field is [N]. All but rival and correct have the result type.
 struct StatisticsResult {
   void* margin;
   int64_t* rival;
@@ -14,12 +14,12 @@ struct StatisticsResult {
   void* entropy;
   bool* correct;
   void* el2n;
-  void* gradient_norm;  // or null: then there is no input_norm
+  void* gradient_norm;  // null without input_norm
   void* maximum;
   void* log_sum;
 };
 
-// Of sample_statistics() and of row_sums().
+// The workspace of sample_statistics() and of row_sums().
 size_t statistics_workspace_bytes(const Matrix& logits);
 
 // input_norm [N] of the result type, or null.
@@ -27,20 +27,22 @@ cudaError_t sample_statistics(const Matrix& logits, const Target& target, const 
                               const LogNorm& log_norm, const StatisticsResult& result,
                               void* workspace, cudaStream_t stream);
 
-// values [N, 6] of the result type: the two largest logits, the label's, and the sums of
-// ExponentialSums, or 0; classes [N, 2]. Here C may be 1, and a target outside [0, C) is none.
+// values [N, 6] of the result type: the two largest logits, the logit of the label, and the three
+// sums of ExponentialSums, which are 0 without `with_sums`. classes [N, 2]: the classes of the two
+// largest logits. C may be 1. For a target outside [0, C) the logit of the label is 0.
 cudaError_t row_sums(const Matrix& logits, const IndexVector& target, bool with_sums, void* values,
                      int64_t* classes, void* workspace, cudaStream_t stream);
 
-// What the gradient needs of the results, and the gradients of the results; [N] of the result type.
+// The results that the gradient needs, and the gradients of the results. Each is [N], and all but
+// rival have the result type.
 struct StatisticsGradient {
   IndexVector rival;
   Vector confidence, entropy, maximum, log_sum;
-  const Vector *grad_margin, *grad_loss, *grad_confidence, *grad_entropy;  // or null, for 0
+  const Vector *grad_margin, *grad_loss, *grad_confidence, *grad_entropy;  // null means 0
 };
 
-// grad_logits [N, C] of the dtype of logits. As for a shard, C may be 1, and a target or rival
-// outside [0, C) is none.
+// grad_logits [N, C] of the dtype of logits. The logits may be a shard: C may be 1, and a target or
+// rival outside [0, C) belongs to another shard.
 cudaError_t sample_statistics_gradient(const Matrix& logits, const Target& target,
                                        const LogNorm& log_norm, const StatisticsGradient& gradient,
                                        void* grad_logits, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// The CUDA kernels of the ops declared in marginops/ops/statistics.py.
+// Bindings of the CUDA kernels for the ops in marginops/ops/statistics.py.
 #include "statistics_launch.h"
 
 #include "binding.h"
@@ -6,7 +6,7 @@
 namespace marginops::cuda {
 namespace {
 
-// Owns a vector of one value a sample, of the result type; null if there is none.
+// An optional argument: a value of the result type for each sample.
 class ColumnArgument {
  public:
   ColumnArgument(const std::optional<Tensor>& tensor, const char* name, const Matrix& logits,
@@ -79,19 +79,19 @@ Tensor sample_statistics_gradient_op(
   const auto column = [&](const Tensor& tensor, const char* name) {
     return column_of(tensor, name, matrix, logits);
   };
-  const ColumnArgument of_margin(grad_margin, "grad_margin", matrix, logits);
-  const ColumnArgument of_loss(grad_loss, "grad_loss", matrix, logits);
-  const ColumnArgument of_confidence(grad_confidence, "grad_confidence", matrix, logits);
-  const ColumnArgument of_entropy(grad_entropy, "grad_entropy", matrix, logits);
+  const ColumnArgument grad_margins(grad_margin, "grad_margin", matrix, logits);
+  const ColumnArgument grad_losses(grad_loss, "grad_loss", matrix, logits);
+  const ColumnArgument grad_confidences(grad_confidence, "grad_confidence", matrix, logits);
+  const ColumnArgument grad_entropies(grad_entropy, "grad_entropy", matrix, logits);
   const StatisticsGradient gradient{index_vector(rival, "rival", logits),
                                     column(confidence, "confidence"),
                                     column(entropy, "entropy"),
                                     column(maximum, "maximum"),
                                     column(log_sum, "log_sum"),
-                                    of_margin.get(),
-                                    of_loss.get(),
-                                    of_confidence.get(),
-                                    of_entropy.get()};
+                                    grad_margins.get(),
+                                    grad_losses.get(),
+                                    grad_confidences.get(),
+                                    grad_entropies.get()};
   STD_TORCH_CHECK(gradient.rival.size == matrix.rows, "rival: expected ", matrix.rows,
                   " classes, got ", gradient.rival.size);
   const Launch launch(logits);

@@ -36,7 +36,7 @@ struct IndexMatrix {
   int64_t col_stride;
 };
 
-// The rows of a matrix to work on; without data, the first `size`.
+// The rows of a matrix to work on. Without data they are the first `size` rows.
 using Rows = IndexVector;
 
 }  // namespace marginops::cuda

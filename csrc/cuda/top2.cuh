@@ -1,5 +1,5 @@
-// What a row of logits is read into: its Top2, by itself or as part of a larger accumulator. An
-// accumulator adds classes in ascending order and merges with others in any order.
+// The accumulator of the two largest logits of a row. It is used alone or as part of a larger
+// accumulator. An accumulator adds classes in ascending order and merges with others in any order.
 #pragma once
 
 #include "common/margin_math.h"
@@ -11,8 +11,8 @@ template <class Number>
 struct TopAccumulator : Top2<Number> {
   using Top = Top2<Number>;
 
-  // Top2::add for classes that come in ascending order, where an equal value never goes before.
-  // Never adds -inf; see settle().
+  // Top2::add() for classes in ascending order, in which an equal value never comes first. It never
+  // adds -inf; see settle().
   __device__ __forceinline__ void add(Number value, int32_t index) {
     this->nan |= value != value;
     const bool is_first = value > this->first_value;
@@ -30,13 +30,13 @@ struct TopAccumulator : Top2<Number> {
     for (int i = 0; i < kSize; ++i) add(value[i], index + i);
   }
 
-  // All of a row that lies in shared memory.
+  // Adds a whole row, which lies in shared memory.
   template <class Row>
   __device__ __forceinline__ void add_row(const Row& row) {
     for (int32_t c = 0; c < row.classes; ++c) add(row[c], c);
   }
 
-  // Most packs of a long row hold nothing new.
+  // Whether a pack changes anything. Most packs of a long row do not.
   template <int kSize>
   __device__ __forceinline__ bool matters(const Number (&value)[kSize]) const {
     bool result = false;
@@ -45,7 +45,7 @@ struct TopAccumulator : Top2<Number> {
     return result;
   }
 
-  // What the lane at this distance holds, but for `nan`. The whole warp takes part.
+  // The accumulator of the lane at this distance, except for `nan`. The whole warp takes part.
   __device__ __forceinline__ TopAccumulator exchange(int distance) const {
     TopAccumulator other;
     other.first_value = __shfl_xor_sync(kAllLanes, this->first_value, distance);
@@ -55,9 +55,9 @@ struct TopAccumulator : Top2<Number> {
     return other;
   }
 
-  // Gives the classes that were never added their place: all of them are -inf (or NaN, and then the
-  // row's result is NaN anyway), so the lowest come next. Afterwards both classes are in range if
-  // there are two.
+  // Fills the places that are still empty. All classes that were never added are -inf (or NaN, and
+  // then the result of the row is NaN anyway), so the lowest of them come next. Afterwards both
+  // places hold classes of the row, if it has two.
   __device__ __forceinline__ void settle() {
     if (this->first == Top::kNone) this->first = 0;
     if (this->second == Top::kNone) this->second = this->first == 0 ? 1 : 0;

@@ -1,4 +1,4 @@
-"""The CUDA sources compile for every generation of GPUs we support, and within its resources."""
+"""The CUDA sources compile for every supported generation of GPUs, within its resources."""
 
 import re
 import shutil
@@ -60,7 +60,7 @@ def parse(report: str) -> list[Kernel]:
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Kernel]]:
-    """Of each file, all kernels for all architectures."""
+    """All kernels of each file, for all architectures."""
     compiler, folder = nvcc(), tmp_path_factory.mktemp("cubin")
 
     def compiled(file: str) -> list[Kernel]:

@@ -1,6 +1,6 @@
-"""The kernels' machine code: no local memory, and 16-byte loads where it counts.
+"""The kernels' machine code: no local memory, and 16-byte loads in the main loops.
 
-What a loop may take is about a tenth above what it takes now, rare branches and all.
+The limit of a loop is about a tenth above what it takes now. Rare branches count too.
 """
 
 import re
@@ -13,7 +13,7 @@ from helpers.kernels import FILES
 
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 
-# The loop that reads 16 bytes at a time: how many loads, and instructions a byte at most.
+# For the loop that reads 16 bytes at a time: the number of loads, and the most instructions a byte.
 MAIN_LOOPS = {
     "rows_kernel<float, TargetOutput<float> >": (4, 3.6),
     "rows_kernel<__nv_bfloat16, TargetOutput<float> >": (4, 6.9),

@@ -23,7 +23,7 @@ from marginops._native.cache import Cache
 from marginops._native.loader import _obstacle as obstacle
 
 INSTALLED = Path(marginops.__file__).resolve().parents[1]
-# Seconds for what takes a few: only a test that fails waits so long.
+# Seconds to wait for what takes a few. Only a failing test waits so long.
 PATIENCE = 300
 LOAD = """
 import sys
@@ -135,7 +135,7 @@ def test_damaged_library_is_built_again(tiny: Path) -> None:
 
 
 def replace(file: Path, content: bytes) -> None:
-    """Puts another file in its place: writing into a loaded library would end this process."""
+    """Replaces the file: writing into a loaded library would crash this process."""
     fresh = file.with_name("fresh")
     fresh.write_bytes(content)
     fresh.replace(file)
@@ -202,7 +202,7 @@ def test_compile_error_is_the_reason(tiny: Path, monkeypatch: pytest.MonkeyPatch
     assert "ninja" in log.read_text()
     assert not list(Cache().folder.glob("building-*"))
 
-    # Whoever waited meanwhile gets the same answer without another attempt.
+    # A process that waited for this build gets the same error without another attempt.
     monkeypatch.setattr(jit, "_run", None)
     with pytest.raises(plan.UnavailableError, match="this cannot compile"):
         jit.build(the_plan, Cache(), since)

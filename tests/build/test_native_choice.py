@@ -1,4 +1,4 @@
-"""Which library is used, or why none: keys, instruction sets, ahead of time, environment."""
+"""The choice of a library: keys, instruction sets, libraries built ahead of time, environment."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_instruction_set_follows_torch(
     assert plan.make_plan("cpu", tiny).name == "_cpu_baseline"
 
 
-def test_old_torch_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_torch_is_the_reason(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
     expect_reference(new_loader(tiny), r"torch 2\.10\.1\+cpu is older than 2\.11")
 
@@ -106,7 +106,7 @@ def write_ahead_of_time(csrc: Path, content: str) -> None:
         ("built for torch=2.11.0 sources=SOURCES archs=;", "too short|invalid ELF|not a mach-o"),
     ],
 )
-def test_unfit_ahead_of_time_library_is_skipped(
+def test_unusable_ahead_of_time_library_is_skipped(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
 ) -> None:
     write_ahead_of_time(tiny, content)

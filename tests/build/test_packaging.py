@@ -1,4 +1,4 @@
-"""What the wheel and the source distribution hold, and that they work once installed."""
+"""The contents of the wheel and the source distribution, and their installation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
 
 
 def unwanted(folder: str, names: list[str]) -> set[str]:
-    """What is not part of the repository: output of builds and tests, environments, caches."""
+    """Names that are not part of the repository: output, environments, caches."""
     left_out = {name for name in names if name in ("__pycache__", "_build")}
     left_out |= {name for name in names if name.endswith((".egg-info", ".pyc", ".so"))}
     if Path(folder) == ROOT:
@@ -126,7 +126,7 @@ def test_source_distribution_holds_the_repository(tree: Path, built: Path) -> No
 
 
 def contents(wheel: Path) -> dict[str, int]:
-    """The checksum of every file of a wheel, but for the list of all checksums."""
+    """The checksum of every file of a wheel, except for the list of checksums."""
     with zipfile.ZipFile(wheel) as archive:
         files = archive.infolist()
     return {file.filename: file.CRC for file in files if not file.filename.endswith("/RECORD")}
@@ -154,7 +154,7 @@ def test_metadata_names_requirements_and_extras(metadata: Message) -> None:
     assert metadata["License"] == "BSD-3-Clause"
 
 
-def test_unknown_kind_of_build_is_named(tree: Path) -> None:
+def test_unknown_kind_of_build_is_an_error(tree: Path) -> None:
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         cwd=tree,
@@ -164,7 +164,7 @@ def test_unknown_kind_of_build_is_named(tree: Path) -> None:
         check=False,
     )
     assert done.returncode != 0
-    assert "MARGINOPS_BUILD=ahead is unknown" in done.stderr
+    assert "MARGINOPS_BUILD: expected jit (the default) or aot, got ahead" in done.stderr
 
 
 def install(source: Path, folder: Path, **variables: str) -> None:
@@ -184,7 +184,7 @@ def test_installed_wheel_finds_its_sources(wheel: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that borrows the packages of the one that runs the tests, but for our own."""
+    """An environment with the packages of the one that runs the tests, except marginops."""
     folder = tmp_path_factory.mktemp("environment") / "venv"
     run([sys.executable, "-m", "venv", "--without-pip", str(folder)], folder.parent)
     code = "import site; print(site.getsitepackages()[0])"

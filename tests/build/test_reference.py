@@ -1,4 +1,4 @@
-"""The ops where nothing is compiled: the reference as the dispatcher's kernel, with gradients."""
+"""The ops without native kernels: the dispatcher runs the reference, with gradients."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The toolchain is found where it is, and for the GPUs that are there."""
+"""The CUDA toolchain is found, and its architectures fit the visible GPUs."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def quotient(difference: float, distance: float) -> float:
-    """A distance to a boundary, where 0 / 0 is 0 and positive / 0 is infinite."""
+    """The distance to a boundary: 0 / 0 is 0, and positive / 0 is infinite."""
     if distance == 0 and not math.isnan(difference):
         return 0.0 if difference == 0 else math.inf
     with np.errstate(all="ignore"):
@@ -35,7 +35,7 @@ def classification_margin(logits, target, log_norm=0.0, ignore_index=-100) -> np
 
 
 def rivals(logits, target, ignore_index=-100) -> list[int]:
-    """The largest class that is not the target, the lowest one in a row with a NaN."""
+    """The strongest class that is not the target. In a row with a NaN, the lowest such class."""
     classes = []
     for row, y in zip(logits.double().tolist(), target.tolist(), strict=True):
         if y == ignore_index:
@@ -48,7 +48,7 @@ def rivals(logits, target, ignore_index=-100) -> list[int]:
 
 
 def softmax_statistics(row: Sequence[float], y: int) -> dict[str, float]:
-    """Loss, confidence, entropy and EL2N; the leader's 1 stays out of sums so nothing cancels."""
+    """Loss, confidence, entropy and EL2N. Sums leave out the leader's 1, so nothing cancels."""
     first, _ = largest_two(row)
     largest = row[first]
     if not all(value < math.inf for value in row) or largest == -math.inf:
@@ -93,7 +93,7 @@ def row_sums(logits, target) -> tuple[list[list[float]], list[list[int]]]:
     for row, y in zip(logits.double().tolist(), target.tolist(), strict=True):
         first, second = largest_two(row) if len(row) > 1 else (0, -1)
         steps = [value - row[first] for c, value in enumerate(row) if c != first]
-        steps = [step for step in steps if step > -math.inf]  # not NaN either: -inf - -inf
+        steps = [step for step in steps if step > -math.inf]  # neither -inf nor NaN
         values.append(
             [
                 row[first],
@@ -117,7 +117,7 @@ def class_sum(key, coefficient, rows, classes) -> np.ndarray:
 
 
 def pair_distance(weight, bias, pair) -> np.ndarray:
-    """The norm of the difference of two rows, the bias being one more column."""
+    """The norm of the difference of two rows. The bias is one more column."""
     rows = weight.double().numpy()
     if bias is not None:
         rows = np.concatenate([rows, bias.double().numpy()[:, None]], axis=1)
@@ -156,7 +156,7 @@ def minimal_margin_pair(logits, weight, bias=None, rival="top2") -> tuple[list, 
 
 
 def select_smallest(scores: Sequence[float], k: int) -> list[int]:
-    """Indices in the order of scores: by value, NaN last, equal values by index."""
+    """The first k indices in the order of scores: by value, NaN last, equal values by index."""
     return sorted(
         range(len(scores)),
         key=lambda i: (math.isnan(scores[i]), 0 if math.isnan(scores[i]) else scores[i], i),

@@ -1,4 +1,4 @@
-"""Small classifiers that tests run, ways to wrap them, and the batch to choose by them."""
+"""Small classifiers, ways to wrap them, and the batch that they should choose."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def network_with_state(device: str = "cpu") -> nn.Sequential:
-    """Batch norm and dropout: in training mode it would change itself and draw random numbers."""
+    """A network with batch norm and dropout, which change state and draw numbers in training."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 4)
@@ -21,7 +21,7 @@ def network_with_state(device: str = "cpu") -> nn.Sequential:
 
 
 class Pair(nn.Module):
-    """Two inputs, as a text network has, and an output that carries its logits."""
+    """A network with two inputs, as in text models, and logits as an attribute of its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Pair(nn.Module):
 
 
 class BodyAndHead(nn.Module):
-    """Two hidden layers and a head, which a function of this network and the input calls."""
+    """Two hidden layers and a head, called by ``function(network, inputs)``."""
 
     def __init__(self, function: Callable[["BodyAndHead", Tensor], Any]) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def compiled(network: nn.Module) -> nn.Module:
 
 
 def data_parallel(network: nn.Module) -> nn.DataParallel:
-    """Moves the network to the first GPU where there is one: DataParallel wants it there."""
+    """Move the network to the first GPU if there is one, because DataParallel requires it."""
     if not torch.cuda.is_available():
         return nn.DataParallel(network)
     return nn.DataParallel(network.to("cuda:0"), device_ids=[0])
@@ -72,7 +72,7 @@ def data_parallel(network: nn.Module) -> nn.DataParallel:
 
 @contextmanager
 def group_of_one(folder: Path) -> Iterator[None]:
-    """Make this process the only one of a group, as DistributedDataParallel needs it."""
+    """Make this process the only one of a group; DistributedDataParallel needs a group."""
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
@@ -82,7 +82,7 @@ def group_of_one(folder: Path) -> Iterator[None]:
 
 
 def expected_choice(logits: Tensor, weight: Tensor, k: int) -> Tensor:
-    """The k rows of smallest minimal margin by its definition, sample by sample."""
+    """The k rows with the smallest minimal margin, computed by its definition."""
     scores = []
     for row in logits.double():
         first, second = row.sort(descending=True, stable=True).indices[:2]

@@ -1,4 +1,4 @@
-"""Models for the tests of rates, and what must hold of any rates."""
+"""Models for the tests of rates, and checks that hold for all rates."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from marginops.homogeneity import log_scale, rates, rescale
 
 
 def seeded(model: nn.Module, seed: int = 4) -> nn.Module:
-    """Float64 and nothing at its initial value: no zero biases, no unit statistics."""
+    """The model in float64 with random values everywhere, biases and statistics too."""
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval()
     with torch.no_grad():
@@ -23,7 +23,7 @@ def seeded(model: nn.Module, seed: int = 4) -> nn.Module:
 
 
 class Function(nn.Module):
-    """A function of an input and the parameters of these shapes, by name."""
+    """A function of its inputs and of named parameters with these shapes."""
 
     def __init__(self, function, **shapes):
         super().__init__()
@@ -37,7 +37,7 @@ class Function(nn.Module):
 
 
 def checked_rates(model, *inputs, tolerance=1e-9):
-    """The rates of a model, for which Euler's identity and the scaling of the output hold."""
+    """The rates of a model, after a check of Euler's identity and of the scaled output."""
     found = rates(model, inputs)
     assert list(found) == [name for name, _ in model.named_parameters()]
     assert all(rate >= 0 for rate in found.values())

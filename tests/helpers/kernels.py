@@ -1,4 +1,4 @@
-"""The names of our CUDA kernels, as their sources declare them."""
+"""The names of the CUDA kernels, read from their sources."""
 
 import re
 
@@ -9,7 +9,7 @@ FILES = sorted(path.name for path in CUDA.glob("*.cu"))
 
 
 def included(file: str) -> set[str]:
-    """The headers of device code that a file includes, and those that they include."""
+    """The ``.cuh`` headers that a file includes, directly or not."""
     found = set(re.findall(r'#include "(\w+\.cuh)"', (CUDA / file).read_text()))
     return found.union(*map(included, found))
 

@@ -1,4 +1,4 @@
-"""The functions of a linear head, and the plain one that each has to equal, called alike."""
+"""Equal calls of the functions of a linear head and of the plain functions on logits."""
 
 from typing import NamedTuple
 
@@ -17,11 +17,11 @@ class Head(NamedTuple):
     target: torch.Tensor
 
     def to(self, *arguments) -> "Head":
-        """Elsewhere, or floating-point tensors in another dtype."""
+        """The head on another device, or with floating-point tensors in another dtype."""
         *floating, target = self
         moved = (value if value is None else value.to(*arguments) for value in floating)
-        where = [value for value in arguments if not isinstance(value, torch.dtype)]
-        return Head(*moved, target.to(*where) if where else target)
+        devices = [value for value in arguments if not isinstance(value, torch.dtype)]
+        return Head(*moved, target.to(*devices) if devices else target)
 
     def detach(self) -> "Head":
         return Head(*(value if value is None else value.detach() for value in self))
@@ -32,7 +32,7 @@ class Head(NamedTuple):
 
 
 def exact_head(device, dtype=torch.float32, rows=23, classes=7, columns=16, bias=True):
-    """Logits without rounding, many of them equal."""
+    """A head whose logits do not round; many of them are equal."""
     tensors = small_integers(rows, columns), small_integers(classes, columns)
     tensors += (small_integers(classes) if bias else None,)
     target = torch.randint(classes, (rows,))
@@ -54,16 +54,16 @@ def differentiable(head):
     return head
 
 
-def gradients(function, variant, head, inputs=None, of=None, **options):
-    """Of every differentiable field, or field ``of`` alone, weighted so that rows differ."""
+def gradients(function, variant, head, inputs=None, index=None, **options):
+    """The gradient of all differentiable fields, or of that at ``index``; rows have weights."""
     fields = [field for field in function(variant, head, **options) if field.requires_grad]
-    fields = fields if of is None else [fields[of]]
+    fields = fields if index is None else [fields[index]]
     weights = [torch.arange(len(field), device=field.device) % 7 - 2.0 for field in fields]
     weights = [value.to(field.dtype) for value, field in zip(weights, fields, strict=True)]
     return torch.autograd.grad(fields, inputs or head.differentiable(), weights)
 
 
-# Public functions without linear_, and options. Selections choose half of the samples.
+# Names of public functions without linear_, and their options.
 VARIANTS = {
     "margin": ("classification_margin", {}),
     "normalized_margin": ("classification_margin", {"log_norm": 0.5}),
@@ -80,14 +80,14 @@ SCORES = tuple(name for name in VARIANTS if name not in LABELLED)
 
 
 def linear(variant, head, chunk_bytes=None, **options) -> tuple[torch.Tensor, ...]:
-    """From the features."""
+    """Call the function of the linear head with the features."""
     name, arguments = _arguments(variant, head, options)
     function = getattr(marginops, f"linear_{name}")
     return _fields(function(*head[:2], bias=head.bias, chunk_bytes=chunk_bytes, **arguments))
 
 
 def plain(variant, head, **options) -> tuple[torch.Tensor, ...]:
-    """From logits, all at once."""
+    """Call the plain function with all logits at once."""
     name, arguments = _arguments(variant, head, options)
     if name == "sample_statistics":
         arguments["input"] = head.input
@@ -98,7 +98,7 @@ def plain(variant, head, **options) -> tuple[torch.Tensor, ...]:
 
 
 def chunk_of(rows: int, head: Head) -> int:
-    """The bytes of so many rows of logits."""
+    """The size of so many rows of logits in bytes."""
     return rows * head.weight.shape[0] * head.weight.element_size()
 
 

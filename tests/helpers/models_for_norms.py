@@ -1,11 +1,11 @@
-"""Models whose norms the tests take, and matrices built the slow way."""
+"""Models whose norms the tests compute, and the dense matrices of layers."""
 
 import torch
 from torch import nn
 
 
 class Function(nn.Module):
-    """A function of itself, who has a layer, and its input."""
+    """A function of this module, which has a layer, and of its input."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def resnet18(width: int = 64, classes: int = 1000) -> nn.Module:
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
-    """Batch norms as after training: no number is 0 or 1."""
+    """The model with batch norms as after training, where no number is 0 or 1."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.running_mean.normal_()

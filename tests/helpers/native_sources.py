@@ -1,4 +1,4 @@
-"""A native library of a few lines, which compiles in about a second, and what to expect of it."""
+"""A small native library, which compiles in about a second, and checks of its loader."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def write_tiny(folder: Path, *, kernel: str = "int tiny() { return 0; }") -> Pat
 
 
 def new_loader(csrc: Path) -> Loader:
-    """A loader as in a new process, and without libraries built ahead of time."""
+    """A loader as a new process has it, without libraries built ahead of time."""
     return Loader(csrc, installed=csrc)
 
 
 def expect_reference(loader: Loader, reason: str) -> None:
-    """One warning, which gives the reason, at the first call only."""
+    """Check that only the first call warns, once, and gives the reason."""
     with pytest.warns(NativeUnavailableWarning, match=reason) as caught:
         assert not loader.load("cpu")
     assert len(caught) == 1

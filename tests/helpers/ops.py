@@ -1,4 +1,4 @@
-"""What every test of an op uses: dtypes, the two implementations, and the checks of an op."""
+"""What the tests of all ops use: dtypes, the two implementations, opcheck."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import torch
 
 from marginops.ops._library import Op
 
-# A library whose kernels are tested in the place of the CPU's: the emulated CUDA kernels.
+# A library whose kernels replace those of the CPU in the tests: the emulated CUDA kernels.
 OTHER_LIBRARY = os.environ.get("MARGINOPS_TEST_LIBRARY")
 OP_TESTS = Path(__file__).resolve().parents[1] / "ops"
 IMPLEMENTATIONS = ["native", "reference"]
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @contextlib.contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """Inside, public functions run the native kernels or, without autograd, the reference."""
+    """Make public functions run the native kernels or the reference, which has no autograd here."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "reference":
             patch.setattr(Op, "__call__", lambda op, *arguments: op.reference(*arguments))
@@ -33,7 +33,7 @@ def head(device, dtype=torch.float64, rows=12, classes=6, columns=5):
 
 
 def opcheck(name, *arguments):
-    """Every check of the op, and of the op that has its kernels."""
+    """Run all checks of torch on the op and on the op that has its kernels."""
     torch.library.opcheck(getattr(OPS, name).default, arguments)
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     torch.library.opcheck(getattr(torch.ops.marginops_kernels, name).default, detached)

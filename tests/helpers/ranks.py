@@ -20,7 +20,7 @@ DIFFERENTIABLE = ("input", "weight", "bias", "log_norm")
 
 
 class Ranks:
-    """Gloo processes that wait for work; one that does not answer in time fails the test."""
+    """Gloo processes that wait for calls. The test fails if one does not answer in time."""
 
     def __init__(self, count: int, store: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -37,9 +37,9 @@ class Ranks:
     def __call__(
         self, function: Callable[..., Any], arguments: Sequence[Any], timeout: float = 60
     ) -> list[Any]:
-        """``function(groups, argument)`` on each rank: what it returns, or the exception.
+        """Call ``function(groups, argument)`` on each rank; returns its results or exceptions.
 
-        ``groups`` are that of all ranks and that of the first and the last.
+        ``groups`` are the group of all ranks and the group of the first and the last rank.
         """
         for connection, argument in zip(self._connections, arguments, strict=True):
             connection.send_bytes(pickle.dumps((function, argument)))
@@ -63,7 +63,7 @@ class Ranks:
 
 
 def _serve(rank: int, count: int, store: str, connection: Any) -> None:
-    warnings.simplefilter("error")  # nobody would read them
+    warnings.simplefilter("error")  # nobody would read warnings here
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -87,11 +87,11 @@ class Call:
     """A call of a public function.
 
     Attributes:
-        function: Its name without ``linear_``.
-        arguments: By name.
+        function: The name without ``linear_``.
+        arguments: The arguments by name.
         grads: The gradient of each result that is to be differentiated, by the result's name.
-        autocast: Whether in bfloat16.
-        frozen: Arguments that need no gradient.
+        autocast: Whether the call runs under autocast with bfloat16.
+        frozen: The arguments that need no gradient.
     """
 
     function: str
@@ -100,26 +100,26 @@ class Call:
     autocast: bool = False
     frozen: frozenset[str] = frozenset()
 
-    def but(self, **arguments: Any) -> "Call":
+    def replace(self, **arguments: Any) -> "Call":
         return dataclasses.replace(self, arguments={**self.arguments, **arguments})
 
-    def without(self, *names: str) -> "Call":
+    def drop(self, *names: str) -> "Call":
         kept = {name: value for name, value in self.arguments.items() if name not in names}
         return dataclasses.replace(self, arguments=kept)
 
     def shards(self, sizes: Sequence[int]) -> list["Call"]:
-        """The calls of ranks that have so many classes each."""
+        """The calls of all ranks, where each rank has so many classes."""
         assert sum(sizes) == len(self.arguments["weight"])
         weights = self.arguments["weight"].split(list(sizes))
         bias = self.arguments.get("bias")
         biases = [None] * len(sizes) if bias is None else bias.split(list(sizes))
         return [
-            self.but(weight=weight.clone(), bias=None if bias is None else bias.clone())
+            self.replace(weight=weight.clone(), bias=None if bias is None else bias.clone())
             for weight, bias in zip(weights, biases, strict=True)
         ]
 
     def __call__(self, group: Any = None) -> dict[str, torch.Tensor]:
-        """Its results by name, and the gradients of the arguments."""
+        """The results of the call by name, and the gradients of its arguments."""
         needing_grad = {*DIFFERENTIABLE} - self.frozen if self.grads else set()
         arguments = {
             name: value.clone().requires_grad_(name in needing_grad)
@@ -151,7 +151,7 @@ def call_all(groups: Sequence[Any], calls: Sequence[Call]) -> list[dict[str, tor
 def results_of(
     ranks: Ranks, calls: Sequence[Call], sizes: Sequence[int]
 ) -> list[dict[str, torch.Tensor]]:
-    """What each call gives, on all ranks alike, and the gradients of all classes together."""
+    """The results of each call, equal on all ranks, with the gradients of all classes joined."""
     per_rank = ranks(call_all, list(zip(*(call.shards(sizes) for call in calls), strict=True)))
     for answer in per_rank:
         if isinstance(answer, Exception):
@@ -179,7 +179,7 @@ def assert_like_one_process(
     exact: Collection[str],
     tolerance: float,
 ) -> None:
-    """``sizes`` are the numbers of classes; ``exact`` are the results that have to be equal."""
+    """Compare with one process. ``sizes`` are numbers of classes; ``exact`` results are equal."""
     for call, actual in zip(calls, results_of(ranks, calls, sizes), strict=True):
         expected = call()
         assert actual.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Random logits, how exact their statistics have to be, and comparisons that say which field."""
+"""Random logits, the accuracy required of their statistics, and comparisons."""
 
 import math
 
@@ -16,15 +16,16 @@ def random_logits(device, dtype, rows=200, classes=10, scale=3.0):
 def rounding(logits, target):
     """The relative error that each row's fields may have, in its dtype of arithmetic.
 
-    Rounding x - m, by half an epsilon of it, is a relative error of exp(x - m). What counts are
-    the second largest logit and the target's: terms farther down weigh less. Add a few roundings,
-    of exp above all, and those of a sum of C terms, which mostly cancel.
+    The difference x - m rounds by half an epsilon of itself, which is a relative error of
+    exp(x - m). The second largest logit and the target's logit count; smaller terms weigh less.
+    A few more roundings, mostly of exp, and those of a sum of C terms, which mostly cancel, are
+    added.
     """
     values = logits.double()
     top = values.topk(2).values
-    own = values.gather(1, target.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    label = values.gather(1, target.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
     limits = torch.finfo(result_dtype(logits.dtype))
-    reach = (top[:, 0] - torch.minimum(own, top[:, 1])).nan_to_num(0, 0, 0)
+    reach = (top[:, 0] - torch.minimum(label, top[:, 1])).nan_to_num(0, 0, 0)
     reach = reach.clamp(max=-math.log(limits.tiny))  # from there on exp is 0
     return (limits.eps * (8 + reach / 2 + math.sqrt(logits.shape[1]))).numpy()
 

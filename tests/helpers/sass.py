@@ -1,6 +1,6 @@
-"""What nvcc makes of the kernels: the instructions of their loops, from the disassembly.
+"""The machine code of the kernels: the instructions of their loops, from the disassembly.
 
-python tests/sass.py [PATTERN]    # the inner loops of all kernels for sm_90, as a table
+PYTHONPATH=.:tests python -m helpers.sass [PATTERN]    # a table of all inner loops for sm_90
 """
 
 import importlib.util
@@ -23,17 +23,17 @@ WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 @dataclass(frozen=True)
 class Loop:
-    """The opcodes from where a loop begins to the branch back, rare branches and all."""
+    """The opcodes from the start of a loop to the branch back, with those of rare branches."""
 
     opcodes: Sequence[str]
 
     def loads(self, width: int) -> int:
-        """How many loads from global memory have so many bytes a thread."""
+        """The number of loads from global memory that read so many bytes for each thread."""
         return sum(load_bytes(opcode) == width for opcode in self.opcodes)
 
     @property
     def bytes_read(self) -> int:
-        """What a thread reads from global memory in one turn."""
+        """The bytes that a thread reads from global memory in one iteration."""
         return sum(map(load_bytes, self.opcodes))
 
 
@@ -44,7 +44,7 @@ class Kernel:
     name: str
     registers: int
     opcodes: Sequence[str]
-    loops: Sequence[Loop]  # those without a loop inside, in the order of the code
+    loops: Sequence[Loop]  # the innermost loops, in the order of the code
 
 
 def load_bytes(opcode: str) -> int:
@@ -55,7 +55,7 @@ def load_bytes(opcode: str) -> int:
 
 
 def missing() -> str | None:
-    """Why nothing can be disassembled here, or ``None``."""
+    """The reason why the kernels cannot be disassembled here, or ``None``."""
     toolkit = harness.toolkit()
     if toolkit is None or not (toolkit / "bin" / "nvcc").is_file():
         return "there is no nvcc (CUDA_HOME, /usr/local/cuda, PATH)"
@@ -101,7 +101,7 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def parsed(text: str) -> Iterator[tuple[str, str, str]]:
-    """Label, opcode and label branched to of each instruction; empty if there is none."""
+    """The label, opcode and branch target of each instruction; a missing label is empty."""
     label = ""
     for line in text.splitlines():
         if found := re.match(r"(\.L_\w+):", line):
@@ -113,9 +113,9 @@ def parsed(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def inner_loops(instructions: Sequence[tuple[str, str, str]]) -> list[tuple[int, int]]:
-    """Begin and end of the loops that have no other in them."""
+    """The begin and end of each innermost loop."""
     begins = {label: i for i, (label, _, _) in enumerate(instructions) if label}
-    # A branch to itself is what a kernel ends with.
+    # A kernel ends with a branch to itself, which is no loop.
     loops = [
         (begins[to], end + 1)
         for end, (_, _, to) in enumerate(instructions)

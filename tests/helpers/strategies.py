@@ -1,4 +1,4 @@
-"""Hypothesis strategies for logits, weights and scores with everything that can go wrong."""
+"""Hypothesis strategies for logits, weights and scores: ties, special values, layouts."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 dtypes = st.sampled_from(DTYPES)
 
-# Few distinct values make ties; a few special ones go in between.
+# Few distinct values make ties. Special values are mixed in.
 _special = st.sampled_from([math.inf, -math.inf, math.nan, -math.nan, 0.0, -0.0, 6e-8, 6e4])
 _tied = st.integers(-3, 3).map(float)
 _plain = st.floats(-100, 100, width=16)
@@ -54,7 +54,7 @@ def relayout(dense: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def matching_weight_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    """What weight may be beside logits of this dtype."""
+    """The dtypes that a weight may have for logits of this dtype."""
     return [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
 
 
@@ -73,7 +73,7 @@ def score_cases(draw, elements=anything):
     columns = draw(st.sampled_from([0, 1, 3, 16, 21, 70]))
     logits = draw(tensors(rows, classes, draw(dtypes), elements))
     weight_dtype = draw(st.sampled_from(matching_weight_dtypes(logits.dtype)))
-    # Weights from a seed: thousands of drawn numbers would only slow the search down.
+    # A seed gives the weights: thousands of drawn numbers would only slow the search down.
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     dense = torch.randint(-2, 3, (classes, columns), generator=random) * draw(
         st.sampled_from([1.0, 1e-3, 7.25])
@@ -88,7 +88,7 @@ def statistics_cases(draw):
     """Logits, target, input or None, log_norm or None."""
     rows = draw(st.integers(0, 12))
     classes = draw(st.sampled_from([2, 3, 10, 17, 48, 49, 65, 70, 129]))
-    # Most logits from a seed: thousands of drawn numbers would only slow the search down.
+    # A seed gives most logits: thousands of drawn numbers would only slow the search down.
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     size, step = draw(st.sampled_from([(1.0, 0.0), (10.0, 0.0), (1e4, 0.0), (2.0, 1.0)]))
     dense = torch.randn(rows, classes, generator=random, dtype=torch.float64) * size
@@ -125,7 +125,7 @@ def class_sum_cases(draw):
 
 
 def small_integers(*shape: int, largest: int = 2, random: torch.Generator | None = None):
-    """Their products and sums of up to 16 are exact in every dtype, and often equal."""
+    """Integers whose products, and sums of up to 16 of these, are exact in every dtype."""
     return torch.randint(-largest, largest + 1, shape, generator=random).double()
 
 

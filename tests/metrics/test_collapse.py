@@ -1,4 +1,4 @@
-"""Neural collapse: closed forms, brute force over features, scikit-learn."""
+"""Neural collapse: closed forms, brute force, scikit-learn."""
 
 import copy
 import itertools
@@ -32,7 +32,7 @@ def simplex(classes=CLASSES, features=FEATURES):
 
 
 def brute_force(input, target, weight, logits):
-    """From the D x D matrices and sample by sample."""
+    """The metrics from D x D matrices, sample by sample."""
     classes = int(target.max()) + 1
     means = torch.stack([input[target == index].mean(0) for index in range(classes)])
     centered = means - means.mean(0)
@@ -105,7 +105,7 @@ def test_matches_brute_force(classes, features):
     assert all(value.dtype == torch.float64 and value.dim() == 0 for value in actual)
 
 
-def test_scikit_learn_agrees():
+def test_matches_scikit_learn():
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.neighbors import NearestCentroid
 
@@ -139,7 +139,7 @@ def test_frames_have_closed_forms():
     norms = torch.arange(1.0, CLASSES + 1, dtype=torch.float64).unsqueeze(1)
     target = torch.arange(CLASSES)
     actual = summary_of((identity, target), weight=norms * identity)
-    # Centred, orthogonal rows are a simplex; as they are their cosines are 0, not -1 / (C - 1).
+    # Centred orthogonal rows are a simplex. As they are, their cosines are 0.
     assert actual.nc2_norm_means < 1e-15
     assert actual.nc2_angle_means < 1e-15
     torch.testing.assert_close(actual.nc2_angle_weight.item(), 1 / (CLASSES - 1))
@@ -167,7 +167,7 @@ def test_rigid_motions_and_scales_change_nothing():
 def test_an_offset_adds_no_direction():
     input, target, _ = samples()
     expected = summary_of((input, target)).nc1
-    # Now the centred means do not quite add up to 0, and their last singular value shows it.
+    # The centred means now do not quite add up to 0, which their last singular value shows.
     actual = summary_of((input + 1e6, target)).nc1
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
@@ -219,7 +219,7 @@ def test_small_variability_far_from_the_origin_keeps_its_digits():
     torch.testing.assert_close(actual, torch.trace(variance @ inverse) / CLASSES, rtol=1e-8, atol=0)
 
 
-def test_what_has_not_come_is_nan():
+def test_missing_inputs_give_nan():
     input, target, weight = samples()
     assert missing(summary_of((input, target))) == BY_WEIGHT | {"nc4"}
     assert missing(summary_of((input, target), weight=weight)) == {"nc4"}
@@ -275,7 +275,7 @@ def test_ties_go_to_the_lowest_class():
     torch.testing.assert_close(metric.compute().nc4.item(), 1 / 3)
 
 
-def test_more_samples_start_the_second_pass_anew():
+def test_more_samples_restart_the_second_pass():
     input, target, weight = samples()
     logits = torch.randn(80, CLASSES)
     metric = NeuralCollapse(CLASSES, FEATURES)
@@ -289,7 +289,7 @@ def test_more_samples_start_the_second_pass_anew():
     assert_close(metric.compute(), brute_force(input, target, weight, logits))
 
 
-def test_forward_gives_the_batch_and_keeps_the_rest():
+def test_forward_returns_the_batch_and_keeps_earlier_batches():
     input, target, weight = samples()
     metric = NeuralCollapse(CLASSES, FEATURES)
     metric.update(input[:30], target[:30])
@@ -298,7 +298,7 @@ def test_forward_gives_the_batch_and_keeps_the_rest():
     assert_close(metric.compute(), summary_of((input, target), weight=weight))
 
 
-def test_state_can_be_saved_between_the_passes_and_within():
+def test_state_can_be_saved_between_and_within_the_passes():
     input, target, weight = samples()
     logits = torch.randn(80, CLASSES)
     metric = NeuralCollapse(CLASSES, FEATURES)

@@ -1,4 +1,4 @@
-"""Radii and distances of classes: like brute force however the samples are split into batches."""
+"""Radii and distances of classes match brute force for any split into batches."""
 
 import copy
 import itertools
@@ -65,7 +65,7 @@ def test_batches_may_be_split_anywhere(cuts, offset):
     assert_close(actual, brute_force(input, target, normalize=False), 1e-11)
 
 
-def test_radius_on_the_sphere_is_that_of_the_mean():
+def test_radius_on_the_sphere_follows_from_the_mean():
     input, target = samples()
     metric = ClassManifolds(CLASSES, FEATURES)
     for batch in zip(input.split(13), target.split(13), strict=True):
@@ -79,7 +79,7 @@ def test_equal_points_have_no_radius(dtype):
     assert summary_of((input, target)).radius.eq(0).all()
     batches = list(zip(input.split(5), target.split(5), strict=True))
     assert summary_of(*batches, normalize=False).radius.eq(0).all()
-    # Points on the sphere are rounded, not always alike in every batch.
+    # Points on the sphere round, and not in the same way in every batch.
     assert summary_of(*batches).radius.le(1e-7).all()
 
 
@@ -143,7 +143,7 @@ def test_ignored_samples_may_hold_anything():
     assert_close(summary_of((input, elsewhere), ignore_index=9), expected, 0)
 
 
-def test_forward_gives_the_batch_and_keeps_the_rest():
+def test_forward_returns_the_batch_and_keeps_earlier_batches():
     input, target = samples()
     metric = ClassManifolds(CLASSES, FEATURES)
     metric.update(input[:30], target[:30])

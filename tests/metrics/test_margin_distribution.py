@@ -1,4 +1,4 @@
-"""MarginDistribution: its numbers against numpy, streams, processes, files, plots, errors."""
+"""MarginDistribution: numpy, streams, processes, files, plots, errors."""
 
 import copy
 import importlib
@@ -17,7 +17,7 @@ from helpers.rounding import assert_same
 from marginops.metrics import MarginDistribution, MarginSummary
 from marginops.ops.distribution import margin_area, support_vector_counts
 
-# What the docstring says of the margins that stand for those of a bin.
+# The docstring bounds the error of the margin that stands for those of a bin by these.
 RELATIVE, ABSOLUTE = 0.004, 1e-38
 PROBABILITIES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.7, 0.95, 1.0)
 
@@ -89,7 +89,7 @@ def assert_summary(summary, margins, exact, probabilities=PROBABILITIES, decades
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @pytest.mark.parametrize("exact", [False, True])
-def test_summary_is_that_of_numpy(device, dtype, exact, which):
+def test_summary_matches_numpy(device, dtype, exact, which):
     for name, margins in distributions(dtype).items():
         if dtype == torch.float16 and name in ("tiny", "subnormal", "heavier tails"):
             continue
@@ -105,8 +105,8 @@ def test_summary_is_that_of_numpy(device, dtype, exact, which):
             raise AssertionError(name) from error
 
 
-def test_every_kind_of_bin_is_as_wide_as_it_says():
-    """The ends and the middle of bins of every exponent, and of every mantissa of one."""
+def test_width_of_every_kind_of_bin():
+    """The ends and the middle of some bins of every exponent and of all bins of one exponent."""
     bins = torch.cat((torch.arange(0, 0x7F80, 0x7F), torch.arange(0x3F80, 0x4000)))
     bits = (bins[:, None] << 16 | torch.tensor([0, 1, 0x7FFF, 0x8000, 0xFFFF])).int()
     margins = bits.view(torch.float32).flatten()
@@ -117,7 +117,7 @@ def test_every_kind_of_bin_is_as_wide_as_it_says():
     expected = margins.double().numpy()
     error = np.abs(metric.compute().quantiles.numpy() - expected)
     assert (error <= np.abs(expected) / 256 * (1 + 1e-9) + ABSOLUTE).all()
-    assert (error > np.abs(expected) / 300).any()  # no less, or the docstring says too much
+    assert (error > np.abs(expected) / 300).any()  # the bound is tight
 
 
 def test_beyond_the_range_of_float32(device):
@@ -135,7 +135,7 @@ def test_beyond_the_range_of_float32(device):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_nan_and_nothing_give_nan(device, exact):
+def test_nan_and_no_margins_give_nan(device, exact):
     metric = MarginDistribution(exact=exact).to(device)
     metric.update(torch.tensor([], device=device))
     empty = metric.compute()
@@ -150,14 +150,14 @@ def test_nan_and_nothing_give_nan(device, exact):
         assert not summary.support_vectors.any()
         for value in summary[2:-1]:
             assert value.isnan().all()
-    with pytest.raises(ValueError, match="margins: expected finite ones for a histogram, got nan"):
+    with pytest.raises(ValueError, match="margins: expected finite margins for a histogram, got nan"):
         metric.histogram()
     metric.reset()
     metric.update(torch.tensor([1.0], device=device))
     assert metric.compute().mean == 1
 
 
-def test_functions_say_the_same(device):
+def test_summary_matches_the_functions(device):
     margins = torch.randn(500, dtype=torch.float64, device=device)
     margins[::9] = math.inf
     metric = MarginDistribution(exact=True).to(device)
@@ -169,7 +169,7 @@ def test_functions_say_the_same(device):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_streams_merge_and_forward_is_of_its_batch(device, exact):
+def test_streams_merge_and_forward_returns_its_batch(device, exact):
     margins = torch.randn(900, device=device)
     margins[100:140] = math.inf
     whole, first, second = (
@@ -187,14 +187,14 @@ def test_streams_merge_and_forward_is_of_its_batch(device, exact):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_saved_state_is_a_copy_and_goes_on(device, exact, tmp_path):
+def test_saved_state_is_a_copy_and_can_be_updated(device, exact, tmp_path):
     margins = torch.randn(400, device=device)
     metric = MarginDistribution(exact=exact).to(device)
     metric.update(margins[:100])
     torch.save(metric.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     summaries = []
-    for _ in range(2):  # what is loaded does not change with the metric
+    for _ in range(2):  # updating a metric does not change the loaded state
         loaded = MarginDistribution(exact=exact).to(device)
         loaded.load_state_dict(state)
         loaded.update(margins[100:])
@@ -243,8 +243,8 @@ def test_inference_mode_and_gradients(device, which):
     assert not summary.mean.requires_grad
 
 
-def of_ranks(groups, batches):
-    """The summary and histogram that every rank gets, twice, with more margins in between."""
+def results_of_rank(groups, batches):
+    """The summary and histogram of a rank, computed twice, with more margins in between."""
     results = []
     for exact in (False, True):
         metric = MarginDistribution(exact=exact, quantiles=PROBABILITIES)
@@ -257,9 +257,9 @@ def of_ranks(groups, batches):
     return results
 
 
-def test_processes_see_the_margins_of_all(tmp_path, monkeypatch):
+def test_every_process_has_the_margins_of_all(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    MarginDistribution().update(torch.ones(1))  # one process compiles the kernels, none waits
+    MarginDistribution().update(torch.ones(1))  # compiles the kernels first, so that no rank waits
     margins = torch.randn(600, dtype=torch.float64)
     margins[::50] = math.inf
     parts = margins.split([100, 200, 150, 150])
@@ -268,7 +268,7 @@ def test_processes_see_the_margins_of_all(tmp_path, monkeypatch):
     seen.append(torch.cat((seen[0], parts[1], parts[2])))
     ranks = Ranks(3, str(tmp_path / "store"))
     try:
-        answers = ranks(of_ranks, per_rank)
+        answers = ranks(results_of_rank, per_rank)
     finally:
         ranks.close()
     for results in answers:
@@ -283,7 +283,7 @@ def test_processes_see_the_margins_of_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_histogram_is_that_of_numpy(device, exact):
+def test_histogram_matches_numpy(device, exact):
     for margins in (torch.randn(5000), torch.full((9,), 2.5), torch.randn(2000) * 1e-30):
         metric = MarginDistribution(exact=exact).to(device)
         metric.update(margins.to(device))
@@ -294,7 +294,7 @@ def test_histogram_is_that_of_numpy(device, exact):
         if exact:
             assert numbers.tolist() == expected.tolist()
             continue
-        # What lies before an edge is what lies before a threshold a little off.
+        # The count before an edge is the count before a threshold close to it.
         before, values = numbers.cumsum(0).cpu().numpy(), margins.double().numpy()
         for counted, edge in zip(before[:-1], expected_edges[1:-1], strict=True):
             error = abs(edge) * RELATIVE

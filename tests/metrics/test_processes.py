@@ -1,4 +1,4 @@
-"""Metrics of class geometry in several processes give what they give in one."""
+"""Metrics of class geometry give the same results in several processes as in one."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ RANKS = 2
 
 
 def results(batches):
-    """Of both metrics; those of the second pass also after going on from a result."""
+    """The results of both metrics; those of the second pass also after an update that follows."""
     collapse, manifolds = NeuralCollapse(CLASSES, FEATURES), ClassManifolds(CLASSES, FEATURES)
     for input, target, weight, _ in batches:
         collapse.update(input, target, weight)
@@ -22,7 +22,7 @@ def results(batches):
         collapse.update_nearest(input, logits)
     late = collapse.compute()
     collapse.update_nearest(input[:0], logits[:0])
-    # What was gathered has been given back.
+    # compute() has restored the state of this process.
     assert collapse.count.shape == manifolds.count.shape == (CLASSES,)
     assert collapse.centers.shape == manifolds.mean.shape == (CLASSES, FEATURES)
     return [*early[:6], *late, collapse.compute().nc4, *manifolds.compute()]
@@ -32,7 +32,7 @@ def results_of_rank(groups, batches):
     return results(batches)
 
 
-def test_processes_give_what_one_gives(tmp_path, monkeypatch):
+def test_processes_give_the_results_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     target = torch.randint(0, CLASSES, (80,))
     input = torch.randn(CLASSES, FEATURES)[target] + torch.randn(80, FEATURES) / 2 + 3

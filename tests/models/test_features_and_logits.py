@@ -1,4 +1,4 @@
-"""The features and logits of networks of any kind are those of their body and head."""
+"""features_and_logits: networks of any kind, wrapped or compiled."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,12 +46,12 @@ def assert_sees_body_and_head(
 
 
 @pytest.mark.parametrize("function", [returning_logits, by_keyword, returning_more])
-def test_features_and_logits_are_those_of_body_and_head(function: Callable[..., Any]) -> None:
+def test_features_and_logits_come_from_body_and_head(function: Callable[..., Any]) -> None:
     network = BodyAndHead(function)
     assert_sees_body_and_head(network, torch.randn(5, 6), network.body, network.head)
 
 
-def test_features_are_of_evaluation_and_change_nothing() -> None:
+def test_features_use_evaluation_mode_and_change_nothing() -> None:
     network = network_with_state()
     network[3].eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -84,14 +84,14 @@ def test_features_of_a_wrapped_network_that_has_run(
     network = wrap(plain)
     inputs = torch.randn(5, 6, device=plain[0].weight.device)
     network(inputs)
-    # A wrapper's own forward may wait for processes that do not report.
+    # The forward of a wrapper may wait for other processes, so it must not run.
     network.register_forward_pre_hook(lambda *_: pytest.fail("the wrapper ran"))
     assert_sees_body_and_head(network, inputs, plain[:-1], plain[-1])
 
 
 @pytest.mark.parametrize("part", ["", "body", "head"])
 def test_features_of_a_network_compiled_in_place(part: str) -> None:
-    """A compiled graph has no hook: one set later is not called."""
+    """A compiled graph does not call hooks that are set later."""
     network, inputs = BodyAndHead(returning_logits).eval(), torch.randn(5, 6)
     network.get_submodule(part).compile(backend="eager")
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_features_of_a_network_that_holds_a_compiled_one() -> None:
     assert_sees_body_and_head(network, inputs, network.body, network.head)
 
 
-def test_a_compiled_network_runs_compiled_again_afterwards() -> None:
+def test_a_compiled_network_runs_compiled_afterwards() -> None:
     runs = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -166,7 +166,7 @@ def test_a_compiled_network_runs_compiled_again_afterwards() -> None:
         ),
     ],
 )
-def test_a_network_whose_features_cannot_be_told_stays_as_it_was(
+def test_a_refused_network_stays_as_it_was(
     function: Callable[[BodyAndHead, Tensor], Any], error: type[Exception], message: str
 ) -> None:
     network = BodyAndHead(function)

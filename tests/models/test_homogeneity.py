@@ -167,7 +167,7 @@ def test_unused_and_empty_parameters_do_not_grow():
     model = Function(lambda m, x: torch.cat([x * m.used, m.empty], 1), used=(4,), unused=(3,))
     model.register_parameter("empty", nn.Parameter(torch.zeros(3, 0, dtype=torch.float64)))
     assert checked_rates(model, rows()) == {"used": 1.0, "unused": 0.0, "empty": 1.0}
-    # An activation that nothing depends on may be anything.
+    # An activation that the output does not depend on may be of any kind.
     dead = Function(lambda m, x: (torch.tanh(x * m.b), x * m.a)[1], a=(4,), b=(4,))
     assert checked_rates(dead, rows()) == {"a": 1.0, "b": 0.0}
 
@@ -211,7 +211,7 @@ def test_spectral_normalization_leaves_the_other_layers():
 
 
 def test_low_rank_update_of_a_weight():
-    # The weight takes part in a sum of parameters that multiplies: it counts as a factor.
+    # The weight is part of a sum of parameters that multiplies the input: it counts as a factor.
     adapted = Function(
         lambda m, x: F.relu(x @ (m.w + m.a @ m.b)) @ m.v, w=(4, 4), a=(4, 2), b=(2, 4), v=(4, 2)
     )

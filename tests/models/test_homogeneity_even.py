@@ -1,4 +1,4 @@
-"""The most even solution: against enumeration of all vertices, and unique."""
+"""The most even solution is unique and matches an enumeration of all vertices."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from marginops.homogeneity.program import Infeasible, Program, clean
 
 
 def vertices(matrix, output):
-    """All vertices of the solutions, cut into cells within which rates keep their order.
+    """All vertices of the cells of the set of solutions; in a cell, rates keep their order.
 
-    Within a cell the sorted rates are linear, so the most even solution is among them.
+    Within a cell the sorted rates are linear, so the most even solution is one of the vertices.
     """
     size = len(output)
     planes = [np.eye(size)[i] for i in range(size)]
@@ -30,7 +30,7 @@ def vertices(matrix, output):
 
 
 def most_even(matrix, output):
-    """By brute force; None where there is no solution, NaN where several are as even."""
+    """All vertices that are most even, or None if there is no solution."""
     found = list(vertices(matrix, output))
     if not found:
         return None
@@ -59,13 +59,13 @@ def test_level_agrees_with_brute_force(seed):
         assert (expected is None) == (found is None)
         if expected is not None:
             feasible += 1
-            # Every most even vertex is the same point: the answer is unique.
+            # All of them are the same point, since the most even solution is unique.
             for solution in expected:
                 np.testing.assert_allclose(found, solution, atol=1e-9)
     assert feasible > 10
 
 
-def test_renaming_parameters_renames_the_answer():
+def test_permuted_parameters_have_permuted_rates():
     random = np.random.default_rng(7)
     matrix = np.array([[1.0, 1, 1, -1, 0, 0, 0], [0, 0, 0, 0, 2, -1, 0]])
     output = np.array([0.0, 0, 0, 1, 1, 1, 0])
@@ -75,8 +75,8 @@ def test_renaming_parameters_renames_the_answer():
         assert (solved(matrix[:, order], output[order]) == found[order]).all()
 
 
-def test_smallest_sum_comes_first_and_a_positive_one_is_kept():
-    # x0 + x1 + x2 = 1: of x1 + x2 only the sum matters first, then evenness.
+def test_minimizing_a_sum_comes_before_levelling():
+    # x0 + x1 + x2 = 1: first the sum x1 + x2 is minimized, then the rates are levelled.
     program = Program(np.zeros((0, 3)), np.ones(3))
     program.minimize_sum([1, 2])
     program.level([0, 1, 2])
@@ -89,11 +89,11 @@ def test_smallest_sum_comes_first_and_a_positive_one_is_kept():
     program = Program(np.zeros((0, 2)), np.array([2.0, 1.0]))
     program.minimize_sum([0, 1])
     program.level([0, 1])
-    # Not 1/3 each, whose sum is larger.
+    # It is not 1/3 each, because that sum is larger.
     assert program.lower.tolist() == [0.5, 0.0]
 
 
-def test_rates_that_follow_agree_with_levelling():
+def test_following_rates_gives_the_result_of_levelling():
     matrix = np.array([[1.0, 0, -1, 0, 0], [1, 1, 0, -1, 0]])
     output = np.array([1.0, 1, 0, 0, 0])
     one, other = Program(matrix, output), Program(matrix, output)
@@ -102,7 +102,7 @@ def test_rates_that_follow_agree_with_levelling():
     one.follow([2, 3, 4])
     other.level([2, 3, 4])
     assert one.lower.tolist() == other.lower.tolist() == [0.5, 0.5, 0.5, 1.0, 0.0]
-    # Where they do not follow, they are levelled: x2 + 2 x3 = 1.
+    # Rates that do not follow from the others are levelled: x2 + 2 x3 = 1.
     free = Program(np.array([[1.0, 1.0, -1.0, -2.0]]), np.array([1.0, 1.0, 0.0, 0.0]))
     free.level([0, 1])
     free.follow([2, 3])

@@ -1,4 +1,4 @@
-"""The rule of each operation, judged by scaling the parameters, and what has no rates."""
+"""The rule of each operation, checked by scaling the parameters, and models without rates."""
 
 import sys
 
@@ -123,7 +123,7 @@ def test_rule(name):
 
 
 class Inner(nn.Module):
-    """A layer, then a function, for messages with a path."""
+    """A layer and then a function, so that messages have a path."""
 
     def __init__(self, function):
         super().__init__()
@@ -182,7 +182,7 @@ def test_a_module_of_torch_is_named_by_its_path():
 FAILURES = {
     "unknown": (
         lambda m, x: torch.cumprod(x * m.a, 1),
-        "cumprod at the model .* unknown operation",
+        "cumprod at the model .* has no rule",
     ),
     "rounding": (lambda m, x: m.w[(x * m.a).long()[:, 0] * 0], "rounds"),
     "floor": (lambda m, x: torch.div(x * m.a, 2, rounding_mode="floor"), "div at .* rounds"),
@@ -198,14 +198,14 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_failures_are_blamed_on_an_operation(name):
+def test_failures_name_an_operation(name):
     function, message = FAILURES[name]
     with pytest.raises(NotQuasiHomogeneousError, match=f"^rates: .*{message}"):
         rates(Function(function, a=(4,), w=(4, 4)), torch.randn(3, 4).double())
 
 
-def test_blame_falls_on_the_first_operation_that_cannot_be():
-    # The first sum is possible, with rate 0 before it; the second then is not.
+def test_the_first_impossible_operation_is_named():
+    # The first sum is possible if its input has rate 0; then the second sum is not.
     network = Function(lambda m, x: torch.log1p(x) * m.a + 1, a=(4,))
     chain = nn.Sequential(network, nn.ReLU(), nn.Linear(4, 4).double(), Inner(lambda x: x + 1))
     with pytest.raises(NotQuasiHomogeneousError, match=r"^rates: add at 3 \(Inner\)"):
@@ -224,7 +224,7 @@ def test_running_statistics_hold_their_input_at_rate_0():
     message = r"batch_norm\S* at norm \(torch\.nn\.BatchNorm1d\): its input must have rate 0"
     with pytest.raises(NotQuasiHomogeneousError, match=message):
         rates(Twice(nn.BatchNorm1d(4, affine=False)), torch.randn(3, 4))
-    # Statistics of the batch itself grow with the input, so here there is an answer.
+    # Statistics of the batch itself grow with the input, so this network has rates.
     free = seeded(Twice(nn.BatchNorm1d(4, affine=False, track_running_stats=False)))
     free.norm.eps = 1e-30
     assert checked_rates(free, torch.randn(3, 4, dtype=torch.float64)) == {"linear.weight": 1.0}
@@ -248,7 +248,7 @@ def test_wrong_models_and_inputs():
     ):
         with pytest.raises(ValueError, match=rf"^model: expected one tensor as output, got {kind}"):
             rates(Inner(function), x)
-    with pytest.raises(ValueError, match=r"an output of floating point, got torch\.int64"):
+    with pytest.raises(ValueError, match=r"a floating-point output, got torch\.int64"):
         rates(Inner(lambda x: x.argmax(1)), x)
     with pytest.raises(RuntimeError, match=r"^rates: torch\.export cannot trace") as caught:
         rates(Inner(lambda x: x if x.sum() > 0 else -x), x)
@@ -259,7 +259,7 @@ def test_wrong_models_and_inputs():
     aliased.register_buffer("alias", aliased.weight.detach())
     model = Function(lambda m, x: m.layer(x) @ m.layer.alias, a=())
     model.layer = aliased.double()
-    with pytest.raises(ValueError, match=r"got 'layer\.alias', which shares a parameter's"):
+    with pytest.raises(ValueError, match=r"got 'layer\.alias' in the memory of a parameter"):
         model.layer.alias = model.layer.weight.detach()
         rates(model, x.double())
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

@@ -28,7 +28,7 @@ FUNCTIONS = {
 
 
 def scale_by_bisection(parameters, given_rates):
-    """Oracle: the logarithm of the sum, over single numbers."""
+    """The root of the logarithm of the sum, by bisection over single numbers."""
     terms = [
         (rate, math.log(rate) + 2 * math.log(abs(number)))
         for name, rate in given_rates.items()
@@ -156,7 +156,7 @@ def test_derivatives():
             return normalized_margin(q, {"a": a, "b": b, "c": c}, given_rates, version=version)
 
         assert torch.autograd.gradcheck(margins, (q, a, b))
-    # Along the rates the scale grows by 1: <grad tau, Lambda theta> = 1.
+    # In the direction of the rates the scale grows by 1: <grad tau, Lambda theta> = 1.
     gradients = torch.autograd.grad(scale(a, b, c), (a, b, c))
     values = zip(given_rates.values(), gradients, (a, b, c), strict=True)
     along = sum(rate * (gradient * value).sum() for rate, gradient, value in values)
@@ -173,7 +173,7 @@ def test_parameters_that_are_zero():
     # d tau / d theta = lambda e^{-2 tau lambda} theta / (sum lambda^2 e^{-2 tau lambda} theta^2).
     second = torch.autograd.grad(gradients[0].sum(), zero)[0]
     torch.testing.assert_close(second, torch.full_like(second, 0.5 * math.exp(-math.log(2))))
-    # Also where the zero's factor e^{-2 tau lambda} is beyond all numbers.
+    # This holds even if the factor e^{-2 tau lambda} of the zero overflows.
     small = {"zero": zero.detach(), "one": one.detach() * 1e-20}
     found = log_scale(small, {"zero": 100.0, "one": 1.0})
     assert found.item() == pytest.approx(math.log(2e-20), rel=1e-15)
@@ -199,7 +199,7 @@ def test_nan_and_infinity_propagate():
         for function in (lambda_seminorm, log_scale):
             found = function(parameters, given_rates)
             torch.testing.assert_close(found.item(), number, equal_nan=True)
-        # A parameter with rate 0 has no part in it.
+        # A parameter with rate 0 does not count.
         assert math.isfinite(log_scale(parameters, {"a": 0.0, "b": 0.5}).item())
     margins = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
     found = normalized_margin(margins, {"a": torch.tensor([2.0])}, {"a": 1.0})
@@ -207,7 +207,7 @@ def test_nan_and_infinity_propagate():
 
 
 def test_factor_beyond_the_range_of_numbers():
-    # e^{-tau} is 1e-400 and 1e400, the results are within range.
+    # e^{-tau} is 1e-400 and 1e400, but the results are within range.
     for tiny, margin in ((1e-40, 1e-300), (1e40, 1e300)):
         parameters = {"a": torch.tensor([1 / tiny], dtype=torch.float64)}
         margins = torch.tensor([1 / margin], dtype=torch.float64)
@@ -241,9 +241,10 @@ def test_rescale_leaves_rate_0_alone_and_keeps_dtypes():
         assert value.requires_grad and value.grad_fn is None
 
 
-def test_the_normalized_margin_of_the_toy_flow_falls_at_last():
-    # f = t1 x1 + t2 t3 x2: t1 has the largest rate, is not needed, and is discarded. At scale 1,
-    # with t2 = t3, the margin is t1 x1 + (1 - t1^2) x2: most at t1 = x1 / (2 x2), not in the limit.
+def test_the_normalized_margin_of_the_toy_flow_falls_in_the_end():
+    # f = t1 x1 + t2 t3 x2. t1 has the largest rate and vanishes, since it is not needed. At scale 1
+    # and with t2 = t3 the margin is t1 x1 + (1 - t1^2) x2. It is largest at t1 = x1 / (2 x2), not
+    # in the limit t1 = 0.
     numbers = torch.tensor([0.5, 0.2, 0.2], dtype=torch.float64)
     given_rates = {"a": 1.0, "b": 0.5, "c": 0.5}
     history = []
@@ -266,7 +267,7 @@ def test_wrong_arguments(name):
     good = {"weight": 1.0, "bias": 0.5}
     for given_rates, message in (
         ({"weight": 1.0}, r"expected a rate for every parameter, got none for \['bias'\]"),
-        ({**good, "other": 1.0}, r"expected names of parameters, got \['other'\]"),
+        ({**good, "other": 1.0}, r"expected only names of parameters, got \['other'\]"),
         ({**good, "bias": -0.5}, r"expected a finite rate >= 0 for 'bias', got -0\.5"),
         ({**good, "bias": math.nan}, r"expected a finite rate >= 0 for 'bias', got nan"),
         ({**good, "bias": math.inf}, r"expected a finite rate >= 0 for 'bias', got inf"),
@@ -292,7 +293,7 @@ def test_wrong_arguments(name):
         return
     for parameters, message in (
         ({"a": 1.0}, "a tensor for 'a', got float"),
-        ({"a": torch.ones(1, dtype=torch.int64)}, "floating point for 'a'"),
+        ({"a": torch.ones(1, dtype=torch.int64)}, "a floating-point dtype for 'a'"),
         ([torch.ones(1)], r"a torch\.nn\.Module or a mapping .* got list"),
     ):
         with pytest.raises(TypeError, match=f"^parameters: expected {message}"):

@@ -1,4 +1,4 @@
-"""Networks of any kind are run, wrapped or not, and stay as they were."""
+"""Networks of any kind run, wrapped or not, and stay as they were."""
 
 from collections import UserDict
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ def distributed(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("wrap", [lambda network: network, data_parallel, compiled])
-def test_every_module_evaluates_and_gets_its_own_mode_back(
+def test_every_module_evaluates_and_then_has_its_old_mode(
     wrap: Callable[[nn.Module], nn.Module],
 ) -> None:
     plain = network_with_state()
@@ -76,7 +76,7 @@ def test_head_is_found_by_its_width() -> None:
         (nn.ReLU(), r"no linear layer has 4 outputs \(linear layers: none\)"),
     ],
 )
-def test_a_head_that_cannot_be_told(network: nn.Module, message: str) -> None:
+def test_a_missing_or_ambiguous_head_is_an_error(network: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=f"^network: {message}; pass head=, the torch.nn.Linear"):
         last_linear(network, 4)
 
@@ -93,7 +93,7 @@ def test_a_head_that_cannot_be_told(network: nn.Module, message: str) -> None:
         lambda network: torch.compile(data_parallel(torch.compile(network))),
     ],
 )
-def test_wrappers_are_taken_off(wrap: Callable[[nn.Module], nn.Module], distributed: None) -> None:
+def test_wrappers_are_removed(wrap: Callable[[nn.Module], nn.Module], distributed: None) -> None:
     network = network_with_state()
     assert unwrap(wrap(network)) is network
 
@@ -165,7 +165,7 @@ def test_predictions_are_the_logits_of_all_inputs(
     assert not logits.requires_grad
 
 
-def test_predictions_are_of_evaluation_and_change_nothing() -> None:
+def test_predictions_use_evaluation_mode_and_change_nothing() -> None:
     network, inputs = network_with_state(), torch.randn(10, 6)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     logits = predict(network, inputs)

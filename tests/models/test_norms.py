@@ -1,4 +1,4 @@
-"""log_norm_product: values, batch norms, and that it leaves the model alone."""
+"""log_norm_product: values and batch norms; the model stays unchanged."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def log_norms(model: nn.Module, **how) -> float:
-    """By torch.linalg, for every layer once."""
+    """The sum of the logarithms of the norms, by torch.linalg, with every layer once."""
     found = 0.0
     for layer in model.modules():
         if isinstance(layer, LAYERS):
@@ -29,7 +29,7 @@ def log_norms(model: nn.Module, **how) -> float:
 
 
 def fused(model: nn.Module) -> nn.Module:
-    """Each batch norm of a nested Sequential or Residual folded by torch's own utility."""
+    """A copy in which torch's own utility has folded each batch norm into the layer before it."""
     model = copy.deepcopy(model).eval()
     for parent in model.modules():
         children = list(parent.named_children())
@@ -110,12 +110,12 @@ def test_folding_into_every_kind_of_layer(device):
 
 
 def flat(part):
-    """Without dropout, which is between a layer and its batch norm."""
+    """The modules of a part without dropout, which separates a layer from its batch norm."""
     parts = part if isinstance(part, nn.Sequential) else [part]
     return [module for module in parts if not isinstance(module, nn.Dropout)]
 
 
-def test_last_and_affine():
+def test_batch_norm_last_and_affine():
     model = mixed()
     last = model[-1].weight.norm().log().item()
     assert log_norm_product(model, batch_norm="last").item() == pytest.approx(last, rel=1e-5)
@@ -221,7 +221,7 @@ def test_no_second_derivative_of_the_spectral_norm():
 
 
 class Shared(nn.Module):
-    """A layer that is called twice, with a batch norm of its own each time."""
+    """A layer that is called twice, each time followed by another batch norm."""
 
     def __init__(self) -> None:
         super().__init__()

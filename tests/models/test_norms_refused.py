@@ -1,4 +1,4 @@
-"""log_norm_product: what it refuses, and what it warns of."""
+"""log_norm_product: models and options that it refuses or warns about."""
 
 import warnings
 
@@ -13,7 +13,7 @@ from marginops.norms import log_norm_product
 
 
 class Branching(nn.Module):
-    """What torch.fx cannot trace."""
+    """A model that torch.fx cannot trace."""
 
     def __init__(self, *others) -> None:
         super().__init__()

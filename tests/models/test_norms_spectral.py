@@ -54,8 +54,8 @@ MIRRORED = {
 }
 
 
-def cases(of):
-    return pytest.mark.parametrize(("layer", "shape"), of.values(), ids=of.keys())
+def cases(layers):
+    return pytest.mark.parametrize(("layer", "shape"), layers.values(), ids=layers.keys())
 
 
 @cases(CONVOLUTIONS | MIRRORED)
@@ -85,14 +85,14 @@ def test_operator_in_the_frobenius_and_row_norms(layer, shape):
 
 
 @cases(MIRRORED)
-def test_paddings_that_meet_an_entry_twice_are_refused(layer, shape):
+def test_paddings_that_repeat_an_entry_are_refused(layer, shape):
     with pytest.raises(ValueError, match=r"conv: expected padding with zeros"):
         log_norm_product(
             layer, conv="operator", example_input=torch.ones(1, *shape).to(layer.weight)
         )
 
 
-def test_sizes_come_from_the_model_and_from_each_call():
+def test_every_call_of_a_convolution_has_its_own_size():
     conv = nn.Conv2d(2, 2, 3, padding=1).double()
     model = nn.Sequential(conv, nn.MaxPool2d(2), conv)
     example = torch.ones(3, 2, 6, 8, dtype=torch.float64)
@@ -155,7 +155,7 @@ def test_clustered_singular_values(size, gap):
     assert log_norm_product(layer, norm="spectral").item() == pytest.approx(0, abs=1e-6)
 
 
-def test_the_residual_is_as_promised_after_restarts(monkeypatch):
+def test_the_residual_is_below_the_tolerance_after_restarts(monkeypatch):
     monkeypatch.setattr("marginops.norms.spectral._BASIS_ELEMENTS", 0)
     size = 2000
     values = torch.linspace(0, 1, size, dtype=torch.float64)
@@ -167,7 +167,7 @@ def test_the_residual_is_as_promised_after_restarts(monkeypatch):
 
     vector = leading_eigenvector(apply, random_start(size, values), 1e-6, "it")
     value = (vector * values * vector).sum()
-    assert len(applications) > 2 * 16  # the room
+    assert len(applications) > 2 * 16  # twice the room for the basis
     assert (values * vector - value * vector).norm() <= 1.01e-6
     assert value.item() == pytest.approx(1, abs=1e-6)
 
@@ -183,7 +183,7 @@ def test_no_convergence_is_an_error(monkeypatch):
 
 
 def bartlett(matrices, origins):
-    """The spectral complexity, as it is written."""
+    """The spectral complexity by its definition."""
     norms = [torch.linalg.matrix_norm(matrix, 2) for matrix in matrices]
     pairs = zip(matrices, origins, norms, strict=True)
     total = sum(((a - m).norm(dim=1).sum() / s) ** (2 / 3) for a, m, s in pairs)

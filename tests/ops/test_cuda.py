@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, launches, synchronisation, very large inputs."""
+"""Tests that need a GPU: graphs, streams, launches, synchronisation, very large inputs."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def make_inputs(rows: int = 1280, classes: int = 100, dtype: torch.dtype = torch
 
 
 def softmax_statistics(f: Tensor, y: Tensor, n: Tensor) -> tuple[Tensor, ...]:
-    """What has a gradient beside the margin comes first."""
+    """First a sum of the fields that have a gradient besides the margin, then all fields."""
     statistics = marginops.sample_statistics(f, y, input=f[:, :2], log_norm=n)
     return (statistics.loss + statistics.entropy + statistics.confidence, *statistics)
 
@@ -54,11 +54,11 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
 
 
 def head_input(f: Tensor, w: Tensor) -> Tensor:
-    """Features made of logits and weight, so that they are as fresh, and their logits small."""
+    """Features computed from the logits and the weight, so that they change with these."""
     return f @ w / 80
 
 
-# What multiplies matrices too.
+# Calls that multiply matrices too.
 HEADS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
     "linear margin": lambda f, w, y, n: (
         marginops.linear_classification_margin(head_input(f, w), w, y),
@@ -70,10 +70,10 @@ HEADS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
         head_input(f, w), w, y
     ),
     "linear select": lambda f, w, y, n: marginops.linear_select_minimal_margin(
-        head_input(f, w), w, len(f) // 10
+        head_input(f, w), w, k=len(f) // 10
     ),
     "linear select margin": lambda f, w, y, n: marginops.linear_select_classification_margin(
-        head_input(f, w), w, y, len(f) // 10
+        head_input(f, w), w, y, k=len(f) // 10
     ),
     "regularization": lambda f, w, y, n: (
         marginops.multi_margin_regularization(head_input(f, w), w, y, logits=f),
@@ -84,7 +84,7 @@ DIFFERENTIABLE = [name for name in ALL if name not in ("shard", "select")]
 
 
 def on_side_stream() -> torch.cuda.StreamContext:
-    """For a stream that waits for what this one was given so far."""
+    """A context with a new stream, which waits for the work that this one has been given."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     return torch.cuda.stream(side)
@@ -93,7 +93,7 @@ def on_side_stream() -> torch.cuda.StreamContext:
 def assert_same(
     name: str, values: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 0
 ) -> None:
-    """The same bits; but for products, which the vendor may compute in other ways."""
+    """Compare bit by bit, except matrix products: the vendor may compute these in several ways."""
     if name in HEADS:
         tolerance = 1e-4
     for value, wanted in zip(values, expected, strict=True):
@@ -104,7 +104,7 @@ def assert_same(
 
 
 def run_every_kernel(classes: int, dtype: torch.dtype) -> None:
-    """Small runs, backward too; what comes forward is compared with the CPU's."""
+    """Run small calls, forward and backward, and compare the forward results with the CPU's."""
     for rows in (1, 5, 3000, 20_000):
         if rows * classes > 5_000_000:
             continue
@@ -153,7 +153,7 @@ def run_every_kernel(classes: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", SMALL_RUNS)
 def test_every_kernel(classes, dtype):
-    """The sanitizer tools run this one."""
+    """``benchmarks/gpu_check.sh`` runs this test under the sanitizer tools."""
     run_every_kernel(classes, dtype)
 
 
@@ -228,7 +228,7 @@ def test_autocast_is_the_product_in_bfloat16(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_autocast_leaves_logits_as_they_are(name):
+def test_autocast_does_not_change_logits(name):
     inputs = make_inputs()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         actual = CALLS[name](*inputs)
@@ -271,7 +271,7 @@ def test_reduce_overhead(name):
     for _ in range(4):
         inputs = make_inputs()
         actual = [value.clone() for value in compiled(*inputs)]
-        # The norm of a sample's features is left to the compiler.
+        # The compiler generates the norm of a sample's features.
         tolerance = 1e-6 if name == "statistics" else 0
         assert_same(name, actual, ALL[name](*inputs), tolerance)
 

@@ -1,4 +1,4 @@
-"""Areas under the curve of margins, support vectors, and the op that adds up a distribution."""
+"""Areas under the curve of margins, support vectors, and the op of margin distributions."""
 
 import math
 
@@ -24,7 +24,7 @@ FORMS = ["rank", "cdf"]
 
 
 def vectors(elements):
-    """Margins in every dtype, next to each other or not."""
+    """Margins in every dtype, contiguous or strided."""
 
     def build(values, dtype, stride):
         dense = torch.tensor(values, dtype=torch.float64).to(dtype)
@@ -54,7 +54,7 @@ def area_by_scipy(margins, form):
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=40)
 @given(margins=vectors(finite | st.just(math.inf)))
-def test_area_is_that_below_the_steps_of_scipy(device, form, margins):
+def test_area_matches_scipy(device, form, margins):
     area = margin_area(margins.to(device), form=form)
     expected = area_by_scipy(margins.double().numpy(), form)
     assert area.shape == ()
@@ -64,7 +64,7 @@ def test_area_is_that_below_the_steps_of_scipy(device, form, margins):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_area_of_what_is_not_finite(device, form):
+def test_area_of_nonfinite_margins(device, form):
     def area(*values):
         return float(margin_area(torch.tensor(values, device=device), form=form))
 
@@ -111,7 +111,7 @@ def test_support_vectors_by_brute_force(device, decades, margins):
     assert counts.tolist() == expected
 
 
-def test_support_vectors_are_those_of_the_loss(device):
+def test_support_vectors_have_the_largest_losses(device):
     """Samples whose loss exp(-q) is above a 10th, 100th, 1000th of the largest."""
     margins = torch.randn(5000, dtype=torch.float64, device=device) * 4
     loss = (-margins).exp()
@@ -120,7 +120,7 @@ def test_support_vectors_are_those_of_the_loss(device):
     assert 0 < expected[0] < expected[2] < 5000
 
 
-def test_both_compile_without_a_break(device):
+def test_functions_compile_without_a_graph_break(device):
     counter = CompileCounterWithBackend("aot_eager")
 
     def both(margins):
@@ -165,7 +165,7 @@ def new_state(device):
 
 
 def state_by_brute_force(values):
-    """Of Python floats: bins that are not empty, counts, sums, extremes."""
+    """Nonempty bins, counts, sums and extremes, computed with Python floats."""
     kept = [value for value in values if value != math.inf]
     with np.errstate(over="ignore"):
         bits = np.array(kept, dtype=np.float64).astype(np.float32).view(np.uint32)
@@ -187,7 +187,7 @@ def state_by_brute_force(values):
 def assert_state(state, values):
     bins, counts, sums, minimum, maximum = state_by_brute_force(values)
     actual = {bin: int(state[0][bin]) for bin in state[0].nonzero().flatten().tolist()}
-    if not math.isnan(minimum):  # the bin of a NaN is whichever NaN it is
+    if not math.isnan(minimum):  # which bin a NaN is in depends on its bits
         assert actual == bins
     assert sum(actual.values()) == len(values) - counts[0]
     assert state[1].tolist() == counts
@@ -212,7 +212,7 @@ def test_state_matches_brute_force(device, which, batches):
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", [1, 17, 1023, 1025, 140_001])
 def test_state_of_many_margins(device, dtype, which, size):
-    """Tails of vectors, tiles, chunks and threads; scales that only float64 tells from 0."""
+    """Sizes at the ends of vectors, tiles, chunks and threads; some margins are 0 in float32."""
     scale = 10.0 ** torch.randint(-45, 38, (size,))
     scale[: size // 2] = 1
     margins = (torch.randn(size, dtype=torch.float64) * scale).to(dtype)
@@ -229,7 +229,7 @@ def test_state_of_many_margins(device, dtype, which, size):
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", [3, 140_000])
-def test_every_nan_is_one_and_stays(device, which, size):
+def test_nan_of_any_bits_makes_the_state_nan(device, which, size):
     for bits in (0x7F800001, 0x7FC00000, -0x007FFFFF, -1):
         margins = torch.ones(size)
         margins.view(torch.int32)[size - 2] = bits
@@ -252,7 +252,7 @@ def test_threads_do_not_change_a_bit(device):
         assert all(map(torch.equal, state, states[0]))
 
 
-def test_op_is_what_it_says(device):
+def test_opcheck(device):
     margins = torch.randn(40, device=device)
     opcheck("update_margin_distribution", *new_state(device), margins)
 
@@ -271,7 +271,7 @@ def test_op_is_what_it_says(device):
 def test_native_kernel_checks_its_state():
     bin_counts, *others = new_state("cpu")
     update = torch.ops.marginops.update_margin_distribution
-    update(bin_counts, *others, torch.ones(1))  # native from here on, where there is a compiler
+    update(bin_counts, *others, torch.ones(1))  # loads the native kernel, if there is a compiler
     with pytest.raises((RuntimeError, IndexError)):
         update(bin_counts[:10], *others, torch.ones(1))
     with pytest.raises(RuntimeError):

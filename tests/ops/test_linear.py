@@ -1,4 +1,4 @@
-"""The linear head: equal to the ops on its logits, for every chunk size, dtype and layout."""
+"""The linear head equals the ops on its logits, for every chunk size, dtype and layout."""
 
 import math
 
@@ -32,7 +32,7 @@ NAMES = list(VARIANTS)
 
 
 def assert_alike(variant, result, expected):
-    """The same values, but for the rounding of sums over classes that come in pieces."""
+    """Compare values exactly, except sums over classes, which are rounded piece by piece."""
     if variant == "statistics":
         for one, other in zip(result, expected, strict=True):
             rtol = 32 * torch.finfo(one.dtype).eps if one.is_floating_point() else 0
@@ -43,7 +43,7 @@ def assert_alike(variant, result, expected):
 
 @pytest.mark.parametrize("variant", NAMES)
 @given(case=linear_cases(), which=st.sampled_from(IMPLEMENTATIONS), data=st.data())
-def test_exact_logits_give_exactly_what_the_plain_op_gives(device, variant, case, which, data):
+def test_exact_logits_give_the_results_of_the_plain_op(device, variant, case, which, data):
     *tensors, rows = case
     head = Head(*tensors).to(device)
     options = {}
@@ -57,7 +57,7 @@ def test_exact_logits_give_exactly_what_the_plain_op_gives(device, variant, case
 
 @given(case=linear_cases())
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_brute_force(device, case):
+def test_exact_logits_match_brute_force(device, case):
     *tensors, rows = case
     head = Head(*tensors)
     logits = head.input.double() @ head.weight.double().T
@@ -77,18 +77,18 @@ def test_brute_force(device, case):
     for name in ("rival", "correct"):
         assert getattr(statistics, name).tolist() == expected[name].tolist()
     k = len(logits) // 2
-    for variant, of in (
+    for variant, scored in (
         ("select_margin", "normalized_margin"),
         ("select_score", "score_with_bias"),
     ):
         scores, indices = linear(variant, head.to(device))
-        every = linear(of, head.to(device))[0]
+        every = linear(scored, head.to(device))[0]
         assert indices.tolist() == brute_force.select_smallest(every.tolist(), k)
         assert_same(scores, every[indices])
 
 
 def rounding_of_logits(head):
-    """What every logit of a row may be wrong by, from the products and from being stored."""
+    """The largest error that a row's logits may have, from the product and from storing them."""
     input, weight, bias, _ = head.to(torch.float64)
     sums = input.abs() @ weight.abs().T + bias.abs()
     epsilon = torch.finfo(result_dtype(head.input.dtype)).eps
@@ -109,7 +109,7 @@ def test_random_logits_up_to_rounding(device, dtype, chunk_rows):
         assert_within(actual, expected.cpu(), relative, absolute.cpu().numpy(), name)
 
     check(linear("margin", head, size)[0], plain("margin", wide)[0], 2 * error)
-    # The score jumps where another class comes second, or another boundary is as near.
+    # The score jumps where the second class changes or where two boundaries are equally near.
     top = F.linear(*wide[:3]).topk(3).values
     clear = top[:, 1] - top[:, 2] > 2 * error
     assert clear.double().mean() > 0.8
@@ -120,13 +120,13 @@ def test_random_logits_up_to_rounding(device, dtype, chunk_rows):
     nearest = linear("nearest", head, size)[0]
     check(nearest, plain("nearest", wide)[0], 2 * error / closest)
 
-    # Of logits that move by d: |dp|_1 <= 2 d, and the entropy H moves by 2 H d at most.
+    # If logits move by d, |dp|_1 <= 2 d, and the entropy H moves by at most 2 H d.
     slopes = {"loss": 2, "confidence": 1, "entropy": 2 * math.log(10), "el2n": 2}
     slopes["gradient_norm"] = 2 * torch.hypot(torch.ones_like(error), wide.input.norm(dim=1))
     result = marginops.linear_sample_statistics(*head[:2], head.target, head.bias, chunk_bytes=size)
     expected = marginops.sample_statistics(F.linear(*wide[:3]), wide.target, input=wide.input)
     for name, slope in slopes.items():
-        # Once more for what a finite step adds to the slope.
+        # The factor 1.1 covers what a finite step adds to the slope.
         check(getattr(result, name), getattr(expected, name), 1.1 * slope * error, name)
 
 
@@ -174,7 +174,7 @@ def test_tiles_are_about_square_unless_many_whole_rows_fit():
 def test_pieces_of_many_rows(device, variant):
     head = exact_head(device, rows=2500)
     whole = plain(variant, head)
-    for rows in (1100, 1024, 900):  # whole rows, and pieces of them
+    for rows in (1100, 1024, 900):  # whole rows and parts of rows
         assert_alike(variant, linear(variant, head, chunk_of(rows, head)), whole)
 
 
@@ -182,7 +182,7 @@ def test_pieces_of_many_rows(device, variant):
 @pytest.mark.parametrize("variant", NAMES)
 @pytest.mark.parametrize("rows", [0, 1])
 @pytest.mark.parametrize("columns", [0, 5])
-def test_hardly_any_samples_or_features(device, dtype, which, variant, rows, columns):
+def test_few_or_no_samples_and_features(device, dtype, which, variant, rows, columns):
     for bias in (False, True):
         head = exact_head(device, dtype, rows, 3, columns, bias)
         for k in range(rows + 1) if "select" in variant else [None]:
@@ -208,8 +208,8 @@ def test_log_norm_and_another_ignored_target(device, dtype, variant):
 
 
 @pytest.mark.parametrize("variant", ["select_margin", "select_score", "select_nearest"])
-def test_selection_is_that_of_the_scores(device, dtype, variant):
-    """Of rounded logits too: the same chunks, so the same rounding."""
+def test_selection_matches_the_scores(device, dtype, variant):
+    """This holds for rounded logits too, since equal chunks round equally."""
     head = random_head(device, dtype)
     of = {"select_margin": "normalized_margin", "select_score": "score_with_bias"}
     options = {} if variant in of else {"bias_in_norm": False}
@@ -226,7 +226,7 @@ def test_numpy_integers_count_samples(device):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_opcheck(device, with_bias):
-    """Also as autocast calls: without a bias, and in another dtype of the product."""
+    """The op as autocast calls it too: without a bias, and with a product in another dtype."""
     head = random_head(device, torch.float64 if with_bias else torch.float32, rows=8, columns=3)
     layer = [value.requires_grad_() for value in head[:3]] if with_bias else [*head[:2], None]
     dtype = None if with_bias else torch.bfloat16
@@ -253,7 +253,7 @@ def test_opcheck_of_the_gradient(device, needed):
 
 
 def results_and_loss(input, weight, bias, target):
-    """Of every function, the scores ending as a sum that needs all gradients."""
+    """The results of every function, and a loss that is made of all of them."""
     head, log_norm = Head(input, weight, bias, target), weight.norm().log()
     results, loss = {}, 0
     for variant in NAMES:

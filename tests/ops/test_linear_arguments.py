@@ -1,4 +1,4 @@
-"""Dtypes under autocast and without, and wrong arguments of the linear head."""
+"""The linear head: dtypes with and without autocast, and wrong arguments."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def autocast(device, dtype=torch.bfloat16):
 @pytest.mark.parametrize("variant", NAMES)
 @pytest.mark.parametrize("product", HALVES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_autocast_is_that_of_the_composition(device, variant, product, bias):
+def test_autocast_matches_the_composition(device, variant, product, bias):
     head = differentiable(exact_head(device, bias=bias))
     with torch.no_grad():
         head.input[:, 0] = 257  # rounded to 256 in bfloat16
@@ -87,7 +87,7 @@ def test_autocast_leaves_float64_alone(device, variant):
 
 @pytest.mark.parametrize("variant", NAMES)
 def test_shapes_on_the_meta_device(variant):
-    """Which has no autocast that one could ask for."""
+    """The meta device has no autocast state to ask for."""
     head = Head(INPUT, WEIGHT, BIAS, TARGET)
     with autocast("cpu"):
         results = linear(variant, head.to("meta"))

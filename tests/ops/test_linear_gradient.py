@@ -1,4 +1,4 @@
-"""Gradients of the linear head: those of the ops on its logits, without the logits."""
+"""Gradients of the linear head equal those of the ops on its logits."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def test_gradcheck(device, variant, bias):
         options = {"log_norm": values[-1]} if variant in LABELLED else {}
         moved = Head(*values[:2], values[2] if bias else None, head.target)
         results = linear(variant, moved, chunk_of(3, head), **options)
-        # Differences of infinite margins, those of ignored samples, are not 0 but NaN.
+        # Ignored samples have infinite margins, and their finite differences would be NaN.
         return tuple(
             torch.where(field.isinf(), 0, field) for field in results if field.requires_grad
         )
@@ -52,7 +52,7 @@ def test_gradcheck(device, variant, bias):
 @pytest.mark.parametrize("variant", NAMES)
 @pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradient_of_the_composition(device, variant, rows, bias):
+def test_gradient_matches_the_composition(device, variant, rows, bias):
     """Sums of small integers are exact, so only divisions and exponentials may round."""
     head = differentiable(exact_head(device, torch.float64, bias=bias))
     options, inputs = {"chunk_bytes": chunk_of(rows, head)}, head.differentiable()
@@ -69,11 +69,11 @@ def test_gradient_of_the_composition(device, variant, rows, bias):
         assert not actual[0][head.target == -100].any()
 
 
-@pytest.mark.parametrize("of", range(4))
-def test_gradient_of_each_statistic_alone(device, of):
+@pytest.mark.parametrize("index", range(4))
+def test_gradient_of_each_statistic_alone(device, index):
     head = differentiable(random_head(device, rows=40))
-    actual = gradients(linear, "statistics", head, of=of, chunk_bytes=chunk_of(7, head))
-    torch.testing.assert_close(actual, gradients(plain, "statistics", head, of=of))
+    actual = gradients(linear, "statistics", head, index=index, chunk_bytes=chunk_of(7, head))
+    torch.testing.assert_close(actual, gradients(plain, "statistics", head, index=index))
 
 
 @pytest.mark.parametrize("variant", NAMES)
@@ -98,8 +98,8 @@ def test_gradient_for_some_of_the_arguments(device, variant):
 def test_gradient_for_the_norm_alone(device, variant):
     head = exact_head(device, torch.float64)
     norm = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
-    actual = gradients(linear, variant, head, [norm], of=0, log_norm=norm)
-    assert_same(actual, gradients(plain, variant, head, [norm], of=0, log_norm=norm))
+    actual = gradients(linear, variant, head, [norm], index=0, log_norm=norm)
+    assert_same(actual, gradients(plain, variant, head, [norm], index=0, log_norm=norm))
 
 
 @pytest.mark.parametrize("variant", ["select_margin", "select_score", "select_nearest"])
@@ -111,12 +111,12 @@ def test_only_chosen_samples_have_a_gradient(device, variant):
     expected = torch.zeros(50, dtype=torch.bool, device=device)
     expected[indices] = True
     if variant == "select_margin":
-        assert expected[:20].sum() == 10  # as few ignored samples as there have to be
+        assert expected[:20].sum() == 10  # no more ignored samples than needed
         expected[:20] = False
     assert gradient.any(1).tolist() == expected.tolist()
 
 
-def test_ignored_and_unchosen_samples_count_for_nothing(device):
+def test_ignored_and_unchosen_samples_add_no_gradient(device):
     head = differentiable(exact_head(device))
     head = head._replace(target=torch.full_like(head.target, -100))
     for variant in LABELLED:
@@ -140,7 +140,7 @@ def test_sums_over_samples_are_in_float32(device, dtype, variant, chunk_rows):
     """A running sum of 1000 such terms in half precision would be wrong by half."""
     input, weight = small_integers(1000, 8).abs(), small_integers(7, 8)
     target = torch.full((1000,), 2)
-    # One class leads all samples, so that in no sum terms cancel.
+    # One class leads in all samples, so that terms do not cancel in any sum.
     bias = (0.0 if variant in LABELLED else 30.0) * (torch.arange(7) == 2)
     head = Head(input, weight, bias, target).to(device, dtype)
     exact, head = differentiable(head.to(torch.float64)), differentiable(head)
@@ -150,7 +150,7 @@ def test_sums_over_samples_are_in_float32(device, dtype, variant, chunk_rows):
         fields = fields if variant != "statistics" else fields[2:3]
         return torch.autograd.grad(fields[0].sum(), head[:3])
 
-    # Terms and their sum are rounded, or those of a chunk; 1000 of them are added up.
+    # Each term and each sum of a chunk is rounded, and 1000 of them are added.
     tolerance = 4 * torch.finfo(dtype).eps + 1000 * torch.finfo(result_dtype(dtype)).eps
     for value, actual, expected in zip(
         head, summed(head, chunk_of(chunk_rows, head)), summed(exact, None), strict=False
@@ -161,8 +161,8 @@ def test_sums_over_samples_are_in_float32(device, dtype, variant, chunk_rows):
 
 
 @pytest.mark.parametrize("variant", NAMES)
-def test_gradients_do_not_vary(device, variant):
-    """With the number of threads neither, but for those that a matrix product sums up."""
+def test_every_run_gives_the_same_bits(device, variant):
+    """The number of threads changes only gradients that a matrix product sums up."""
     head = differentiable(exact_head(device, rows=4000, columns=9))
     runs = set()
     for threads in (2, 2) if variant == "statistics" else (1, 2, 2):
@@ -175,7 +175,7 @@ def test_gradients_do_not_vary(device, variant):
 @pytest.mark.parametrize("variant", NAMES)
 def test_gradient_of_margins_needs_no_logits(device, variant, monkeypatch):
     head = differentiable(exact_head(device, torch.float64))
-    expected = gradients(plain, variant, head, of=0)
+    expected = gradients(plain, variant, head, index=0)
     fields = linear(variant, head)
 
     def refuse(*_):
@@ -206,25 +206,25 @@ def test_margins_beside_other_statistics_have_the_same_gradient(device):
     torch.testing.assert_close(actual, torch.autograd.grad(margin, head[:3], grad))
 
 
-def second_derivative(variant, head, of, first, second):
+def second_derivative(variant, head, index, first, second):
     fields = [field for field in linear(variant, head) if field.requires_grad]
-    value = fields[of][fields[of].isfinite()].square().sum()
+    value = fields[index][fields[index].isfinite()].square().sum()
     (gradient,) = torch.autograd.grad(value, getattr(head, first), create_graph=True)
     torch.autograd.grad(gradient.square().sum(), getattr(head, second))
 
 
 @pytest.mark.parametrize(
-    ("variant", "of"),
+    ("variant", "index"),
     [(name, 0) for name in ("score", "score_with_bias", "nearest", "select_score")]
-    + [("statistics", field) for field in (1, 2, 3)],
+    + [("statistics", index) for index in (1, 2, 3)],
 )
-def test_second_derivatives_are_errors(device, variant, of):
+def test_second_derivatives_are_errors(device, variant, index):
     head = differentiable(random_head(device, rows=20))
     for first, second in itertools.product(("input", "weight", "bias"), repeat=2):
         if variant != "statistics" and second != "weight":
             continue
         with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
-            second_derivative(variant, head, of, first, second)
+            second_derivative(variant, head, index, first, second)
 
 
 @pytest.mark.parametrize("variant", ["margin", "select_margin"])

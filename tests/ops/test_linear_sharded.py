@@ -19,7 +19,7 @@ from marginops.ops import linear_sharded
 
 RANKS = 3
 SIZES = [(1, 5, 3), (3, 0, 6), (0, 9, 0), (7, 1, 1)]
-# Bit for bit the same in as many processes as one likes, if the logits are.
+# If the logits are exact, these are bit for bit the same for any number of processes.
 EXACT = {"differentiable", "value", "margin", "rival", "correct", "scores", "indices"}
 DIFFERENTIABLE_FIELDS = ["margin", "loss", "confidence", "entropy"]
 FUNCTIONS = [
@@ -33,7 +33,7 @@ FUNCTIONS = [
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    """Starts the processes, again after a test in which one of them hung."""
+    """A function that starts the processes, again after a test in which one of them hung."""
     started = []
 
     def get():
@@ -44,7 +44,7 @@ def pool(tmp_path_factory):
                 started.append(Ranks(RANKS, str(store)))
         return started[-1]
 
-    # One process compiles the kernels, none waits for another to.
+    # This process compiles the kernels first, so that no rank waits for another.
     example()()
     yield get
     for ranks in started:
@@ -62,7 +62,7 @@ def exact(*shape):
 
 
 def example(function="sample_statistics", dtype=torch.float64, make=torch.randn, **options):
-    """A call for 9 classes with everything that its function takes."""
+    """A call for 9 classes with all arguments that its function takes."""
     rows, classes, columns = 40, 9, 6
     arguments = {
         "input": make(rows, columns).to(dtype),
@@ -94,12 +94,12 @@ def rounding_of(dtype):
     ids=str,
 )
 def test_values_of_exact_logits(ranks, dtype, sizes):
-    """Logits that are the same in any product; with many ties, also between ranks."""
+    """The logits are exact in any product and have many ties, also between ranks."""
     calls = []
     for function in FUNCTIONS:
         call = example(function, dtype, exact)
-        calls += [call, call.but(chunk_bytes=2 * 9 * dtype.itemsize)]
-        calls.append(call.without("bias", "bias_in_norm", "log_norm"))
+        calls += [call, call.replace(chunk_bytes=2 * 9 * dtype.itemsize)]
+        calls.append(call.drop("bias", "bias_in_norm", "log_norm"))
     assert_like_one_process(ranks, calls, sizes, EXACT, rounding_of(dtype))
 
 
@@ -112,7 +112,7 @@ def test_values_of_random_logits(ranks, dtype):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_special_values(ranks, function):
-    """Infinite logits, rows of nothing else, NaN; a tie between -inf of different ranks."""
+    """Infinite logits, rows of only those, NaN, and a tie of -inf between ranks."""
     calls = []
     for bias in (
         [-math.inf] * 9,
@@ -123,7 +123,7 @@ def test_special_values(ranks, function):
         [-0.0] + [0.0] * 8,
     ):
         call = example(function, make=exact, bias=torch.tensor(bias, dtype=torch.float64))
-        calls += [call, call.but(weight=torch.zeros(9, 6, dtype=torch.float64))]
+        calls += [call, call.replace(weight=torch.zeros(9, 6, dtype=torch.float64))]
     call = example(function, make=exact)
     for row, value in ((3, math.nan), (8, math.nan), (15, math.inf)):
         call.arguments["input"][row, 2] = value
@@ -139,12 +139,12 @@ def test_special_values(ranks, function):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_edge_sizes(ranks, function):
     call = example(function, make=exact)
-    call = call.but(k=0) if "k" in call.arguments else call
-    calls = [with_gradient(c) for c in (call, no_rows(call), call.but(**no_columns(call)))]
+    call = call.replace(k=0) if "k" in call.arguments else call
+    calls = [with_gradient(c) for c in (call, no_rows(call), call.replace(**no_columns(call)))]
     assert_like_one_process(ranks, calls, (1, 5, 3), EXACT, 1e-12)
-    two = call.but(**{name: call.arguments[name][:2] for name in ("weight", "bias")})
+    two = call.replace(**{name: call.arguments[name][:2] for name in ("weight", "bias")})
     if "target" in two.arguments:
-        two = two.but(target=two.arguments["target"].clamp(max=1))
+        two = two.replace(target=two.arguments["target"].clamp(max=1))
     assert_like_one_process(ranks, [with_gradient(two)], (0, 1, 1), EXACT, 1e-12)
 
 
@@ -152,7 +152,7 @@ def no_rows(call):
     rows = {"input": call.arguments["input"][:0]}
     if "target" in call.arguments:
         rows["target"] = call.arguments["target"][:0]
-    return call.but(**rows)
+    return call.replace(**rows)
 
 
 def no_columns(call):
@@ -160,7 +160,7 @@ def no_columns(call):
 
 
 def with_gradient(call, *fields):
-    """Ask for the gradient of these results, or of the one that there is."""
+    """The call with gradients of these results, or of its only result."""
     rows = call.arguments.get("k", len(call.arguments["input"]))
     default = ["scores"] if "k" in call.arguments else ["value"]
     if call.function == "sample_statistics":
@@ -174,7 +174,7 @@ def with_gradient(call, *fields):
     ("sizes", "chunk_bytes"), [((1, 5, 3), 400), ((3, 0, 6), None), ((0, 9, 0), None)], ids=str
 )
 def test_gradients(ranks, sizes, chunk_bytes):
-    """Of the whole input on every rank, of the weight and the bias of its own classes."""
+    """Every rank has the gradient of the whole input, and of the weight and bias of its classes."""
     calls = []
     for function in FUNCTIONS:
         fields = [()]
@@ -183,7 +183,7 @@ def test_gradients(ranks, sizes, chunk_bytes):
         for names in fields:
             call = example(function, make=exact, chunk_bytes=chunk_bytes)
             calls += [with_gradient(call, *names)]
-            calls.append(with_gradient(call.without("bias", "bias_in_norm", "log_norm"), *names))
+            calls.append(with_gradient(call.drop("bias", "bias_in_norm", "log_norm"), *names))
     assert_like_one_process(ranks, calls, sizes, EXACT, 1e-12)
 
 
@@ -196,8 +196,8 @@ def test_every_run_gives_the_same_bits(ranks):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradients_leave_out_what_was_not_chosen(ranks, function):
-    """Also where a row that was not chosen, or is ignored, has no finite gradient."""
+def test_unchosen_samples_add_no_gradient(ranks, function):
+    """This holds even if the gradient of an ignored or unchosen row is not finite."""
     call = example(function, make=exact)
     call.arguments["input"][7] = math.nan  # an ignored sample
     if "k" in call.arguments:
@@ -208,7 +208,7 @@ def test_gradients_leave_out_what_was_not_chosen(ranks, function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_in_other_dtypes(ranks, dtype):
     calls = [with_gradient(example(function, dtype, exact)) for function in FUNCTIONS]
-    # The parts of the ranks are rounded before they are added.
+    # Each rank rounds its part before the parts are added.
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     assert_like_one_process(ranks, calls, (1, 5, 3), EXACT, tolerance)
 
@@ -242,7 +242,7 @@ def gradient_with_graph(groups, call):
 def test_second_derivatives_are_refused(ranks):
     for answer in ranks(gradient_with_graph, example("classification_margin").shards((1, 5, 3))):
         assert isinstance(answer, NotImplementedError)
-        assert "no second derivatives" in str(answer)
+        assert "second derivatives (create_graph) are not implemented" in str(answer)
 
 
 def call_with_small_exchanges(groups, call):
@@ -259,12 +259,12 @@ def test_rows_of_the_weight_are_exchanged_in_parts(ranks):
 
 
 def call_between_two(groups, call):
-    """On the first and the last rank; the group is none for those between."""
+    """The call on the first and the last rank. Ranks in between are not in the group."""
     return call(groups[1])
 
 
 def test_two_of_three_processes(ranks):
-    """Their numbers are those within the group, not those of the processes."""
+    """Ranks are numbered within the group, not by process."""
     call = with_gradient(example(make=exact))
     first, last = call.shards((4, 5))
     one, outsider, other = ranks(call_between_two, [first, first, last])
@@ -280,7 +280,7 @@ def test_two_of_three_processes(ranks):
 
 
 def wrong_arguments():
-    """What one rank does differently, the error there, and what every rank says."""
+    """What one rank does differently, its error, and the message on every rank."""
     values = example(make=exact).arguments
     input, target = values["input"], values["target"]
     margin, score = "classification_margin", "minimal_margin_score"
@@ -320,14 +320,14 @@ def wrong_arguments():
 @pytest.mark.parametrize(("function", "different", "error", "match"), list(wrong_arguments()))
 def test_one_wrong_rank_is_an_error_on_all(ranks, function, different, error, match):
     calls = example(function, make=exact).shards((3, 3, 3))
-    calls = [calls[0], calls[1].but(**different), calls[2]]
+    calls = [calls[0], calls[1].replace(**different), calls[2]]
     assert_all_raise(ranks, calls, error, match)
 
 
 def test_ranks_that_do_different_things(ranks):
-    """Each of these would leave a rank waiting for the others, now or in the backward pass."""
+    """Without an error, each case would leave a rank waiting, now or in the backward pass."""
     calls = example("sample_statistics").shards((3, 3, 3))
-    other = calls[1].but()
+    other = calls[1].replace()
     margin = dataclasses.replace(other, function="classification_margin")
     assert_all_raise(ranks, [calls[0], margin, calls[2]], ValueError, "function")
     assert_all_raise(ranks, [calls[0], with_gradient(other), calls[2]], ValueError, "requires_grad")
@@ -335,40 +335,42 @@ def test_ranks_that_do_different_things(ranks):
     frozen = dataclasses.replace(calls[1], frozen=frozenset({"input"}))
     assert_all_raise(ranks, [calls[0], frozen, calls[2]], ValueError, "requires_grad")
     names = ("input", "weight", "bias")
-    single = [call.but(**{name: call.arguments[name].float() for name in names}) for call in calls]
+    single = [
+        call.replace(**{name: call.arguments[name].float() for name in names}) for call in calls
+    ]
     cast = dataclasses.replace(single[1], autocast=True)
     assert_all_raise(ranks, [single[0], cast, single[2]], ValueError, "autocast")
 
 
 def assert_all_raise(ranks, calls, error, match):
-    """``error`` on rank 1, whose call is wrong, and one that says so on the others."""
+    """Rank 1, whose call is wrong, raises ``error``; the others raise one that names it."""
     answers = ranks(call_all, [[call] for call in calls])
     for rank, answer in enumerate(answers):
         kinds = error if rank == 1 else (ValueError, RuntimeError)
         assert isinstance(answer, kinds), (rank, answer)
         assert re.search(match, str(answer)), (rank, answer)
-    # And no rank is left behind in the middle of something.
+    # No rank is left waiting in a collective.
     call = example("classification_margin", make=exact)
     assert_like_one_process(ranks, [call], (2, 3, 4), EXACT, 1e-12)
 
 
 def test_too_few_classes(ranks):
     call = example("minimal_margin_score", make=exact)
-    call = call.but(weight=call.arguments["weight"][:1], bias=call.arguments["bias"][:1])
+    call = call.replace(weight=call.arguments["weight"][:1], bias=call.arguments["bias"][:1])
     for answer in ranks(call_all, [[shard] for shard in call.shards((0, 1, 0))]):
         assert isinstance(answer, ValueError)
         assert re.search(r"at least 2 classes .*\[0, 1, 0\]", str(answer))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_group_that_is_none(function):
+def test_wrong_types_of_group(function):
     for group in ("world", 0, object()):
         with pytest.raises(TypeError, match=r"group: expected a torch\.distributed\.ProcessGroup"):
             example(function)(group)
 
 
 def test_without_torch_distributed():
-    """PyTorch can be built without; what remains of its module is this."""
+    """PyTorch can be built without it. The stub has what is then left of the module."""
     code = """
         import sys, types
         import torch

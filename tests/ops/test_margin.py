@@ -67,7 +67,7 @@ def test_score_matches_brute_force(device, which, rival, case):
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @given(case=score_cases())
-def test_pair_is_that_of_brute_force(device, which, case):
+def test_pair_matches_brute_force(device, which, case):
     logits, weight, bias = (value if value is None else value.to(device) for value in case)
     with implementation(which):
         pair, _ = margin_pair.minimal_margin_pair_op(logits, weight, bias, None, False)
@@ -145,7 +145,7 @@ def test_rows_beyond_32_bit_offsets(device):
     assert margin.unique().tolist() == marginops.classification_margin(row, target[:1]).tolist()
 
 
-def test_hinge_loss_of_torchmetrics(device):
+def test_margin_matches_hinge_loss_of_torchmetrics(device):
     probabilities = torch.rand(200, 7, device=device)
     target = torch.randint(7, (200,), device=device)
     margin = marginops.classification_margin(probabilities, target)
@@ -172,7 +172,7 @@ def test_nearest_boundary_is_where_the_features_change_class(device):
         assert ((arrived != first.unsqueeze(1)).any(1) == changes).all()
 
 
-def test_distance_of_scipy(device):
+def test_score_matches_distances_of_scipy(device):
     weight = torch.randn(9, 30, dtype=torch.float64)
     logits = torch.randn(100, 9, dtype=torch.float64)
     values, classes = logits.topk(2)
@@ -289,7 +289,7 @@ def test_wrong_log_norm(log_norm, error, message):
         ((LOGITS, "w"), {}, TypeError, r"weight: expected a tensor \[C, D\], got str"),
         ((LOGITS, WEIGHT[0]), {}, ValueError, r"weight: expected shape \[C, D\], got \[2\]"),
         ((LOGITS, WEIGHT.T), {}, ValueError, r"weight: expected 3 rows .* got shape \[2, 3\]"),
-        ((LOGITS, WEIGHT.double()), {}, TypeError, "weight: expected dtype torch.float32 beside"),
+        ((LOGITS, WEIGHT.double()), {}, TypeError, "weight: expected dtype torch.float32 for"),
         ((LOGITS.half(), WEIGHT.bfloat16()), {}, TypeError, "torch.float16 or torch.float32"),
         ((LOGITS, WEIGHT.to("meta")), {}, ValueError, "weight: expected device cpu"),
         ((LOGITS, WEIGHT, [1, 2, 3]), {}, TypeError, "bias: expected a tensor .* got list"),
@@ -336,7 +336,7 @@ def test_no_rows(device, which, dtype):
 @pytest.mark.parametrize("rival", ["top2", "nearest"])
 def test_ties_across_the_pieces_of_long_rows(device, dtype, classes, rival):
     logits = torch.randint(-3, 4, (60, classes)).to(dtype)
-    logits[:, 5:] -= 4  # few candidates, so that ties decide
+    logits[:, 5:] -= 4  # few candidates, so that ties matter
     logits[::2, -1] = logits[::2].amax(1)
     logits[::3, 2047] = logits[::3].amax(1)
     weight = torch.randn(classes, 3).to(dtype)
@@ -349,7 +349,7 @@ def test_ties_across_the_pieces_of_long_rows(device, dtype, classes, rival):
         assert pair.tolist() == [list(classes) for classes in expected]
 
 
-def test_half_precision_subnormals_where_the_processor_flushes_its_own():
+def test_half_precision_subnormals_while_the_processor_flushes_subnormals():
     logits = torch.full((4, 64), 6e-8, dtype=torch.half)
     logits[1:, 3] = 1e-7
     flushes = torch.set_flush_denormal(True)
@@ -373,7 +373,7 @@ def test_nearest_boundary_in_many_dimensions(device):
         logits.to(device), weight.to(device), rival="nearest"
     ).cpu()
     _, expected = brute_force.minimal_margin_pair(logits, weight, rival="nearest")
-    # A float32 sum of a million squares is good to 1e-4; the next class is 3e-3 farther.
+    # A float32 sum of a million squares is accurate to 1e-4; the next class is 3e-3 farther.
     np.testing.assert_allclose(score.numpy(), expected, rtol=5e-4)
 
 

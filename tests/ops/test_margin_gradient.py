@@ -46,7 +46,7 @@ def test_margin_gradient_and_its_gradient(device, log_norm):
 
 
 @pytest.mark.parametrize("classes", [3, 64])
-def test_gradient_in_low_precision_is_that_of_float64(device, dtype, classes):
+def test_gradient_in_low_precision_matches_float64(device, dtype, classes):
     logits, weight, _ = (value.detach().to(dtype) for value in head(device, classes=classes))
     inputs = logits.requires_grad_(), weight.requires_grad_()
     exact = tuple(value.detach().double().requires_grad_() for value in inputs)
@@ -83,7 +83,7 @@ def test_gradient_is_zero_where_the_boundary_has_no_direction(device):
     assert not logits.grad.any() and not weight.grad.any()
 
 
-def test_weight_gradient_does_not_vary(device):
+def test_weight_gradient_has_the_same_bits_in_every_run(device):
     logits, weight, bias = head(device, torch.float32, rows=4000, classes=7, columns=65)
     runs = set()
     for threads in (1, 2, 2):
@@ -183,13 +183,13 @@ def test_class_sum_gradient_matches_brute_force(device, which, case):
     with implementation(which):
         result = class_sum.class_sum_op(key, coefficient, rows, classes)
     assert result.dtype == coefficient.dtype
-    # At most 40 terms of a few units.
+    # A sum has at most 40 terms, each of a few units.
     absolute = 100 * torch.finfo(result.dtype).eps
     expected = brute_force.class_sum(*case)
     np.testing.assert_allclose(result.double().cpu().numpy(), expected, rtol=0, atol=absolute)
 
 
-def test_class_sum_in_order_whatever_the_threads(device):
+def test_class_sum_adds_in_order_with_any_number_of_threads(device):
     rows = torch.randn(300, 65, device=device)
     key = torch.randint(20 * 300, (100_000,)).sort().values
     coefficient = torch.randn(100_000)
@@ -200,14 +200,14 @@ def test_class_sum_in_order_whatever_the_threads(device):
         torch.set_num_threads(threads)
         result = OPS.class_sum(key.to(device), coefficient.to(device), rows, 20)
         sums.add(result.cpu().numpy().tobytes())
-        # 5000 terms a class in the same order; a kernel may contract multiplications.
+        # A class has 5000 terms in the same order; a kernel may fuse multiplications and additions.
         torch.testing.assert_close(result.cpu(), expected, rtol=1e-5, atol=2e-4)
     assert len(sums) == 1
 
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @given(case=score_cases(finite))
-def test_pair_distance_is_that_of_the_pair(device, which, case):
+def test_pair_distance_matches_minimal_margin_pair(device, which, case):
     logits, weight, bias = (value if value is None else value.to(device) for value in case)
     with implementation(which):
         pair, distance = margin_pair.minimal_margin_pair_op(logits, weight, bias, None, False)
@@ -220,7 +220,7 @@ def test_pair_distance_is_that_of_the_pair(device, which, case):
     np.testing.assert_allclose(result.double().cpu().numpy(), expected, rtol=tolerance)
 
 
-def test_opcheck_of_what_gradients_consist_of(device):
+def test_opcheck_of_the_ops_behind_gradients(device):
     rows = torch.randn(4, 3, dtype=torch.float64, device=device)
     key = torch.tensor([0, 3, 3, 11, 19], device=device)
     coefficient = torch.randn(5, dtype=torch.float64, device=device)
@@ -255,7 +255,7 @@ def test_direct_calls_of_the_class_sum_with_wrong_keys():
     for wrong in (rows[0], rows.long(), rows[:0]):
         with pytest.raises(RuntimeError, match="expected"):
             OPS.class_sum(key, coefficient, wrong, 3)
-    # In 64 bits 20 * 2**60 is 2**62.
+    # 20 * 2**60 overflows 64 bits and gives 2**62.
     for many, classes in ((rows, -1), (rows[:1].expand(2**60, 5), 20)):
         with pytest.raises(RuntimeError, match="classes: expected"):
             OPS.class_sum(key, coefficient, many, classes)

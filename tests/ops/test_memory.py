@@ -1,4 +1,4 @@
-"""Peak extra memory: outputs, at most 1 MiB, O(N) scratch; of a linear head a chunk of logits."""
+"""Peak extra memory: outputs, O(N) scratch, 1 MiB, and for a linear head a chunk of logits."""
 
 import os
 import subprocess
@@ -39,8 +39,9 @@ def test_peak_extra_memory(call, rows, classes):
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    # O(N): 4 bytes a score, 4 a copied score or table entry, 8 a candidate, and for a tenth of the
-    # rows 8 to sort, 12 of results. The rest: 1 MiB, and what the heap and threads keep.
+    # O(N): 4 bytes for each score, 4 for each copied score or table entry, 8 for each candidate.
+    # A tenth of the rows take 8 more to be sorted and 12 as results. Besides that there are 1 MiB
+    # of scratch and what the heap and the threads keep.
     per_row = 4 if call in ("minimal_margin_score", "nearest", "classification_margin") else 18
     table = 4 * rows if classes == 20 else 0
     assert int(run.stdout) <= (1 << 20) + per_row * rows + table + (3 << 20)
@@ -65,9 +66,9 @@ def call(n):
     return {call}
 
 for run in (call, backward):
-    run(1100)  # as many as come in tiles
+    run(1100)  # enough rows for several tiles
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak is what there is now
+        file.write("5")  # sets the peak to the memory in use now
     before = status("VmRSS")
     run({rows})
     print(status("VmHWM") - before)
@@ -77,8 +78,10 @@ LINEAR_CALLS = {
     "classification_margin": "(input[:n], weight, target[:n], bias, {size})",
     "minimal_margin_score": "(input[:n], weight, bias, rival='nearest', {size})",
     "sample_statistics": "(input[:n], weight, target[:n], bias, {size}).loss",
-    "select_minimal_margin": "(input[:n], weight, n // 2, bias, {size}).scores",
-    "select_classification_margin": "(input[:n], weight, target[:n], n // 2, bias, {size}).scores",
+    "select_minimal_margin": "(input[:n], weight, bias, k=n // 2, {size}).scores",
+    "select_classification_margin": (
+        "(input[:n], weight, target[:n], bias, k=n // 2, {size}).scores"
+    ),
 }
 
 
@@ -92,14 +95,15 @@ def test_peak_extra_memory_without_logits(call, mebibytes):
     program = LINEAR_PROGRAM.format(
         rows=rows, classes=classes, call=f"marginops.linear_{call}{arguments}"
     )
-    # Large blocks go back to the system at once, so that what is measured is what is in use.
+    # Freed large blocks go back to the system at once, so the measurement shows memory in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
     )
-    # Backward: for two classes of each sample a row of 16 floats, its scaled copy, and keys to
-    # sort; the gradients themselves. Where the logits come again their gradient shares the room.
     # Forward: for each sample 40 bytes of sums, twice, and the statistics that follow.
+    # Backward: for two classes of each sample a row of 16 floats, its scaled copy, and keys to
+    # sort; the gradients themselves. If the logits are computed again, their gradient overwrites
+    # them.
     assert 4 * rows * classes > 400 << 20
     forward, backward = map(int, run.stdout.split())
     assert forward <= (size or 16 << 20) + (4 << 20) + 150 * rows

@@ -1,4 +1,4 @@
-"""class_moments: values, other libraries' results, precision, NaN, reproducibility."""
+"""class_moments: brute force, other libraries, precision, NaN, reproducibility."""
 
 import math
 
@@ -50,7 +50,7 @@ def assert_moments(moments, expected, input, normalize=False):
     )
     count, mean, radius = expected
     assert moments.count.tolist() == count.tolist()
-    # Rows are rounded when they are scaled; the mean's updates and the result are rounded.
+    # Rows round when they are scaled. The updates of the mean and the result round too.
     largest = max(input.double().abs().nan_to_num(0, 0, 0).flatten().tolist(), default=0.0)
     largest = 1.0 if normalize else largest
     epsilon = torch.finfo(dtype).eps
@@ -64,7 +64,7 @@ def moments_cases(draw):
     """Input, target and the number of classes."""
     rows, columns = draw(st.integers(0, 30)), draw(st.sampled_from([0, 1, 3, 16, 17, 37, 70]))
     classes = draw(st.integers(1, 6))
-    # Most values from a seed: thousands of drawn numbers would only slow the search down.
+    # A seed gives most values: thousands of drawn numbers would only slow the search down.
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     size, offset = draw(st.sampled_from([(1.0, 0.0), (100.0, 3.0), (0.01, 5.0)]))
     dense = torch.randn(rows, columns, generator=random, dtype=torch.float64) * size + offset
@@ -103,7 +103,7 @@ def test_classes_of_every_number_of_pieces(device, dtype, which, normalize, rows
 
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
-def test_results_of_sklearn_and_numpy(device, which):
+def test_moments_match_sklearn_and_numpy(device, which):
     input, target = torch.randn(900, 12).double() + 1, torch.randint(4, (900,))
     for normalize in (False, True):
         rows = unit_rows(input.numpy()) if normalize else input.numpy()
@@ -124,13 +124,13 @@ def test_results_of_sklearn_and_numpy(device, which):
     [(torch.float32, 1e4, 1e-3), (torch.float32, -3e3, 0.1), (torch.float64, 1e12, 1e-4)],
 )
 def test_radius_does_not_cancel(device, which, dtype, offset, spread):
-    """A few units in the last place around a point far away."""
+    """The samples lie a few units in the last place around a point far from 0."""
     input = (torch.randn(3000, 19).double() * spread + offset).to(dtype)
     target = torch.arange(3000) % 4
     target[:600] = 3
     with implementation(which):
         moments = class_moments(input.to(device), target.to(device), 4)
-    # The distances from a sample are exact, so nothing cancels in float64 either.
+    # Differences from a sample are exact, so nothing cancels in the float64 reference either.
     shifted = input.double() - input[0].double()
     _, mean, radius = brute_force(shifted, target, 4)
     assert radius.max() < 10 * spread * math.sqrt(19)

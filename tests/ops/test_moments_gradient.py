@@ -20,11 +20,11 @@ def samples(device, rows=12, columns=5, classes=3):
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("columns", [1, 5])
-def test_derivatives_are_those_of_finite_differences(device, normalize, columns):
+def test_derivatives_match_finite_differences(device, normalize, columns):
     input, target = samples(device, columns=columns)
     target[1] = -100
     if normalize:
-        input = (input.detach() + 1.5).requires_grad_()  # in one column: away from 0
+        input = (input.detach() + 1.5).requires_grad_()  # away from 0 in one column
 
     def fields(input):
         _, mean, radius = class_moments(input, target, 4, normalize=normalize)
@@ -46,7 +46,7 @@ def eager(input, target, classes, normalize):
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_is_that_of_eager_pytorch_in_every_dtype(device, dtype, layout, normalize):
+def test_gradient_matches_eager_pytorch_in_every_dtype(device, dtype, layout, normalize):
     dense = torch.randn(60, 19).to(dtype) + 1
     target = (torch.arange(60) % 4).to(device)
     target[::7] = -100
@@ -120,7 +120,7 @@ def test_nan_of_empty_classes_and_ignored_samples_does_not_spread(device, normal
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_gradient_of_unit_rows_of_any_length(device, size):
-    """It is inversely proportional to the length."""
+    """The gradient is inversely proportional to the length of a row."""
     input, target = samples(device)
     plain = class_moments(input, target, 3, normalize=True)
     (expected,) = torch.autograd.grad(plain.radius.sum() + plain.mean.sum(), input)
@@ -130,7 +130,7 @@ def test_gradient_of_unit_rows_of_any_length(device, size):
     torch.testing.assert_close(gradient.double() * size, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_of_merged_moments_is_that_of_the_whole(device):
+def test_gradient_of_merged_moments_matches_the_whole(device):
     input, target = samples(device)
     target[:6] = target[:6].clamp(max=1)  # class 2 is in one part only
     target[-1] = -100
@@ -148,7 +148,7 @@ def test_gradient_of_merged_moments_is_that_of_the_whole(device):
 def test_opcheck(device, normalize):
     input, target = samples(device)
     target[1] = -100
-    # With gradients it adds the fields' sums to that of the first, which are integers here.
+    # With gradients, opcheck would add the sums of all fields to that of the count, an integer.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (input, target, 3, normalize, -100)
     torch.library.opcheck(OPS.class_moments.default, arguments, test_utils=tests)

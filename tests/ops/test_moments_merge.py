@@ -15,7 +15,7 @@ from marginops.ops.moments import ClassMoments, class_moments
 @pytest.mark.parametrize("normalize", [False, True])
 def test_merged_parts_are_the_whole(device, dtype, normalize, parts):
     input, target = torch.randn(700, 11).to(device, dtype) + 2, torch.randint(5, (700,))
-    target[:400] = torch.randint(3, (400,))  # classes that some parts have not
+    target[:400] = torch.randint(3, (400,))  # some parts lack some classes
     target[::9] = -100
     target = target.to(device)
     whole = class_moments(input, target, 6, normalize=normalize)
@@ -68,7 +68,7 @@ def test_merge_keeps_an_infinite_radius_beside_an_empty_class(device):
 
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
-def test_another_ignore_index_and_nothing_but_ignored(device, which):
+def test_another_ignore_index_and_only_ignored_samples(device, which):
     input, target = torch.randn(6, 3, device=device), torch.tensor([0, 1, 7, 0, 1, 7])
     target = target.to(device)
     with implementation(which):

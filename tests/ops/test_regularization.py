@@ -36,7 +36,7 @@ def by_hand(input, weight, target, logits, reduction, ignore_index=-100):
 
 
 def eager(input, weight, target, logits, reduction):
-    """What one would write in PyTorch, whose gradients are those of autograd."""
+    """The same in plain PyTorch, with gradients by autograd."""
     rival = logits.scatter(1, target[:, None], -torch.inf).argmax(1)
     distance = (weight[target] - weight[rival]).norm(dim=1)
     radius = input.norm(dim=1).max()
@@ -83,7 +83,7 @@ def test_gradient(device, reduction, with_logits):
             input[keep], weight, target[keep], logits=rivals[keep], reduction=reduction
         )
 
-    # Of fixed rivals, which a small step of the weight might change without logits.
+    # The rivals are fixed: without logits a small step of the weight might change them.
     assert gradcheck(ours, (input, weight))
     value = multi_margin_regularization(input, weight, target, logits=logits, reduction=reduction)
     expected = eager(input, weight, target, rivals, reduction)
@@ -105,7 +105,7 @@ def test_gradient(device, reduction, with_logits):
     )
 
 
-def test_gradient_in_low_precision_is_that_of_float64(device, dtype):
+def test_gradient_in_low_precision_matches_float64(device, dtype):
     input, weight, target = case(device, dtype)
     logits = torch.randn(20, 6, device=device)
     exact = tuple(value.detach().double().requires_grad_() for value in (input, weight))
@@ -123,7 +123,7 @@ def test_gradient_in_low_precision_is_that_of_float64(device, dtype):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("size", [1e-18, 1e18])
 def test_gradient_of_features_and_weights_of_any_size(device, reduction, size):
-    """The value is that of size 1, where the square of the mean distance is not in float32."""
+    """The value equals that of size 1 even if float32 cannot hold the squared mean distance."""
     input, weight, target = case(device)
     logits = (input @ weight.t()).detach()
     value = multi_margin_regularization(input, weight, target, logits=logits, reduction=reduction)
@@ -167,7 +167,7 @@ def test_invariances(device, reduction):
     torch.testing.assert_close(value(input, weight + shift), expected)
     turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, device=device)).Q
     torch.testing.assert_close(value(input @ turn, weight @ turn, None), expected)
-    # The rivals are all that the logits tell.
+    # The logits only decide the rivals.
     torch.testing.assert_close(value(input, weight, logits.exp()), expected)
 
 
@@ -191,7 +191,7 @@ def test_without_samples_or_direction(device, dtype):
     value = multi_margin_regularization(empty, weight, target[:0])
     value.backward()
     assert value.isnan() and empty.grad.shape == empty.shape and not weight.grad.any()
-    # Equal rows: no distance, and no direction to push them in.
+    # Equal rows have no distance, and no direction in which to push them.
     same = torch.ones_like(weight).requires_grad_()
     for reduction in REDUCTIONS:
         value = multi_margin_regularization(input, same, target, reduction=reduction)
@@ -255,7 +255,7 @@ def test_second_derivative_is_an_error(device):
         gradient.sum().backward()
 
 
-def test_results_do_not_vary(device):
+def test_every_run_gives_the_same_bits(device):
     input, weight, target = case(device, torch.float32, samples=3000, features=65, classes=9)
     runs = set()
     for threads in (1, 2, 3, 3):

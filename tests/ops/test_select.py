@@ -1,4 +1,4 @@
-"""select_smallest and the selections fused behind scores: exact order, gradients, errors."""
+"""select_smallest and selections fused with scores: exact order, gradients, errors."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def inputs_of_size(size: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 161, 1000, 4099, 70_001, 300_000])
-def test_selection_is_the_head_of_numpys_stable_sort(device, dtype, size):
+def test_selection_is_the_beginning_of_numpys_stable_sort(device, dtype, size):
     for name, scores in inputs_of_size(size, dtype).items():
         order = np.argsort(scores.double().numpy(), kind="stable")
         for k in sorted({0, 1, min(10, size), 160 % size, size // 10, size // 2, size - 1, size}):
@@ -69,7 +69,7 @@ def test_selection_is_the_head_of_numpys_stable_sort(device, dtype, size):
             assert same_bits(chosen.scores, scores[torch.from_numpy(order[:k])]), (name, k)
 
 
-def test_selection_is_the_head_of_torch_sort(device, dtype):
+def test_selection_is_the_beginning_of_torch_sort(device, dtype):
     scores = torch.randn(5000, device=device).to(dtype)
     values, indices = torch.sort(scores, stable=True)
     chosen = marginops.select_smallest(scores, 777)
@@ -104,7 +104,7 @@ def test_more_scores_than_32_bit_indices():
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rival", ["top2", "nearest"])
 @given(case=score_cases(), data=st.data())
-def test_fused_minimal_margin_is_its_two_steps(device, which, rival, case, data):
+def test_fused_minimal_margin_equals_score_and_selection(device, which, rival, case, data):
     logits, weight, bias = (value if value is None else value.to(device) for value in case)
     k = data.draw(st.integers(0, len(logits)))
     options = {"rival": rival, "bias_in_norm": bias is not None}
@@ -118,7 +118,7 @@ def test_fused_minimal_margin_is_its_two_steps(device, which, rival, case, data)
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @given(case=margin_cases(), data=st.data())
-def test_fused_margin_is_its_two_steps(device, which, case, data):
+def test_fused_classification_margin_equals_margin_and_selection(device, which, case, data):
     logits, target, log_norm = case
     logits, target = logits.to(device), target.to(device)
     k = data.draw(st.integers(0, len(logits)))
@@ -214,7 +214,7 @@ def test_compile_full_graph_with_dynamic_rows(device):
 
 
 @pytest.mark.parametrize("select", ["minimal", "smallest"])
-def test_wrong_arguments_of_the_fused_selections_are_those_of_their_scores(select):
+def test_fused_selections_check_the_arguments_of_their_scores(select):
     logits, weight, target = torch.randn(4, 3), torch.randn(3, 2), torch.tensor([0, 1, 2, 0])
     if select == "minimal":
         for wrong in ((logits[0], weight), (logits, weight.T), (logits, weight.double())):
@@ -264,7 +264,7 @@ def test_wrong_target_values_of_the_fused_selection():
         marginops.select_classification_margin(logits, torch.tensor([0, 1, 2, 9]), 2)
 
 
-def test_nothing_chosen_from_nothing(device, dtype):
+def test_selection_from_no_scores(device, dtype):
     empty = torch.empty(0, 3, dtype=dtype, device=device)
     target = torch.empty(0, dtype=torch.int64, device=device)
     weight = torch.randn(3, 2, device=device).to(dtype)

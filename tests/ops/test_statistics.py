@@ -1,4 +1,4 @@
-"""sample_statistics and the op for shards: values, other libraries' results, errors."""
+"""sample_statistics: brute force, other libraries, precision, layouts."""
 
 import math
 
@@ -31,7 +31,7 @@ def assert_statistics(result, expected, logits, target):
             assert actual.tolist() == values.tolist(), name
             continue
         assert actual.dtype == result_dtype(logits.dtype)
-        # Exponentials may underflow, and in EL2N it is their squares that do.
+        # Exponentials may underflow; in EL2N their squares may.
         absolute = limits.tiny * 1e6
         if name in ("el2n", "gradient_norm"):
             scale = expected["gradient_norm"] / expected["el2n"] if name != "el2n" else 1
@@ -81,7 +81,7 @@ def test_long_rows_in_every_order(device, dtype, which, layout, classes):
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @pytest.mark.parametrize("scale", [1, 30, 1e4])
-def test_loss_of_torch(device, dtype, which, scale):
+def test_loss_matches_torch(device, dtype, which, scale):
     logits, target = random_logits(device, dtype, scale=scale)
     logits[:20, 3] = -math.inf
     logits[20:30, 5:] = -math.inf
@@ -101,7 +101,7 @@ def test_loss_of_torch(device, dtype, which, scale):
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @pytest.mark.parametrize("classes", [2, 10, 100])
-def test_softmax_of_scipy_and_entropy_of_torch(device, dtype, which, classes):
+def test_softmax_matches_scipy_and_entropy_matches_torch(device, dtype, which, classes):
     logits, target = random_logits(device, dtype, classes=classes)
     logits[:9, 1] = -math.inf
     with implementation(which):
@@ -119,11 +119,11 @@ def test_softmax_of_scipy_and_entropy_of_torch(device, dtype, which, classes):
         (result.entropy, scipy.special.entr(p).sum(1)),
         (result.entropy, entropy.numpy()),
         (result.el2n, np.linalg.norm(error, axis=1)),
-    ):  # these formulas cancel: absolutely they are exact to some 1e-16
+    ):  # these formulas cancel: their absolute error is about 1e-16
         assert_within(actual, expected, relative, 4e-15)
 
 
-def test_accuracy_of_torchmetrics(device, dtype):
+def test_accuracy_matches_torchmetrics(device, dtype):
     logits, target = random_logits(device, dtype)
     logits = logits.round()  # ties
     correct = marginops.sample_statistics(logits, target).correct
@@ -138,7 +138,7 @@ def test_accuracy_of_torchmetrics(device, dtype):
 
 
 @pytest.mark.parametrize("columns", [0, 1, 6])
-def test_gradient_norm_is_that_of_the_last_layer(device, columns):
+def test_gradient_norm_matches_the_last_layer(device, columns):
     weight, bias = torch.randn(7, columns).double(), torch.randn(7).double()
     parameters = [value.to(device).requires_grad_() for value in (weight, bias)]
     input = torch.randn(30, columns, dtype=torch.float64, device=device)
@@ -169,7 +169,7 @@ def test_input_in_another_dtype(device, dtype, input_dtype):
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 @pytest.mark.parametrize("others", [1, 40])
 def test_nothing_cancels_as_the_confidence_approaches_one(device, which, wide, others):
-    """A leader d above equal others: relative accuracy, whatever d, for it and for another."""
+    """One class leads equal others by d. Its and another's statistics are accurate for any d."""
     d = np.arange(0, 101, dtype=np.float64)
     logits = torch.zeros(101, 1 + others, dtype=wide)
     logits[:, 0] = torch.from_numpy(d)

@@ -18,7 +18,7 @@ DIFFERENTIABLE = ("margin", "loss", "confidence", "entropy")
 
 
 def weighted_sum(result, weights):
-    """One number of which every sample has a gradient of its own."""
+    """One number, in which every sample has its own weight."""
     total = 0.0
     for name, weight in weights.items():
         total = total + (getattr(result, name) * weight).sum()
@@ -37,7 +37,7 @@ def random_weights(rows, device, dtype, names=DIFFERENTIABLE):
 
 @pytest.mark.parametrize("names", [*[(name,) for name in DIFFERENTIABLE], DIFFERENTIABLE])
 @pytest.mark.parametrize(("rows", "classes"), [(5, 2), (5, 6), (2, 50)])
-def test_gradient_is_that_of_finite_differences(device, names, rows, classes):
+def test_gradient_matches_finite_differences(device, names, rows, classes):
     logits, _, _ = head(device, rows=rows, classes=classes)
     target = torch.randint(classes, (rows,), device=device)
     target[1] = -100
@@ -55,7 +55,7 @@ def test_gradient_is_that_of_finite_differences(device, names, rows, classes):
 
 @pytest.mark.parametrize("scale", [1, 30, 1e4])
 @pytest.mark.parametrize("classes", [10, 60, 5000])
-def test_gradient_of_the_loss_is_that_of_torch(device, dtype, scale, classes):
+def test_gradient_of_the_loss_matches_torch(device, dtype, scale, classes):
     rows = 40 if classes == 5000 else 200
     logits, target = random_logits(device, dtype, rows, classes, scale)
     logits[:9, 3] = -math.inf
@@ -74,10 +74,10 @@ def test_gradient_of_the_loss_is_that_of_torch(device, dtype, scale, classes):
 
 
 def assert_gradient(actual, expected, logits, target):
-    """Every entry within a few roundings of itself and of the terms that it is the sum of.
+    """Compare up to a few roundings of each entry and of the terms that it sums.
 
-    These are p_c, and at the label 1, times log p_c at most; and p_c = exp(log p_c) is as exact,
-    relatively, as log p_c absolutely.
+    A term is at most log p_c times p_c, or times 1 for the label. The relative error of
+    p_c = exp(log p_c) is the absolute error of log p_c.
     """
     wide, epsilon = torch.finfo(logits.dtype), torch.finfo(actual.dtype)
     log_p = logits.detach().log_softmax(1)
@@ -92,7 +92,7 @@ def assert_gradient(actual, expected, logits, target):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("classes", [2, 17, 48, 49, 2049, 5000])
-def test_gradient_in_every_layout_and_dtype_is_that_of_float64(device, dtype, layout, classes):
+def test_gradient_in_every_layout_and_dtype_matches_float64(device, dtype, layout, classes):
     logits, target = random_logits("cpu", dtype, 9, classes)
     target[4] = -100
     weights = random_weights(9, device, torch.float64)
@@ -100,7 +100,7 @@ def test_gradient_in_every_layout_and_dtype_is_that_of_float64(device, dtype, la
     actual = gradient_of(*there, weights, log_norm=0.5)
     assert actual.dtype == dtype and actual.is_contiguous()
     wide = logits.double().to(device).requires_grad_()
-    # As PyTorch does it, but for the rival.
+    # As PyTorch computes it, except for the rival.
     log_p = wide.log_softmax(1)
     label = there[1].clamp(min=0).unsqueeze(1)
     rival = marginops.sample_statistics(wide, there[1]).rival.unsqueeze(1)
@@ -122,7 +122,7 @@ def test_nothing_cancels_as_the_confidence_approaches_one(device, wide):
     d = torch.arange(0, 86, dtype=torch.float64)
     logits = torch.stack((d, torch.zeros(86).double()), 1).to(device, wide)
     target = torch.zeros(86, dtype=torch.int64, device=device)
-    q = torch.exp(-d) / (1 + torch.exp(-d))  # the other's probability
+    q = torch.exp(-d) / (1 + torch.exp(-d))  # probability of the other class
     slopes = {"loss": -q, "confidence": q * (1 - q), "entropy": -d * q * (1 - q)}
     for name, slope in slopes.items():
         actual = gradient_of(logits, target, {name: torch.ones(86, device=device, dtype=wide)})
@@ -134,7 +134,7 @@ def test_nothing_cancels_as_the_confidence_approaches_one(device, wide):
 
 
 @given(case=statistics_cases())
-def test_gradient_of_the_margin_alone_is_that_of_classification_margin(device, case):
+def test_gradient_of_the_margin_alone_matches_classification_margin(device, case):
     logits, target, _, log_norm = case
     logits, target = logits.to(device).requires_grad_(), target.to(device)
     norm = None if log_norm is None else torch.tensor(log_norm, device=device).requires_grad_()
@@ -148,9 +148,7 @@ def test_gradient_of_the_margin_alone_is_that_of_classification_margin(device, c
 
 
 @pytest.mark.parametrize("names", [("margin",), ("loss",), ("confidence", "margin"), ("entropy",)])
-def test_rows_without_a_finite_maximum_have_no_gradient_but_that_of_the_margin(
-    device, dtype, names
-):
+def test_rows_without_a_finite_maximum_only_have_a_gradient_of_the_margin(device, dtype, names):
     logits, target = random_logits(device, dtype, rows=8, classes=5)
     logits[0, 2], logits[1, 3], logits[2] = math.nan, math.inf, -math.inf
     logits[3, target[3]] = -math.inf
@@ -224,7 +222,7 @@ def test_results_changed_in_place(device):
     (result.loss.mul_(2).sum() + result.margin.mul_(2).sum()).backward()
     expected = gradient_of(logits, target, {"loss": 2.0, "margin": 2.0})
     assert torch.equal(logits.grad, expected)
-    confidence = marginops.sample_statistics(logits, target).confidence.mul_(2)  # it is saved
+    confidence = marginops.sample_statistics(logits, target).confidence.mul_(2)  # backward needs it
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         confidence.sum().backward()
 
@@ -270,7 +268,7 @@ def test_compile_full_graph_with_dynamic_rows(device):
 
 @pytest.mark.parametrize("classes", [5, 300])
 def test_direct_calls_give_all_or_part_of_the_gradient(device, dtype, classes):
-    """None and zeros are the same, and rows may lie in any way."""
+    """None and zeros give the same gradient, for any layout of the rows."""
     logits, target = random_logits(device, dtype, rows=30, classes=classes)
     fields = OPS.sample_statistics(logits, target, None, None, -100)
     saved = [fields[i] for i in (1, 3, 4, 8, 9)]

@@ -61,7 +61,7 @@ def test_shard_with_a_nan_or_without_any_finite_logit(device, dtype, which, clas
 
 
 def merge(parts):
-    """A row's maximum, own logit, sums and leading class from those of its shards."""
+    """A row's maximum, label logit, sums and leading class from those of its shards."""
     maximum = max(part[0] for part, _, _ in parts)
     leader = next(i for i, (part, _, _) in enumerate(parts) if part[0] == maximum)
     sums = [0.0, 0.0, 0.0]
@@ -79,7 +79,7 @@ def merge(parts):
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @pytest.mark.parametrize("split", [[1, 9, 13], [23], [11, 1, 11], [1] * 23])
-def test_shards_together_are_the_whole_row(device, dtype, which, split):
+def test_shards_together_match_the_whole_row(device, dtype, which, split):
     logits, target = random_logits(device, dtype, rows=60, classes=23)
     logits = logits.round()  # ties between shards
     logits[:5, :1] = -math.inf
@@ -94,7 +94,7 @@ def test_shards_together_are_the_whole_row(device, dtype, which, split):
             values, classes = row_sums.row_sums_op(shard, target - start, True)
             parts.append((values.tolist(), classes.tolist(), start))
             start += width
-    relative = 2 * rounding(logits.cpu(), target.cpu())  # both sides are rounded
+    relative = 2 * rounding(logits.cpu(), target.cpu())  # both sides round
     for row in range(60):
         merged, first = merge([(part[row], classes[row], at) for part, classes, at in parts])
         assert first == leaders[row, 0]
@@ -102,8 +102,8 @@ def test_shards_together_are_the_whole_row(device, dtype, which, split):
 
 
 @pytest.mark.parametrize("split", [[1, 9, 13], [11, 1, 11], [1] * 23])
-def test_gradient_of_shards_is_that_of_the_whole_row(device, dtype, split):
-    """Labels and rivals outside of a shard are those of another one."""
+def test_gradient_of_shards_matches_the_whole_row(device, dtype, split):
+    """Labels and rivals outside a shard belong to another one."""
     logits, target = random_logits(device, dtype, rows=60, classes=23)
     target[::9] = -100
     _, rival, _, confidence, entropy, *_, maximum, log_sum = OPS.sample_statistics(
@@ -163,7 +163,7 @@ def test_no_rows(device, dtype, which):
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(5000, 10), (3000, 100), (64, 5000)])
-def test_results_do_not_vary(device, dtype, rows, classes):
+def test_every_run_gives_the_same_bits(device, dtype, rows, classes):
     logits, target = random_logits(device, dtype, rows, classes)
     logits.requires_grad_()
     runs = set()
@@ -272,7 +272,7 @@ def test_wrong_direct_calls_for_a_shard(arguments):
 @NATIVE
 @pytest.mark.parametrize("position", [*range(12)])
 def test_wrong_direct_calls_of_the_gradient(position):
-    """Each argument in turn: too long, too short, in another dtype, of more dimensions."""
+    """Each argument in turn is too long, too short, of another dtype, or of more dimensions."""
     _, rival, _, confidence, entropy, *_, maximum, log_sum = OPS.sample_statistics(
         LOGITS, TARGET, None, None, -100
     )

@@ -1,4 +1,5 @@
-// What comes out of a row and its label.
+// The output of classification margins. It computes the margin and the rival from the two largest
+// logits of a row and its label.
 #pragma once
 
 #include "margin_launch.h"
@@ -7,15 +8,15 @@
 
 namespace marginops::cuda {
 
-// What margins are multiplied by.
+// Divides margins by the norm.
 template <class Number>
 struct Normalizer {
   const Number* log_norm;  // or null
-  Number half;             // half_scale() of the log norm, if log_norm is null
+  Number half;             // half_scale() of the log norm on the host, used if log_norm is null
 
-  explicit Normalizer(const LogNorm& from)
-      : log_norm(static_cast<const Number*>(from.device)),
-        half(half_scale(static_cast<Number>(from.host))) {}
+  explicit Normalizer(const LogNorm& norm)
+      : log_norm(static_cast<const Number*>(norm.device)),
+        half(half_scale(static_cast<Number>(norm.host))) {}
 
   __device__ __forceinline__ Number operator()(Number margin) const {
     return normalize(margin, log_norm == nullptr ? half : half_scale(*log_norm));
@@ -51,8 +52,8 @@ struct TargetOutput {
     if (margin == nullptr) return;
     Number result = std::numeric_limits<Number>::quiet_NaN();
     if (!top.nan && valid) {
-      const Number own = row[static_cast<int32_t>(label)];
-      result = own - (own == top.first_value ? top.second_value : top.first_value);
+      const Number label_logit = row[static_cast<int32_t>(label)];
+      result = label_logit - (label_logit == top.first_value ? top.second_value : top.first_value);
       result = normalized(result);
     }
     margin[row.position] = ignored ? std::numeric_limits<Number>::infinity() : result;
