@@ -1,6 +1,6 @@
-"""Packages the C++ and CUDA sources with the Python code; they are compiled at their first use.
+"""Packages the C++ and CUDA sources with the Python code. Their first use compiles them.
 
-With ``MARGINOPS_BUILD=aot`` they are compiled now, against the installed torch, into the wheel.
+With ``MARGINOPS_BUILD=aot`` this build compiles them, against the installed torch, into the wheel.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ CSRC = Path("csrc")
 
 
 class BuildPackage(build_py):  # type: ignore[misc, unused-ignore]
-    """Copies the package into the build folder, and removes what an earlier build left there.
+    """Copies the package into the build folder, and removes files of earlier builds from it.
 
-    Everything in that folder gets into the wheel. A C++ file that was renamed since would be
-    compiled twice, under its old and its new name.
+    The wheel contains every file of that folder. Without this, a C++ file that has been renamed
+    since the last build would be compiled twice, under its old and its new name.
     """
 
     def run(self) -> None:
@@ -35,7 +35,7 @@ class BuildPackage(build_py):  # type: ignore[misc, unused-ignore]
 
 
 def load_file(path: str) -> ModuleType:
-    """Loads a file of the package without the package, which imports torch and defines ops."""
+    """Load a file of the package alone. To import the package would import torch and define ops."""
     name = "marginops_setup_" + Path(path).stem
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -45,7 +45,7 @@ def load_file(path: str) -> ModuleType:
 
 
 def ahead_of_time() -> dict[str, Any]:
-    """The arguments of ``setup`` that compile the libraries; the only way here that needs torch."""
+    """The arguments of ``setup`` that compile the libraries. Only this function needs torch."""
     import pybind11
     import torch
 
@@ -63,12 +63,12 @@ def ahead_of_time() -> dict[str, Any]:
         except toolchain.ToolchainError as error:
             archs = []
             print(f"marginops: no CUDA library: {error}", file=sys.stderr)
-    # torch reads CUDA_HOME when this module is imported.
+    # This import comes last, because the module reads CUDA_HOME while it is imported.
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
         def build_extension(self, extension: Any) -> None:
-            # The libraries have sources in common, but not the objects made of them.
+            # The libraries share sources, but not object files. So each gets its own folder.
             shared: str = getattr(self, "build_temp")  # noqa: B009
             self.build_temp = os.path.join(shared, extension.name)
             super().build_extension(extension)
@@ -107,13 +107,13 @@ def ahead_of_time() -> dict[str, Any]:
 
 build = os.environ.get("MARGINOPS_BUILD") or "jit"
 if build not in ("jit", "aot"):
-    sys.exit(f"MARGINOPS_BUILD={build} is unknown: use jit (the same as unset) or aot")
+    sys.exit(f"MARGINOPS_BUILD: expected jit (the default) or aot, got {build}")
 
 csrc_packages = ["marginops.csrc"]
 csrc_packages += [f"marginops.csrc.{path.name}" for path in sorted(CSRC.iterdir()) if path.is_dir()]
 
 setup(
-    # Here because no form of it in pyproject.toml suits both old and new versions of setuptools.
+    # Not in pyproject.toml, where old and new versions of setuptools expect different forms.
     license="BSD-3-Clause",
     packages=[*find_packages(include=["marginops", "marginops.*"]), *csrc_packages],
     package_dir={"marginops.csrc": "csrc"},

@@ -1,4 +1,4 @@
-"""Fused kernels for classification margins: scores, normalisation and selection in one call."""
+"""Classification margins in PyTorch, and the selection of samples by them, in fused kernels."""
 
 from . import nn
 from ._native import NativeUnavailableWarning

@@ -1,4 +1,4 @@
-"""Makes ``python -m marginops`` the same as the command ``marginops``."""
+"""Runs the command ``marginops`` for ``python -m marginops``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Argument checks: each names the argument, what was expected and what came."""
+"""Argument checks. Each error names the argument, what was expected and what came."""
 
 import operator
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ _FLOATING_NAMES = "float32, float64, bfloat16 or float16"
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic and results: float64 for float64, else float32."""
+    """The dtype of arithmetic and results: float64 for float64 arguments, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
-    """A strided floating-point tensor of ``dim`` dimensions."""
+    """Check that ``value`` is a strided floating-point tensor of ``dim`` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     if value.dim() == dim and value.dtype in FLOATING and value.layout == torch.strided:
@@ -30,7 +30,7 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
 
 
 def check_int(name: str, value: Any, least: int | None = None) -> None:
-    """An int, or one of a compiled graph, that is not too small."""
+    """Check that ``value`` is an int or a ``torch.SymInt`` that is at least ``least``."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if least is not None and value < least:
@@ -38,14 +38,14 @@ def check_int(name: str, value: Any, least: int | None = None) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """One of a few words."""
+    """Check that ``value`` is one of ``choices``."""
     if value not in choices:
         *most, last = (f'"{choice}"' for choice in choices)
         raise ValueError(f"{name}: expected {', '.join(most)} or {last}, got {value!r}")
 
 
 def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
-    """``value`` lies where ``like`` lies."""
+    """Check that ``value`` is on the device of ``like``."""
     if value.device != like.device:
         raise ValueError(
             f"{name}: expected device {like.device} as {like_name}, got {value.device}"
@@ -53,31 +53,31 @@ def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None
 
 
 def check_logits(logits: Any) -> None:
-    """[N, C] with at least two classes."""
+    """Check logits [N, C], C >= 2."""
     check_tensor("logits", logits, 2, "[N, C]")
     if logits.shape[1] < 2:
         raise ValueError(f"logits: expected at least 2 classes [N, C >= 2], got {[*logits.shape]}")
 
 
-def check_target(target: Any, logits: Tensor, ignore_index: Any, beside: str = "logits") -> None:
-    """[N] int64 class indices beside ``logits``, and an integer ``ignore_index``."""
+def check_target(target: Any, like: Tensor, ignore_index: Any, like_name: str = "logits") -> None:
+    """Check targets [N] int64, one for each row of ``like``, and an integer ``ignore_index``."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor [N], got {type(target).__name__}")
     if target.layout != torch.strided:
         raise TypeError(f"target: expected a dense (strided) tensor, got layout {target.layout}")
     if target.dtype != torch.int64:
         raise TypeError(f"target: expected dtype torch.int64 (class indices), got {target.dtype}")
-    if target.dim() != 1 or target.shape[0] != logits.shape[0]:
+    if target.dim() != 1 or target.shape[0] != like.shape[0]:
         raise ValueError(
-            f"target: expected shape [{logits.shape[0]}] for {beside} {list(logits.shape)}, "
+            f"target: expected shape [{like.shape[0]}] for {like_name} {list(like.shape)}, "
             f"got {list(target.shape)}"
         )
-    check_device("target", target, logits, beside)
+    check_device("target", target, like, like_name)
     check_int("ignore_index", ignore_index)
 
 
 def check_features(input: Any, logits: Tensor) -> None:
-    """[N, D], a row for each of ``logits``."""
+    """Check features [N, D], one row for each row of ``logits``."""
     check_tensor("input", input, 2, "[N, D]")
     if input.shape[0] != logits.shape[0]:
         raise ValueError(
@@ -88,7 +88,7 @@ def check_features(input: Any, logits: Tensor) -> None:
 
 
 def check_weight(weight: Any, logits: Tensor) -> None:
-    """[C, D], in the dtype of ``logits`` or float32 beside half-precision logits."""
+    """Check a weight [C, D] in the dtype of ``logits``, or float32 for half-precision logits."""
     check_tensor("weight", weight, 2, "[C, D]")
     if weight.shape[0] != logits.shape[1]:
         raise ValueError(
@@ -101,19 +101,19 @@ def check_weight(weight: Any, logits: Tensor) -> None:
             str(dtype) for dtype in dict.fromkeys((logits.dtype, result_dtype(logits.dtype)))
         )
         raise TypeError(
-            f"weight: expected dtype {expected} beside logits of {logits.dtype}, got {weight.dtype}"
+            f"weight: expected dtype {expected} for logits of {logits.dtype}, got {weight.dtype}"
         )
 
 
 def check_bias(bias: Any, weight: Tensor) -> None:
-    """[C] in the dtype of ``weight``."""
+    """Check a bias [C] in the dtype of ``weight``."""
     check_bias_shape(bias, weight)
     if bias.dtype != weight.dtype:
         raise TypeError(f"bias: expected dtype {weight.dtype} as weight, got {bias.dtype}")
 
 
 def check_bias_shape(bias: Any, weight: Tensor) -> None:
-    """[C], beside ``weight``."""
+    """Check a bias [C] for ``weight``, in any dtype."""
     check_tensor("bias", bias, 1, "[C]")
     if bias.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -124,13 +124,13 @@ def check_bias_shape(bias: Any, weight: Tensor) -> None:
 
 
 def check_bias_in_norm(bias: Any, bias_in_norm: Any) -> None:
-    """The norm that includes a bias has one."""
+    """Check that there is a bias if it is to be part of the norm."""
     if bias_in_norm and bias is None:
         raise ValueError("bias: expected a tensor [C] because bias_in_norm=True, got None")
 
 
 def check_k(k: Any, count: int, counted: str) -> int:
-    """An integer in [0, count]; the integers of compiled graphs stay symbolic."""
+    """Check an integer k in [0, count]. The integers of compiled graphs stay symbolic."""
     if type(k) is not int and not isinstance(k, torch.SymInt):
         if isinstance(k, bool) or not isinstance(k, SupportsIndex):
             raise TypeError(f"k: expected an int, got {type(k).__name__}")
@@ -141,7 +141,7 @@ def check_k(k: Any, count: int, counted: str) -> int:
 
 
 def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
-    """A number or 0-d tensor as a 0-d tensor of the result dtype; ``None`` stays."""
+    """Convert a number or 0-d tensor to a 0-d tensor of the result dtype; None stays None."""
     if log_norm is None:
         return None
     dtype = result_dtype(logits.dtype)
@@ -150,7 +150,7 @@ def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
             raise TypeError(
                 f"log_norm: expected a float or a 0-d tensor, got {type(log_norm).__name__}"
             )
-        # On the CPU whatever the device of logits: kernels take it by value, nothing is copied.
+        # On the CPU for logits on any device: kernels take the number by value, without a copy.
         return torch.tensor(log_norm, dtype=dtype, device="cpu")
     check_tensor("log_norm", log_norm, 0, "[] (0-d)")
     check_device("log_norm", log_norm, logits, "logits")
@@ -158,10 +158,10 @@ def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
 
 
 def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
-    """Features [N, D] and the last layer [C, D], [C], as ``F.linear`` takes them.
+    """Check features [N, D], weight [C, D] and bias [C], as ``F.linear`` takes them.
 
     Returns:
-        The dtype that autocast asks of the product; None without autocast.
+        The dtype of the matrix product under autocast; None without autocast.
     """
     check_tensor("input", input, 2, "[N, D]")
     check_tensor("weight", weight, 2, "[C, D]")
@@ -174,10 +174,10 @@ def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
     if bias is not None:
         check_bias_shape(bias, weight)
     others = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
-    # The meta device has no autocast, and asking for it is an error.
+    # The meta device has no autocast: is_autocast_enabled raises an error for it.
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     for name, value in others:
-        # Autocast leaves float64 alone and casts the rest to one dtype.
+        # Autocast does not cast float64. It casts all other dtypes to one dtype.
         same_kind = torch.float64 not in (value.dtype, input.dtype)
         if value.dtype != input.dtype and not (autocast and same_kind):
             raise TypeError(f"{name}: expected dtype {input.dtype} as input, got {value.dtype}")
@@ -187,13 +187,17 @@ def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
 
 
 def check_classes(weight: Tensor) -> None:
-    """At least two rows."""
+    """Check that a weight has at least two rows."""
     if weight.shape[0] < 2:
         raise ValueError(f"weight: expected at least 2 classes [C >= 2, D], got {[*weight.shape]}")
 
 
 def checked_target(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The ignored samples, and targets with class 0 in their place."""
+    """Check that targets are classes in [0, classes) or ``ignore_index``.
+
+    Returns:
+        Which samples are ignored, and the targets with class 0 for ignored samples.
+    """
     ignored = target == ignore_index
     valid = ((target >= 0) & (target < classes)) | ignored
     if target.is_cuda:

@@ -1,4 +1,4 @@
-"""Runs anybody's network: wrapped or not, on any form of batch, and leaves it as it was."""
+"""Runs the user's network, wrapped or not, on any form of batch. The network keeps its state."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +22,11 @@ __all__ = [
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put the network in evaluation mode, and every module back into its own mode at the end.
+    """Put the network in evaluation mode, and restore the mode of every module at the end.
 
-    Unlike ``network.eval()`` followed by ``network.train()``, layers that were frozen in
-    evaluation mode stay frozen.
+    ``network.eval()`` followed by ``network.train()`` would put all modules in training mode. This
+    context keeps a module in evaluation mode if it was in evaluation mode before, for example a
+    frozen layer. It also restores the modes after an error.
 
     Args:
         network: Any module.
@@ -50,11 +51,12 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The user's own module inside ``torch.compile`` and the data-parallel wrappers.
+    """The module inside the wrappers of ``torch.compile`` and of data parallelism.
 
     Args:
-        network: Any module, perhaps wrapped, in any order and depth, by :func:`torch.compile`,
-            :class:`torch.nn.parallel.DistributedDataParallel` or :class:`torch.nn.DataParallel`.
+        network: Any module. It may have wrappers of :func:`torch.compile`,
+            :class:`torch.nn.parallel.DistributedDataParallel` and :class:`torch.nn.DataParallel`,
+            several and in any order.
 
     Returns:
         The innermost module. It shares its parameters with ``network``.
@@ -70,7 +72,7 @@ def unwrap(network: nn.Module) -> nn.Module:
         if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module
         elif isinstance(inner := network._modules.get("_orig_mod"), nn.Module):
-            network = inner  # of the module that torch.compile returns
+            network = inner  # torch.compile keeps the original module under this name
         else:
             return network
 
@@ -79,15 +81,15 @@ def last_linear(network: nn.Module, num_classes: int) -> nn.Linear:
     """The linear layer of the network that has ``num_classes`` outputs.
 
     Args:
-        network: Any module; all of its submodules are walked.
-        num_classes: C, the number of logits.
+        network: Any module. The function looks at all of its submodules.
+        num_classes: The number of logits C.
 
     Returns:
-        The layer, weight ``[C, D]``.
+        The layer, whose weight is ``[C, D]``.
 
     Raises:
-        ValueError: No layer fits, or several do and only the caller can tell which one computes
-            the logits.
+        ValueError: No linear layer has C outputs, or several have. Then pass the layer that
+            computes the logits to the function that needs it.
 
     Example:
         >>> import torch
@@ -112,12 +114,15 @@ def last_linear(network: nn.Module, num_classes: int) -> nn.Linear:
 
 
 def call(network: nn.Module, inputs: Any) -> Any:
-    """The output of a network for a batch of any of the usual forms.
+    """Call a network with a batch, which may be a tensor, a mapping, a tuple or a list.
 
     Args:
         network: Any module.
         inputs: A tensor, a mapping of keyword arguments, or a tuple or list of positional
             arguments.
+
+    Returns:
+        The output of the network.
 
     Example:
         >>> import torch
@@ -133,15 +138,18 @@ def call(network: nn.Module, inputs: Any) -> Any:
 
 
 def output_tensor(output: Any, name: str = "logits", shape: str = "[B, C]") -> Tensor:
-    """The matrix in a network's output: the output itself or its attribute ``logits``.
+    """The matrix in the output of a network: the attribute ``logits``, or else the output itself.
 
     Args:
-        output: What a network returned.
-        name: What the matrix is called in errors.
-        shape: Its shape in errors.
+        output: The output of a network.
+        name: The name of the matrix in error messages.
+        shape: The shape of the matrix in error messages.
+
+    Returns:
+        The matrix, a tensor with two dimensions.
 
     Raises:
-        TypeError: There is no tensor.
+        TypeError: The output holds no tensor.
         ValueError: The tensor does not have two dimensions.
 
     Example:
@@ -153,8 +161,8 @@ def output_tensor(output: Any, name: str = "logits", shape: str = "[B, C]") -> T
     result = getattr(output, "logits", output)
     if not isinstance(result, Tensor):
         raise TypeError(
-            f"network: expected {name} {shape} as its output or as the attribute 'logits' of its "
-            f"output, got {type(output).__name__}"
+            f"network: expected {name} {shape} as output or as attribute 'logits' of the output, "
+            f"got {type(output).__name__}"
         )
     if result.dim() != 2:
         raise ValueError(f"network: expected {name} of shape {shape}, got {list(result.shape)}")
@@ -162,22 +170,25 @@ def output_tensor(output: Any, name: str = "logits", shape: str = "[B, C]") -> T
 
 
 def features_and_logits(network: nn.Module, inputs: Any, head: nn.Linear) -> tuple[Tensor, Tensor]:
-    """What the last layer gets and what comes out, in evaluation mode and without gradient.
+    """The input of the last layer and the logits, in evaluation mode and without gradient.
 
-    A hook on ``head`` catches its input. It would not run in a compiled graph, so the network
-    runs unwrapped and eagerly.
+    A hook on ``head`` saves its input. Compiled graphs do not run hooks. So the function runs the
+    network without wrappers and without compilation, in one forward pass. The modes of all modules
+    are restored.
 
     Args:
-        network: Returns logits ``[B, C]``, as a tensor or in the attribute ``logits``.
-        inputs: A batch, see :func:`call`.
-        head: The layer of ``network`` that computes the logits, see :func:`last_linear`.
+        network: A network that returns logits ``[B, C]``, as a tensor or in the attribute
+            ``logits`` of its output.
+        inputs: A batch, see :func:`marginops.networks.call`.
+        head: The layer of ``network`` that computes the logits, see
+            :func:`marginops.networks.last_linear`.
 
     Returns:
         Features ``[B, D]`` and logits ``[B, C]``.
 
     Raises:
-        TypeError, ValueError: The output is not ``[B, C]``, or ``head`` was not called exactly
-            once, with features ``[B, D]``.
+        TypeError, ValueError: The output is not ``[B, C]``, ``network`` does not call ``head``
+            exactly once, or the features are not ``[B, D]``.
 
     Example:
         >>> import torch
@@ -188,42 +199,43 @@ def features_and_logits(network: nn.Module, inputs: Any, head: nn.Linear) -> tup
         (torch.Size([2, 4]), torch.Size([2, 3]))
     """
     network = unwrap(network)
-    caught: list[Tensor] = []
+    features: list[Tensor] = []
 
-    def catch(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        caught.append(arguments[0] if arguments else keywords["input"])
+    def save(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        features.append(arguments[0] if arguments else keywords["input"])
 
-    hook = head.register_forward_pre_hook(catch, with_kwargs=True)
+    hook = head.register_forward_pre_hook(save, with_kwargs=True)
     try:
         with evaluation_mode(network), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             logits = output_tensor(call(network, inputs))
     finally:
         hook.remove()
-    if len(caught) != 1:
+    if len(features) != 1:
         raise ValueError(
             f"head: expected network to call this layer once in a forward pass, "
-            f"got {len(caught)} calls"
+            f"got {len(features)} calls"
         )
-    (features,) = caught
-    if features.dim() != 2:
+    if features[0].dim() != 2:
         raise ValueError(
             f"head: expected network to call this layer with features of shape [B, D], "
-            f"got {list(features.shape)}"
+            f"got {list(features[0].shape)}"
         )
-    return features, logits
+    return features[0], logits
 
 
 def predict(network: nn.Module, inputs: Tensor, *, chunk_size: int = 4096) -> Tensor:
-    """Logits of all inputs, in evaluation mode and without gradient.
+    """The logits of all inputs, in evaluation mode and without gradient.
+
+    The modes of all modules are restored.
 
     Args:
-        network: Maps ``[B, ...]`` to logits ``[B, C]``, as a tensor or in the attribute
-            ``logits``.
+        network: A network that maps ``[B, ...]`` to logits ``[B, C]``, as a tensor or in the
+            attribute ``logits`` of its output.
         inputs: ``[N, ...]``, N >= 1, on the device of ``network``.
-        chunk_size: Inputs in one forward pass.
+        chunk_size: The number of inputs in one forward pass.
 
     Returns:
-        ``[N, C]``.
+        ``[N, C]``, in the dtype of the output of ``network``.
 
     Raises:
         TypeError, ValueError: The output of ``network`` is not ``[B, C]``, or ``chunk_size`` is

@@ -10,11 +10,12 @@ loader = Loader()
 
 
 def load(device_type: str) -> bool:
-    """Whether compiled kernels for a device type are registered.
+    """Load the compiled kernels of a device type, and return whether there are any.
 
-    The first call looks for them and compiles them if need be; later calls remember the answer.
+    The first call looks for them, and compiles them if it finds none. Later calls only return the
+    answer of the first.
 
     Args:
-        device_type: as in ``tensor.device.type``.
+        device_type: The device type, as in ``tensor.device.type``.
     """
     return loader.load(device_type)

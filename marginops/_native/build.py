@@ -1,8 +1,9 @@
-"""Compiles one native library: a script for a process of its own, which imports no marginops.
+"""Compiles one native library. This script runs in its own process and does not import marginops.
 
-Reads one line of JSON from standard input: ``python_path`` and the arguments of
-``torch.utils.cpp_extension.load``, which also imports what it has built: a library that does not
-load is a failed build. The end of standard input means that the parent process has died.
+It reads one line of JSON from standard input: ``python_path``, and the arguments of
+``torch.utils.cpp_extension.load``. That function also imports the library that it has built. So a
+library that does not load is a failed build. The end of standard input means that the parent
+process has ended. Then the script and the compiler processes end, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Does the job that standard input describes."""
+    """Run the build that standard input describes."""
     job = json.loads(sys.stdin.readline())
     sys.path[:] = job["python_path"]
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""The folder of built libraries: ``<cache>/<version>/<key>/``, where a name means one content."""
+"""The folder of built libraries, ``<cache>/<version>/<key>/``. A key stands for one content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BUILDING = "building-"
 
 
 def cache_folder() -> Path:
-    """``MARGINOPS_CACHE_DIR``, else ``marginops`` in the user's cache folder."""
+    """``MARGINOPS_CACHE_DIR`` if it is set, else ``marginops`` in the user's cache folder."""
     chosen = os.environ.get("MARGINOPS_CACHE_DIR")
     if chosen:
         return Path(os.path.expanduser(chosen)).absolute()
@@ -28,13 +28,16 @@ def cache_folder() -> Path:
 
 
 class Cache:
-    """The libraries of this version. Reading needs no lock: a folder appears complete or not."""
+    """The built libraries of this version of marginops.
+
+    Reading needs no lock, because the folder of a library appears only when it is complete.
+    """
 
     def __init__(self) -> None:
         self.folder = cache_folder() / __version__
 
     def find(self, plan: Plan) -> Path | None:
-        """The library of a plan, if it is there and its content is what was stored."""
+        """The library of a plan; None if it is missing or if its content has changed."""
         library = self.folder / plan.key / f"{plan.name}.so"
         try:
             stored = json.loads(library.with_suffix(".json").read_text())
@@ -44,22 +47,22 @@ class Cache:
         return library if stored.get("content") == _fingerprint(content) else None
 
     def store(self, plan: Plan, built: Path) -> Path:
-        """Puts a built library in its place, under the lock; a damaged one makes room for it."""
-        fresh = built.parent / "finished"
-        fresh.mkdir()
-        library = fresh / f"{plan.name}.so"
+        """Move a built library to its folder, under the lock. It replaces a damaged library."""
+        finished = built.parent / "finished"
+        finished.mkdir()
+        library = finished / f"{plan.name}.so"
         shutil.copyfile(built, library)
         facts = {"content": _fingerprint(library.read_bytes()), "inputs": plan.inputs}
         library.with_suffix(".json").write_text(json.dumps(facts, indent=1))
-        place = self.folder / plan.key
-        if place.exists():
-            os.replace(place, built.parent / "damaged")
-        os.replace(fresh, place)
-        return place / library.name
+        folder = self.folder / plan.key
+        if folder.exists():
+            os.replace(folder, built.parent / "damaged")
+        os.replace(finished, folder)
+        return folder / library.name
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time. The system frees the lock when its holder dies."""
+        """Let one process build at a time. The system frees the lock if its holder dies."""
         import fcntl
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -72,14 +75,15 @@ class Cache:
             try:
                 yield
             finally:
-                # A process forked meanwhile has the same open file: closing ours would not do.
+                # A process forked in the meantime shares the open file, so closing the file here
+                # would not free the lock.
                 fcntl.flock(file, fcntl.LOCK_UN)
 
     @contextlib.contextmanager
     def build_folder(self) -> Iterator[Path]:
-        """A private folder to build in, under the lock: what killed processes left is removed."""
-        for left in self.folder.glob(f"{_BUILDING}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        """Make a temporary folder for a build, under the lock. Leftovers of others are removed."""
+        for leftover in self.folder.glob(f"{_BUILDING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=self.folder))
         try:
             yield folder
@@ -87,18 +91,18 @@ class Cache:
             shutil.rmtree(folder, ignore_errors=True)
 
     def failure_log(self, plan: Plan) -> Path:
-        """Where the output of a failed build is kept; its first line is the reason."""
+        """The file for the output of a failed build. Its first line is the reason."""
         return self.folder / f"{plan.key}.log"
 
 
 def say(text: str) -> None:
-    """Tells the user what takes so long."""
+    """Tell the user on standard error what takes time."""
     show(f"marginops: {text}\n")
 
 
 def show(text: str) -> None:
-    """Writes to standard error in one piece, since several processes may speak at once."""
-    # A process without a console has none, or a closed one; it needs its kernels all the same.
+    """Write a text to standard error in one piece, because several processes may write at once."""
+    # Standard error may be missing or closed. The build has to go on all the same.
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Builds a library at its first use: another process compiles it, one build at a time."""
+"""Builds a library when it is first used. Another process compiles it, one build at a time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from .plan import Plan, UnavailableError
 
 
 def is_set(variable: str) -> bool:
-    """Whether an environment variable switches something on."""
+    """Whether an environment variable is set to something other than 0, false, no or off."""
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def build(plan: Plan, cache: Cache, since: float) -> Path:
-    """Compiles a library into the cache, under the cache's lock.
+    """Compile a library into the cache, under the lock of the cache.
 
-    A build that failed after ``since``, while this process waited for the lock, is not tried again.
+    If a build of the same library failed after ``since``, while this process waited for the lock,
+    the function does not try again.
 
     Raises:
-        UnavailableError: the build failed, with the compiler's first error.
+        UnavailableError: The build failed. The message holds the first error of the compiler.
     """
     log = cache.failure_log(plan)
     if log.exists() and log.stat().st_mtime > since:
@@ -35,12 +36,12 @@ def build(plan: Plan, cache: Cache, since: float) -> Path:
     with cache.build_folder() as folder:
         failed, output = _run(plan, folder)
         if failed:
-            reason = f"the build failed: {_first_error(output)} (all of it: {log})"
+            reason = f"the build failed: {_first_error(output)} (full output: {log})"
             log.write_text(f"{reason}\n{output}")
             raise UnavailableError(reason)
         library = cache.store(plan, folder / f"{plan.name}.so")
     log.unlink(missing_ok=True)
-    say(f"compiled in {time.monotonic() - began:.0f} s, kept in {library.parent}")
+    say(f"compiled in {time.monotonic() - began:.0f} s, stored in {library.parent}")
     return library
 
 
@@ -58,7 +59,7 @@ def _run(plan: Plan, folder: Path) -> tuple[bool, str]:
     job = json.dumps({"python_path": sys.path, "arguments": arguments})
     lines = []
     try:
-        # Leaving the block closes the child's standard input, which ends a child that still runs.
+        # At the end of the block the child's standard input is closed. This ends a running child.
         with subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("build.py"))],
             stdin=subprocess.PIPE,

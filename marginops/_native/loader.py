@@ -1,4 +1,4 @@
-"""Finds the native kernels of a device type: ahead-of-time, cached, built now, or none."""
+"""Finds the native kernels of a device type: built ahead of time, cached, built now, or none."""
 
 from __future__ import annotations
 
@@ -22,12 +22,24 @@ from .plan import UnavailableError, csrc_folder, make_plan, torch_release
 
 
 class NativeUnavailableWarning(RuntimeWarning):
-    """The compiled kernels cannot be used; ops run in plain PyTorch, more slowly."""
+    """The compiled kernels cannot be used, so the ops run in plain PyTorch, which is slower.
+
+    The warning appears once per device type and process, and names the reason.
+    """
 
 
 @dataclass
 class Outcome:
-    """Which implementation a device type uses, and why not a better one."""
+    """The implementation that a device type uses, and why it does not use a better one.
+
+    Attributes:
+        implementation: ``"ahead-of-time"``, ``"cached"``, ``"built now"`` or ``"reference"``.
+        reasons: Why each better implementation is not used.
+        asked_for: Whether the user or the kind of machine wants it so. Then there is no warning.
+        library: The file of the loaded library.
+        build_info: What the library says about its build.
+        module: The loaded library.
+    """
 
     implementation: str = "reference"
     reasons: list[str] = field(default_factory=list)
@@ -42,12 +54,12 @@ class Outcome:
         return self.module is not None
 
     def reject(self, reason: str, asked_for: bool = False) -> None:
-        """Notes why something better is not used."""
+        """Note why a better implementation is not used."""
         self.reasons.append(reason)
         self.asked_for = self.asked_for and asked_for
 
     def accept(self, implementation: str, name: str, library: Path) -> None:
-        """Loads a library; loading registers its kernels."""
+        """Load a library, which registers its kernels."""
         spec = importlib.util.spec_from_file_location(f"{__package__}.{name}", library)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -57,7 +69,7 @@ class Outcome:
 
 
 class Loader:
-    """Loads each device type's kernels at most once and remembers how that went."""
+    """Loads the kernels of each device type at most once, and remembers the outcome."""
 
     def __init__(self, csrc: Path | None = None, installed: Path | None = None) -> None:
         self.csrc = csrc or csrc_folder()
@@ -71,15 +83,18 @@ class Loader:
         self._lock = threading.RLock()
 
     def load(self, device_type: str) -> bool:
-        """Whether compiled kernels are registered; the first call looks for them, or builds them.
+        """Whether compiled kernels are registered. The first call finds or builds them.
 
-        Without kernels there is one warning that says why, and no error.
+        If there are none, one warning says why. There is no error.
         """
         outcome = self._outcomes.get(device_type)
         return (outcome or self.outcome(device_type)).native
 
     def outcome(self, device_type: str, build: bool = True) -> Outcome:
-        """How loading went; ``build=False`` takes only what is there and remembers no failure."""
+        """The outcome for a device type.
+
+        With ``build=False`` nothing is compiled, and a failure is not remembered.
+        """
         with self._lock:
             outcome = self._outcomes.get(device_type)
             if outcome is None:
@@ -154,9 +169,10 @@ class Loader:
 
 
 def _obstacle(library: Path, device_type: str, csrc: Path) -> str | None:
-    """Why a library built ahead of time cannot be used here.
+    """Why a library that was built ahead of time cannot be used here; None if it can.
 
-    Read from the file, because loading a library made for another torch may end the process.
+    The function reads the file, because to load a library that was built for another torch may
+    crash the process.
     """
     found = re.search(rb"built for torch=(.*?) sources=(.*?) archs=(.*?);", library.read_bytes())
     if found is None:
@@ -181,7 +197,7 @@ def _warn(device_type: str, outcome: Outcome) -> None:
         return
     warnings.warn(
         f"marginops runs its {device_type} ops in plain PyTorch, which is slower: "
-        f"{'; '.join(outcome.reasons)}. `marginops doctor` tells more.",
+        f"{'; '.join(outcome.reasons)}. Run `marginops doctor` for details.",
         NativeUnavailableWarning,
         stacklevel=3,
     )

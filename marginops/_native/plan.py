@@ -1,4 +1,4 @@
-"""One native library to build: its sources and flags, and the key of everything it depends on."""
+"""The plan for the build of one native library: sources, flags, and the key in the cache."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from . import recipe, toolchain
 
 
 class UnavailableError(Exception):
-    """No native kernels, and why.
+    """There are no native kernels.
 
     Args:
-        reason: for the user, in one sentence.
-        asked_for: it is what the user wants or what the machine is, so nobody needs a warning.
+        reason: Why, in one sentence for the user.
+        asked_for: Whether the user or the kind of machine wants it so. Then there is no warning.
     """
 
     def __init__(self, reason: str, asked_for: bool = False) -> None:
@@ -32,20 +32,23 @@ class UnavailableError(Exception):
 
 
 def csrc_folder() -> Path:
-    """The C++ and CUDA sources: inside an installed package, beside it in a source checkout."""
+    """The folder of the C++ and CUDA sources.
+
+    An installed package holds it. In a source checkout it lies next to the package.
+    """
     package = Path(__file__).resolve().parent.parent
     installed = package / "csrc"
     return installed if (installed / "module.cpp").is_file() else package.parent / "csrc"
 
 
 def torch_release(version: str) -> tuple[int, ...]:
-    """Major and minor of a torch version text."""
+    """The major and minor number in the text of a torch version."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to build one library. ``inputs`` holds all that its content depends on."""
+    """How to build one library. ``inputs`` holds everything that its content depends on."""
 
     name: str
     device_type: str
@@ -64,10 +67,10 @@ class Plan:
 
 
 def make_plan(device_type: str, csrc: Path) -> Plan:
-    """Plans the library of a device type for this machine and this torch.
+    """Plan the library of a device type for this machine and this torch.
 
     Raises:
-        UnavailableError: something that the build needs is missing.
+        UnavailableError: Something that the build needs is missing.
     """
     _check_torch(device_type)
     try:
@@ -81,7 +84,8 @@ def _check_torch(device_type: str) -> None:
         oldest = ".".join(map(str, recipe.OLDEST_TORCH))
         raise UnavailableError(f"torch {torch.__version__} is older than {oldest}")
     if device_type == "cuda" and torch.version.cuda is None:
-        # With ROCm there are tensors of this device type, and a slow path somebody should know of.
+        # With ROCm the device type is cuda, too. Its users get a warning, because they run the
+        # slow reference. Others cannot have CUDA tensors.
         raise UnavailableError(
             f"torch {torch.__version__} is built without CUDA", asked_for=torch.version.hip is None
         )

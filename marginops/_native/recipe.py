@@ -1,6 +1,6 @@
-"""What the native libraries are made of: sources, flags and instruction sets, in one place.
+"""Sources, flags and instruction sets of the native libraries.
 
-Needs the standard library only, because ``setup.py`` loads this file by its path.
+This file needs the standard library only, because ``setup.py`` loads it by its path.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ HEADER_SUFFIXES = (".h", ".cuh")
 
 
 def instruction_sets(capability: str | None = None) -> list[str]:
-    """The instruction sets that fit this machine, best first; all of its kind without a limit."""
+    """The instruction sets that this machine can run, best first.
+
+    Without ``capability``, these are all instruction sets for this kind of processor.
+    """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["baseline"]
     names = list(INSTRUCTION_SETS)
@@ -55,7 +58,7 @@ def module_name(device_type: str, instruction_set: str) -> str:
 
 
 def sources(csrc: Path, device_type: str) -> list[Path]:
-    """The files to compile; the first is the module itself."""
+    """The files to compile. The first is the module itself."""
     found = [path for pattern in SOURCE_PATTERNS[device_type] for path in csrc.glob(pattern)]
     return [csrc / "module.cpp", *sorted(found)]
 
@@ -74,13 +77,13 @@ def content_hashes(csrc: Path, device_type: str) -> dict[str, str]:
 
 
 def fingerprint(csrc: Path, device_type: str) -> str:
-    """One short text for the names and contents of the files that a build may read."""
+    """A short hash of the names and contents of all files that a build may read."""
     hashes = json.dumps(content_hashes(csrc, device_type), sort_keys=True)
     return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
 
 def families(csrc: Path, device_type: str) -> list[str]:
-    """The op families that have kernels for a device type; a long one has several files."""
+    """The op families that have kernels for a device type. A family may have several files."""
     stems = (path.stem for path in csrc.glob(KERNEL_PATTERNS[device_type]))
     return sorted({stem.partition("_")[0] for stem in stems})
 
@@ -94,10 +97,10 @@ def definitions(
     instruction_set: str,
     archs: Iterable[str],
 ) -> list[str]:
-    """Flags of the C++ compiler that tell ``build_info()`` what is built.
+    """Flags of the C++ compiler that define the contents of ``build_info()``.
 
-    Bare tokens, which the source turns into strings: no shell on the way to the compiler has a
-    quotation mark to lose. Not for nvcc, where a comma begins another macro.
+    The values have no quotation marks, which a shell might remove. The source turns them into
+    strings. The flags are not for nvcc, for which a comma would begin another macro.
     """
     macros = {
         "MARGINOPS_VERSION": version,

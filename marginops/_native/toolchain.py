@@ -1,4 +1,4 @@
-"""Finds what a build needs here: C++ compiler, ninja, CUDA toolkit, GPU architectures."""
+"""Finds the tools of a build: C++ compiler, ninja, CUDA toolkit, GPU architectures."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 
 
 class ToolchainError(Exception):
-    """Something that a build needs is missing; the text says what, and what to do."""
+    """A tool of the build is missing. The message names it and says what to do."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command to run, where it is, and the first line of its version text."""
+    """A C++ compiler: its command, its path, and the first line of its version text."""
 
     command: str
     path: str
@@ -37,7 +37,7 @@ class CudaToolkit:
 
 
 def find_compiler() -> Compiler:
-    """The compiler named by ``CXX``, else the first usual one on ``PATH``."""
+    """The compiler named by ``CXX``, else the first of c++, g++ and clang++ on ``PATH``."""
     wanted = os.environ.get("CXX", "").strip()
     for command in [wanted] if wanted else ["c++", "g++", "clang++"]:
         program, *arguments = shlex.split(command)
@@ -58,22 +58,22 @@ def _version_text(command: list[str]) -> str:
 
 
 def find_ninja() -> Path:
-    """The folder with the ninja program; pip puts it where ``PATH`` often does not look."""
+    """The folder of the ninja program. pip may install it to a folder that is not on ``PATH``."""
     if importlib.util.find_spec("ninja") is not None:
         import ninja
 
         return Path(ninja.BIN_DIR)
     path = shutil.which("ninja")
     if path is None:
-        raise ToolchainError("ninja is missing: pip install ninja")
+        raise ToolchainError("ninja is missing: run pip install ninja")
     return Path(path).parent
 
 
 def find_cuda_toolkit() -> CudaToolkit:
-    """The toolkit that fits torch's CUDA major version.
+    """The toolkit with the CUDA major version of torch.
 
-    A folder counts when it has ``bin/nvcc`` and ``include/cuda_runtime.h``: an ``nvcc`` on ``PATH``
-    may be a wrapper script that says nothing about where the toolkit is.
+    A folder is a toolkit if it has ``bin/nvcc`` and ``include/cuda_runtime.h``. An ``nvcc`` on
+    ``PATH`` alone is not enough, because it may be a wrapper script in another folder.
     """
     wanted = str(torch.version.cuda)
     unfit = []
@@ -86,7 +86,7 @@ def find_cuda_toolkit() -> CudaToolkit:
         unfit.append(f"{version} in {home}")
     if unfit:
         found = "; ".join(unfit)
-        raise ToolchainError(f"torch is built with CUDA {wanted}, but the toolkit found is {found}")
+        raise ToolchainError(f"no CUDA toolkit: torch needs CUDA {wanted}, but there is {found}")
     raise ToolchainError(f"no CUDA toolkit with nvcc: install CUDA {wanted} or set CUDA_HOME")
 
 
@@ -112,7 +112,11 @@ def _toolkit_version(home: Path) -> str:
 
 
 def find_archs() -> list[str]:
-    """The GPU architectures to compile for: asked for, else those of the visible GPUs."""
+    """The GPU architectures to compile for.
+
+    ``MARGINOPS_CUDA_ARCH_LIST`` or ``TORCH_CUDA_ARCH_LIST`` names them, or else they are those of
+    the visible GPUs.
+    """
     for variable in ("MARGINOPS_CUDA_ARCH_LIST", "TORCH_CUDA_ARCH_LIST"):
         wanted = re.split(r"[\s;,]+", os.environ.get(variable, "").strip())
         if wanted != [""]:
@@ -120,13 +124,14 @@ def find_archs() -> list[str]:
     capabilities = visible_capabilities()
     if not capabilities:
         raise ToolchainError(
-            "no GPU is visible to tell the architecture: set MARGINOPS_CUDA_ARCH_LIST, e.g. 9.0"
+            "no GPU is visible, so its architecture is unknown: "
+            "set MARGINOPS_CUDA_ARCH_LIST, e.g. to 9.0"
         )
     return [f"{major}.{minor}" for major, minor in capabilities]
 
 
 def visible_capabilities() -> list[tuple[int, int]]:
-    """The compute capabilities of the visible GPUs, each once, lowest first."""
+    """The distinct compute capabilities of the visible GPUs, lowest first."""
     if not torch.cuda.is_available():
         return []
     devices = range(torch.cuda.device_count())
@@ -134,7 +139,10 @@ def visible_capabilities() -> list[tuple[int, int]]:
 
 
 def runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code for ``archs`` runs on a GPU: same major version, or translated from PTX."""
+    """Whether code for ``archs`` runs on a GPU of this compute capability.
+
+    Machine code runs on GPUs of the same major version. PTX is translated for newer GPUs.
+    """
     for arch in archs:
         found = re.match(r"(\d+)\.(\d)(a|f)?(\+PTX)?$", arch)
         if found is None:

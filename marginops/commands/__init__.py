@@ -1,1 +1,1 @@
-"""The command line: it uses every room, and no room uses it."""
+"""The command line ``marginops``. No other part of the package imports it."""

@@ -15,18 +15,19 @@ from .observe import run as observe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status."""
+    """Run a command and return its exit status."""
     parser = argparse.ArgumentParser(prog="marginops", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    described = "tell which kernels are used here, and why not better ones"
+    described = "show which kernels this machine uses, and why it does not use better ones"
     command = commands.add_parser("doctor", help=described, description=described)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--no-build", action="store_true", help="compile nothing")
     command.set_defaults(run=_doctor)
 
-    command = commands.add_parser("demo", help="train with and without selection on real data")
+    described = "train on real data with and without selection, and compare the results"
+    command = commands.add_parser("demo", help=described, description=described)
     demo.add_arguments(command)
     command.set_defaults(run=demo.run)
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
-        # As a shell reports a program that the signal has ended.
+        # The exit status that a shell reports for a program ended by this signal.
         return 128 + signal.SIGINT
     return status
 

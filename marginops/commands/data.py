@@ -1,4 +1,4 @@
-"""Real classification data: scikit-learn's digits, and Fashion-MNIST from its files."""
+"""The data sets of the commands: the digits of scikit-learn, and Fashion-MNIST from files."""
 
 import gzip
 import math
@@ -20,20 +20,20 @@ _WHERE = (
 
 
 class DataError(ValueError):
-    """A data file is missing or damaged; the message names it and says what to do."""
+    """A data file is missing or damaged. The message names the file and says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClassificationData:
-    """A classification data set in memory, split in two.
+    """A classification data set in memory, split into training and test samples.
 
     Attributes:
-        name: What to call it.
-        num_classes: C.
+        name: The name of the data set.
+        num_classes: The number of classes C.
         train_inputs: ``[N, ...]`` floating point.
         train_target: ``[N]`` int64, classes in [0, C).
-        test_inputs: ``[M, ...]``.
-        test_target: ``[M]``.
+        test_inputs: ``[M, ...]`` floating point.
+        test_target: ``[M]`` int64, classes in [0, C).
     """
 
     name: str
@@ -55,10 +55,11 @@ class ClassificationData:
 
 
 def load_digits() -> ClassificationData:
-    """The 1,797 8 x 8 images of handwritten digits that scikit-learn carries.
+    """Load the 1,797 images of handwritten digits of scikit-learn, 8 x 8 pixels each.
 
-    The split is fixed and stratified, 1,347 to train and 450 to test; every pixel is
-    standardised by its mean and deviation over the training images, constant ones to zero.
+    The split is fixed and stratified, with 1,347 training and 450 test images. Every pixel is
+    standardised by its mean and standard deviation over the training images. A pixel that is the
+    same in all training images has no deviation, so only its mean is subtracted.
 
     Returns:
         Inputs ``[N, 1, 8, 8]`` float32, ten classes.
@@ -75,7 +76,7 @@ def load_digits() -> ClassificationData:
         from sklearn import datasets, model_selection
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'load_digits needs scikit-learn; install it with: pip install "marginops[demo]"',
+            'load_digits needs scikit-learn; run pip install "marginops[demo]"',
             name=error.name,
         ) from error
     digits = datasets.load_digits()
@@ -99,21 +100,21 @@ def load_digits() -> ClassificationData:
 
 
 def load_fashion_mnist(data_dir: str | Path) -> ClassificationData:
-    """Fashion-MNIST (or another data set of its form, such as MNIST) from its four idx files.
+    """Load Fashion-MNIST, or another data set with the same format, from its four idx files.
 
-    All pixels are standardised by one mean and deviation, those of the training images.
+    All pixels are standardised by one mean and one standard deviation over all training images.
 
     Args:
         data_dir: Folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``,
-            ``t10k-images-idx3-ubyte`` and ``t10k-labels-idx1-ubyte``, each as it is or as
-            ``.gz``; where both are there, the uncompressed one is read.
+            ``t10k-images-idx3-ubyte`` and ``t10k-labels-idx1-ubyte``. Each file may be plain or
+            compressed as ``.gz``. If both are there, the plain file is read.
 
     Returns:
         Inputs ``[N, 1, 28, 28]`` float32, ten classes.
 
     Raises:
-        DataError: A file is missing, cannot be read, is truncated or too long, has another
-            format or image size, or does not fit the file beside it.
+        DataError: A file is missing or cannot be read, its length, format or image size is wrong,
+            or the numbers of images and labels differ.
 
     Example:
         >>> from marginops.commands.data import load_fashion_mnist
@@ -123,7 +124,7 @@ def load_fashion_mnist(data_dir: str | Path) -> ClassificationData:
     train_images, train_target = _read_split(Path(data_dir), "train")
     test_images, test_target = _read_split(Path(data_dir), "t10k")
     deviation, mean = torch.std_mean(train_images.float(), correction=0)
-    # Images that are all alike stay at zero.
+    # If all pixels are equal, the deviation is 0. Then only the mean is subtracted.
     deviation = torch.where(deviation == 0, 1, deviation)
     return ClassificationData(
         name="fashion-mnist",
@@ -148,7 +149,7 @@ def _read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
         )
     if len(images) != len(labels):
         raise DataError(
-            f"{label_path}: expected {len(images)} labels as there are images in "
+            f"{label_path}: expected {len(images)} labels, one for each image in "
             f"{image_path.name}, got {len(labels)}; take both files from the same source"
         )
     if labels.max() >= _FASHION_MNIST_CLASSES:
@@ -160,7 +161,7 @@ def _read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _read_idx(folder: Path, name: str, magic: int) -> tuple[Path, Tensor]:
-    """A file in idx format: magic number, sizes (both 32 bit, big endian), then the bytes."""
+    """Read a file in idx format: magic number, sizes (both 32 bit, big endian), then the bytes."""
     plain, compressed = folder / name, folder / f"{name}.gz"
     path = plain if plain.exists() else compressed
     if not path.exists():
@@ -169,7 +170,7 @@ def _read_idx(folder: Path, name: str, magic: int) -> tuple[Path, Tensor]:
         content = gzip.decompress(path.read_bytes()) if path == compressed else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}: expected a complete gzip file, got a damaged one ({error}); fetch it again"
+            f"{path}: expected a complete gzip file, got a damaged one ({error}); download it again"
         ) from error
     except OSError as error:
         raise DataError(
@@ -183,8 +184,8 @@ def _read_idx(folder: Path, name: str, magic: int) -> tuple[Path, Tensor]:
     header = 4 * (1 + dimensions)
     if len(content) < header:
         raise DataError(
-            f"{path}: expected a header of {header} bytes, got {len(content)} bytes in all; "
-            "fetch it again"
+            f"{path}: expected a header of {header} bytes, got a file of {len(content)} bytes; "
+            "download it again"
         )
     if number(0) != magic:
         raise DataError(
@@ -196,7 +197,7 @@ def _read_idx(folder: Path, name: str, magic: int) -> tuple[Path, Tensor]:
     if len(content) != expected:
         raise DataError(
             f"{path}: expected {expected:,} bytes for sizes {sizes}, got {len(content):,}; "
-            "fetch it again"
+            "download it again"
         )
     if expected == header:
         raise DataError(f"{path}: expected at least one sample, got sizes {sizes}; {_WHERE}")

@@ -1,4 +1,4 @@
-"""What this installation is, and which implementation each op family really uses, and why."""
+"""Reports this installation, the implementation that each op family uses, and the reasons."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _VARIABLES = (
 
 
 def report(loader: Loader, build: bool = True) -> dict[str, Any]:
-    """Everything there is to know; a probe that fails puts its error in its place.
+    """Collect the report. Where a probe fails, the report holds the text of its error.
 
     Args:
-        loader: the loader to ask.
-        build: compile the kernels that this machine can use and does not have yet.
+        loader: The loader of the native libraries.
+        build: Compile the kernels that this machine can use and does not have yet.
     """
     probes: dict[str, Callable[[], Any]] = {
         "versions": _versions,
@@ -61,7 +61,7 @@ def report(loader: Loader, build: bool = True) -> dict[str, Any]:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for human readers."""
+    """The report as text."""
     return "\n".join(_lines(report, ""))
 
 
@@ -148,7 +148,7 @@ def _cache() -> dict[str, Any]:
 
 
 def _kernels(loader: Loader, device_type: str, build: bool) -> dict[str, Any]:
-    # Building for GPUs that are not there is nobody's wish.
+    # Nobody needs CUDA kernels on a machine without a GPU, so do not build them there.
     build = build and (device_type == "cpu" or torch.cuda.is_available())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What the commands that train a network share: options, checks, data, network and files."""
+"""Shared parts of the commands that train a network: options, checks, data, network, files."""
 
 import argparse
 import sys
@@ -14,17 +14,17 @@ from .data import ClassificationData, DataError, load_digits, load_fashion_mnist
 
 MOMENTUM = 0.9
 Defaults = Mapping[str, Mapping[str, Any]]
-"""For each data set the options that depend on it."""
+"""The default values that depend on the data set, by data set and option."""
 
 
 class UsageError(Exception):
-    """The command cannot run as asked; the message says why and what to do."""
+    """The command cannot run with these options. The message says why and what to do."""
 
 
 def execute(
     name: str, body: Callable[[argparse.Namespace], None], options: argparse.Namespace
 ) -> int:
-    """Run a command, tell its errors in one line, and return the exit status."""
+    """Run a command, print an error as one line, and return the exit status."""
     threads = torch.get_num_threads()
     try:
         body(options)
@@ -39,7 +39,7 @@ def execute(
 def add_data_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     """Add ``--data`` and ``--data-dir``."""
     parser.add_argument(
-        "--data", choices=defaults, default="digits", help="what to train on (default: digits)"
+        "--data", choices=defaults, default="digits", help="the data set (default: digits)"
     )
     parser.add_argument(
         "--data-dir",
@@ -53,7 +53,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> N
 def add_count(
     parser: argparse.ArgumentParser, name: str, help: str, default: int | Defaults
 ) -> None:
-    """Add an option that is a positive whole number, with its default or that of each data set."""
+    """Add an option for a positive whole number. Its default may depend on the data set."""
     field = name.removeprefix("--").replace("-", "_")
     shown = default if isinstance(default, int) else _each(default, field)
     parser.add_argument(
@@ -71,11 +71,11 @@ def add_run_arguments(
     """Add the options of network, optimizer, device and files.
 
     Args:
-        parser: Of the command.
-        defaults: With ``hidden``, and ``learning_rate`` where it depends on the data set.
-        learning_rate: What the learning rate is that of.
-        output: Default name of the figure.
-        quiet: What ``--quiet`` does.
+        parser: The parser of the command.
+        defaults: The defaults of ``hidden`` and ``learning_rate`` for each data set.
+        learning_rate: The help text of ``--learning-rate``.
+        output: The default file of the figure.
+        quiet: The help text of ``--quiet``.
     """
     parser.add_argument(
         "--hidden",
@@ -91,27 +91,33 @@ def add_run_arguments(
         help=f"{learning_rate} (default: {_each(defaults, 'learning_rate')})",
     )
     parser.add_argument(
-        "--device", type=_device, default=None, help="such as cpu or cuda (default: cuda, else cpu)"
+        "--device",
+        type=_device,
+        default=None,
+        help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
     )
-    add_count(parser, "--threads", "CPU threads; the networks are too small to gain from many", 1)
+    add_count(parser, "--threads", "CPU threads; more than a few do not help these networks", 1)
     parser.add_argument(
         "--output",
         type=Path,
         default=Path(output),
         metavar="FILE",
-        help="the figure (default: %(default)s)",
+        help="file of the figure (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results here, too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all results to this file"
+    )
     parser.add_argument("--quiet", action="store_true", help=quiet)
 
 
 def check_environment(options: argparse.Namespace, packages: Sequence[str]) -> None:
-    """Fail before the training rather than after it."""
+    """Check packages, files and device now, so that no error comes after the training."""
     needed = [*packages, *(["sklearn"] if options.data == "digits" else [])]
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f'{", ".join(missing)} not installed; install with: pip install "marginops[demo]"'
+            f"missing packages: {', '.join(missing)}; install them with: "
+            'pip install "marginops[demo]"'
         )
     from matplotlib.figure import Figure
 
@@ -128,12 +134,12 @@ def check_environment(options: argparse.Namespace, packages: Sequence[str]) -> N
         count = torch.cuda.device_count()
         if (options.device.index or 0) >= count:
             raise UsageError(
-                f"--device {options.device}: PyTorch sees {count} CUDA devices; try --device cpu"
+                f"--device {options.device}: PyTorch finds {count} CUDA devices; try --device cpu"
             )
 
 
 def with_defaults(options: argparse.Namespace, defaults: Defaults) -> argparse.Namespace:
-    """A copy of the options in which none is left open."""
+    """A copy of the options, in which every open option has its default."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return argparse.Namespace(
@@ -147,7 +153,7 @@ def load(options: argparse.Namespace) -> ClassificationData:
 
 
 def mlp(data: ClassificationData, hidden: Sequence[int]) -> nn.Sequential:
-    """Linear layers with biases and ReLU between them, for the inputs and classes of the data."""
+    """A network of linear layers with biases and ReLU, for the inputs and classes of the data."""
     width = data.train_inputs[0].numel()
     layers: list[nn.Module] = [nn.Flatten()]
     for next_width in hidden:
@@ -157,7 +163,7 @@ def mlp(data: ClassificationData, hidden: Sequence[int]) -> nn.Sequential:
 
 
 def describe(data: ClassificationData, options: argparse.Namespace) -> tuple[str, str]:
-    """Numbers of samples, and network and batch size."""
+    """Two texts: the data set with its numbers of samples, and the network with the batch size."""
     layers = [data.train_inputs[0].numel(), *options.hidden, data.num_classes]
     return (
         f"{data.name}: {len(data.train_target):,} training and {len(data.test_target):,} test "
@@ -167,7 +173,7 @@ def describe(data: ClassificationData, options: argparse.Namespace) -> tuple[str
 
 
 def write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file and say so."""
+    """Write a file and print its name."""
     try:
         write(path)
     except OSError as error:
@@ -176,7 +182,7 @@ def write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """The argparse type of positive finite numbers of a kind."""
+    """An argparse type for positive finite numbers of type ``kind``."""
 
     def positive(text: str) -> float:
         try:
@@ -192,7 +198,7 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 
 def seed(text: str) -> int:
-    """The argparse type of seeds of random numbers."""
+    """An argparse type for the seeds of random numbers."""
     if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
         raise argparse.ArgumentTypeError(f"expected a whole number below 2^63, got {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""Quasi-homogeneous networks: rates of the parameters, the scale they define, their margins."""
+"""Quasi-homogeneous networks: rates of the parameters, the scale that they define, and margins."""
 
 from .assignment import rates
 from .scale import lambda_seminorm, log_scale, normalized_margin, rescale

@@ -1,4 +1,4 @@
-"""Rates of a network's parameters: one linear system, solved for its most even solution."""
+"""Rates of the parameters of a network: the most even solution of a system of equations."""
 
 from bisect import bisect_left
 from typing import Any
@@ -14,57 +14,64 @@ from .trace import Network, exported
 
 
 def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str, float]:
-    r"""Rates at which the parameters grow when the output of a network doubles.
+    r"""Rates at which the parameters of a network grow with its output.
 
-    A network :math:`f` is quasi-homogeneous with rates :math:`\lambda_i \ge 0` when
+    A network :math:`f` is quasi-homogeneous with rates :math:`\lambda_i \ge 0` if
 
     .. math:: f(x; e^{\alpha \lambda_1} \theta_1, e^{\alpha \lambda_2} \theta_2, \dots)
         = e^{\alpha} f(x; \theta) \quad \text{for all } \alpha
 
     (Kunin, Yamamura, Ma, Ganguli, 2023). Then :math:`\sum_i \lambda_i \langle \theta_i,
-    \partial f / \partial \theta_i \rangle = f`. The rates come from the operations of the network:
-    every value has a rate, inputs, buffers and constants 0, the output 1, and
+    \partial f / \partial \theta_i \rangle = f`.
+
+    The function gives every value in the network a rate. Inputs, buffers and constants have rate
+    0, and the output has rate 1. The operations of the network give the equations:
 
     ============================================== ==============================================
-    convolution, linear, product                   adds the rates of what it multiplies
-    bias, sum, difference, concatenation           all have the same rate
-    ReLU, leaky ReLU, pooling, views, mean, sum    keeps the rate of its input
-    quotient, power, square root                   subtracts, multiplies, halves it
-    layer, group, instance, RMS norm               starts again at 0; scale and shift have the
-                                                   rate of the result
-    batch norm with its running statistics         the same, and what feeds it has rate 0, since
+    convolution, linear, product                   the result has the sum of the rates of the
+                                                   factors
+    bias, sum, difference, concatenation           all terms and the result have the same rate
+    ReLU, leaky ReLU, pooling, views, mean, sum    the result has the rate of the input
+    quotient, power, square root                   the rates are subtracted, multiplied by the
+                                                   exponent, halved
+    layer, group, instance, RMS norm               the normalised input has rate 0; scale and
+                                                   shift have the rate of the result
+    batch norm with its running statistics         the same, and the input has rate 0, because
                                                    the statistics do not grow with it
     ============================================== ==============================================
 
-    Where several assignments satisfy these equations, what feeds a normalisation and the scales
-    and shifts of normalisations have rates as small as possible (0 almost always); then the
-    largest rate among the parameters that multiply something is as small as possible, then the
-    next largest, and so on. So there is one answer: 1/L each for a network of L layers without
-    biases, l/L for the bias of layer l, and 1 for the last layer and 0 before it where there is
-    normalisation. Parameters that the output does not depend on have rate 0. Weight normalisation
-    ``g v / |v|`` puts the rate on g and 0 on v.
+    If several assignments satisfy the equations, the function chooses one. First, the rates of
+    parameters that feed a normalisation, and of scales and shifts of normalisations, are as small
+    as possible (0 in almost all networks). Next, the largest rate among the parameters that
+    multiply something is as small as possible, then the next largest, and so on. The result is
+    unique. For L layers without normalisation every weight has rate 1/L, and the bias of layer l
+    has rate l/L. With normalisation the last layer has rate 1 and all layers before it have rate
+    0. Parameters that do not influence the output have rate 0. In weight normalisation
+    ``g v / |v|`` the rate belongs to g, and v has rate 0.
 
     Args:
-        model: Returns one tensor of floating point. Runs in evaluation mode. Wrappers are taken
-            off first, see :func:`marginops.networks.unwrap`.
-        example_input: What it is called with, a tensor or a tuple of positional arguments, on its
-            device. Only the shapes and dtypes matter.
+        model: A network that returns one floating-point tensor. It is traced in evaluation mode,
+            without its wrappers, see :func:`marginops.networks.unwrap`.
+        example_input: A tensor or a tuple of positional arguments of ``model``, on its device.
+            Only the shapes and dtypes matter.
 
     Returns:
-        The rate of every parameter, by its name in ``model.named_parameters()`` and in that order
-        (shared parameters once, under their first name).
+        The rate of every parameter, by its name in ``model.named_parameters()`` and in that order.
+        A shared parameter has one entry, under its first name.
 
     Raises:
         NotQuasiHomogeneousError: There are no such rates. The message names the operation and
-            the module: tanh, GELU, SiLU, sigmoid, softmax, attention and others that have none;
-            operations without a rule; and sums whose terms cannot have the same rate.
-        RuntimeError: ``torch.export`` cannot trace the model; its error is the cause.
-        ImportError: SciPy, which solves the system, is missing.
-        TypeError, ValueError: An argument has the wrong type, or the output is not one tensor.
+            the module. The operation never has a rate (tanh, GELU, SiLU, sigmoid, softmax,
+            attention and others), has no rule here, or is a sum whose terms cannot have the same
+            rate.
+        RuntimeError: ``torch.export`` cannot trace the model. Its error is the cause.
+        ImportError: SciPy, which solves the equations, is missing.
+        TypeError, ValueError: An argument has the wrong type, the model has no parameter, two
+            parameters share memory, or the output is not one floating-point tensor.
 
-    Small constants that keep quotients finite (``eps`` of layer, group, instance and RMS norm) are
-    taken as 0. Modes of the modules are restored. Traces the model once with ``torch.export``,
-    without running it on data: seconds for a deep network.
+    The function takes the small constants that keep quotients finite (``eps`` of layer, group,
+    instance and RMS norm) as 0. It restores the modes of all modules. It traces the model once with
+    ``torch.export`` and does not run it on data. This takes seconds for a deep network.
 
     Example:
         >>> import torch
@@ -100,12 +107,13 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
 
 
 def check_solver() -> None:
-    """SciPy is there."""
+    """Check that SciPy is installed."""
     try:
         import scipy.optimize  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            'rates: needs SciPy, which is missing: pip install "marginops[homogeneity]"'
+            "rates: expected SciPy to be installed, got no SciPy; run pip install "
+            '"marginops[homogeneity]"'
         ) from error
 
 
@@ -115,7 +123,7 @@ def _matrix(system: System, count: int | None = None) -> NDArray[np.float64]:
 
 
 def _blame(network: Network) -> NotQuasiHomogeneousError:
-    """The first operation that leaves no rates with which the output has rate 1."""
+    """The error for the first operation whose equation makes the system unsolvable."""
     system = network.system
 
     def fails(count: int) -> bool:

@@ -1,4 +1,4 @@
-"""One operation of a traced network, as the rules see it."""
+"""One operation of a traced network, for the rules."""
 
 import math
 from typing import Any
@@ -7,7 +7,15 @@ from .system import Form, NotQuasiHomogeneousError, System, Value
 
 
 class Operation:
-    """One call in the traced network, with what is known of its operands."""
+    """One call of an operation in the traced network.
+
+    Args:
+        name: The name of the ATen operation.
+        arguments: The arguments by name. Tensors are replaced by their :class:`Value`.
+        system: The equations of the network.
+        place: The operation and its module, for messages.
+        sizes: The shapes of the tensors among the arguments.
+    """
 
     def __init__(
         self,
@@ -24,7 +32,10 @@ class Operation:
         self.sizes = sizes
 
     def values(self, *names: str) -> list[Value]:
-        """The operands of these arguments in order, numbers and lists among them."""
+        """The values of the named arguments (by default all), in order.
+
+        Lists are flattened. Numbers count only in named arguments.
+        """
         found: list[Value] = []
         for name in names or self.arguments:
             argument = self.arguments.get(name)
@@ -32,9 +43,9 @@ class Operation:
                 if isinstance(item, Value):
                     found.append(item)
                 elif names and isinstance(item, (int, float)):
-                    # Zero and infinity stay what they are at any scale.
-                    anything = item == 0 or math.isinf(item)
-                    found.append(Value(None if anything else self.system.constant()))
+                    # Zero and infinity have every rate, because scaling does not change them.
+                    has_every_rate = item == 0 or math.isinf(item)
+                    found.append(Value(None if has_every_rate else self.system.constant()))
         return found
 
     def first(self) -> Value:
@@ -42,21 +53,21 @@ class Operation:
         return self.values()[0]
 
     def number(self, name: str) -> float:
-        """A number, which must not be a tensor."""
+        """The value of an argument that has to be a number, not a tensor."""
         value = self.arguments[name]
         if not isinstance(value, (int, float)):
             raise self.error(f"needs a number for {name}")
         return value
 
     def equal(self, *values: Value | Form | None) -> Form | None:
-        """The rate of a sum of these values, or of values with these rates."""
+        """Require that values or rates are equal, and return their rate."""
         terms = [value if isinstance(value, Value) else Value(value) for value in values]
         return self.system.equal(terms, f"{self.place}: its terms cannot have the same rate")
 
     def zero(self, value: Value, reason: str) -> None:
-        """Let a value have rate 0."""
+        """Require that a value has rate 0."""
         self.system.require(value.rate, f"{self.place}: {reason}")
 
     def error(self, reason: str) -> NotQuasiHomogeneousError:
-        """An error that says where."""
+        """An error that names the operation and its module."""
         return NotQuasiHomogeneousError(f"rates: {self.place} {reason}")

@@ -18,11 +18,11 @@ class Infeasible(RuntimeError):
 
 
 class Program:
-    """Non-negative rates that satisfy equations, and what is known of them so far.
+    """The linear program for the rates, with bounds that become narrower step by step.
 
     Args:
-        matrix: ``[M, P]``, forms that are 0.
-        output: ``[P]``, the form that is 1.
+        matrix: ``[M, P]``, forms that have to be 0.
+        output: ``[P]``, the form that has to be 1.
     """
 
     def __init__(self, matrix: NDArray[np.float64], output: Form) -> None:
@@ -33,7 +33,15 @@ class Program:
         self.bounds_on_sums: list[tuple[Form, float]] = []
 
     def minimize(self, objective: Form, even: Sequence[int] = ()) -> Any:
-        """SciPy's result; with ``even`` of one more variable, an upper bound of these rates.
+        """Minimize a linear objective.
+
+        Args:
+            objective: ``[P]``, the coefficients of the rates.
+            even: Indices of rates. If there are any, the program has one more variable. It is an
+                upper bound of these rates and is added to the objective.
+
+        Returns:
+            The result of ``scipy.optimize.linprog``.
 
         Raises:
             Infeasible: There is no solution.
@@ -63,7 +71,7 @@ class Program:
         if result.status == 2:
             raise Infeasible
         if result.status != 0:
-            raise RuntimeError(f"rates: the linear program was not solved: {result.message}")
+            raise RuntimeError(f"rates: SciPy did not solve the linear program: {result.message}")
         return result
 
     def is_feasible(self) -> bool:
@@ -87,14 +95,14 @@ class Program:
             self.bounds_on_sums.append((form, smallest))
 
     def level(self, indices: Sequence[int]) -> None:
-        """Fix these rates: the largest as small as possible, then the next largest, and so on."""
+        """Fix these rates, the largest as small as possible, then the next largest, and so on."""
         left = [index for index in indices if self.upper[index] > 0]
         while left:
             result = self.minimize(np.zeros(len(self.output)), left)
             largest = clean(result.x[-1])
-            # Where the dual variable is positive the bound is attained in every optimal solution.
-            pressure = -result.ineqlin.marginals[-len(left) :]
-            fixed = [i for i, force in zip(left, pressure, strict=True) if force > 1e-7]
+            # A rate whose dual variable is positive equals the bound in every optimal solution.
+            duals = -result.ineqlin.marginals[-len(left) :]
+            fixed = [i for i, dual in zip(left, duals, strict=True) if dual > 1e-7]
             if largest == 0:
                 fixed = left
             for index in fixed:
@@ -102,7 +110,7 @@ class Program:
             left = [index for index in left if index not in set(fixed)]
 
     def follow(self, indices: Sequence[int]) -> None:
-        """Fix the remaining rates: as the equations say, else as :meth:`level` does."""
+        """Fix the remaining rates by the equations. If these leave a choice, use :meth:`level`."""
         matrix = np.vstack([self.matrix, self.output])
         left = [i for i in indices if self.upper[i] > 0 and matrix[:, i].any()]
         if np.linalg.matrix_rank(matrix[:, left]) < len(left):
@@ -113,6 +121,6 @@ class Program:
 
 
 def clean(value: float) -> float:
-    """Without the solver's noise: rates are mostly fractions of small numbers."""
+    """Remove the rounding errors of the solver. Most rates are fractions of small numbers."""
     near = Fraction(value).limit_denominator(1000)
     return float(near) if abs(near - Fraction(value)) < _NOISE else value

@@ -1,4 +1,4 @@
-"""Seminorm, scale and margins of a quasi-homogeneous network whose rates are known."""
+"""Seminorm, scale and margins of a quasi-homogeneous network with given rates."""
 
 import math
 from collections.abc import Mapping
@@ -18,17 +18,18 @@ Parameters = nn.Module | Mapping[str, Tensor]
 def lambda_seminorm(
     parameters: Parameters, rates: Mapping[str, float], *, largest_only: bool = False
 ) -> Tensor:
-    r"""Norm of the parameters in which every one is weighted by its rate.
+    r"""Norm of the parameters, with the square of each parameter weighted by its rate.
 
     .. math:: \lVert \theta \rVert_\Lambda = \Bigl( \sum_i \lambda_i \theta_i^2 \Bigr)^{1/2}
 
     This is the seminorm of Kunin, Yamamura, Ma, Ganguli (2023).
 
     Args:
-        parameters: A module, all of whose parameters count (shared ones once), or a mapping of
-            names to tensors of floating point.
-        rates: The rate of each of these parameters, finite and >= 0, see :func:`rates`.
-        largest_only: Sum only over the parameters whose rate is the largest.
+        parameters: A module, or a mapping of names to floating-point tensors. All parameters of a
+            module count, shared ones once.
+        rates: The rate of each parameter by name, finite and >= 0, see
+            :func:`marginops.homogeneity.rates`.
+        largest_only: Sum only over the parameters with the largest rate.
 
     Returns:
         0-d float64, on the device of the first parameter. NaN and infinities propagate.
@@ -37,8 +38,8 @@ def lambda_seminorm(
         TypeError, ValueError: ``rates`` does not name exactly these parameters, a rate is
             negative or not finite, or an argument has the wrong type.
 
-    Differentiable in the parameters. Deterministic on the CPU. Reads every parameter with a
-    positive rate once, its squares summed in float64.
+    The seminorm is differentiable in the parameters. It is deterministic on the CPU. The function
+    reads every parameter with a positive rate once and sums the squares in float64.
 
     Example:
         >>> import torch
@@ -53,38 +54,40 @@ def lambda_seminorm(
     if largest_only:
         rate, squares = rate[-1:], squares[-1:]
     total = (rate * squares).sum()
-    zero = total == 0
-    # The square root has no derivative at 0; there the seminorm has the gradient 0.
-    return torch.where(zero, 0, torch.where(zero, 1, total).sqrt())
+    is_zero = total == 0
+    # The square root has no derivative at 0. The gradient of the seminorm is 0 there.
+    return torch.where(is_zero, 0, torch.where(is_zero, 1, total).sqrt())
 
 
 def log_scale(parameters: Parameters, rates: Mapping[str, float]) -> Tensor:
-    r"""Logarithm of the scale of a quasi-homogeneous network's parameters.
+    r"""Logarithm of the scale of the parameters of a quasi-homogeneous network.
 
-    The root :math:`\tau` of
+    It is the root :math:`\tau` of
 
-    .. math:: \sum_i \lambda_i \, e^{-2 \tau \lambda_i} \, \theta_i^2 = 1
+    .. math:: \sum_i \lambda_i \, e^{-2 \tau \lambda_i} \, \theta_i^2 = 1.
 
-    that is, how far :math:`\theta` has moved along :math:`\theta_i \mapsto e^{\alpha \lambda_i}
-    \theta_i`, under which the network's output grows by :math:`e^\alpha`, from the point where its
-    :func:`lambda_seminorm` is 1. :func:`rescale` by :math:`\alpha` adds :math:`\alpha` to it.
-    The scale is that of Kunin, Yamamura, Ma, Ganguli (2023).
+    Consider the curve :math:`\theta_i \mapsto e^{\alpha \lambda_i} \theta_i`. Along it the output
+    of the network grows by :math:`e^\alpha`. The logarithm of the scale is the :math:`\alpha`
+    between the point of the curve where :func:`marginops.homogeneity.lambda_seminorm` is 1 and
+    the parameters. :func:`marginops.homogeneity.rescale` by :math:`\alpha` adds :math:`\alpha`
+    to it. The scale is that of Kunin, Yamamura, Ma, Ganguli (2023).
 
     Args:
-        parameters: A module or a mapping, see :func:`lambda_seminorm`.
-        rates: The rate of each parameter, see :func:`rates`.
+        parameters: A module or a mapping, see :func:`marginops.homogeneity.lambda_seminorm`.
+        rates: The rate of each parameter by name, see :func:`marginops.homogeneity.rates`.
 
     Returns:
-        0-d float64, on the device of the first parameter; NaN where a parameter with a positive
-        rate has a NaN, ``+inf`` where one is infinite.
+        0-d float64, on the device of the first parameter. It is NaN if a parameter with a
+        positive rate has a NaN, and ``+inf`` if one has an infinity.
 
     Raises:
-        TypeError, ValueError: As for :func:`lambda_seminorm`, and where the seminorm is 0, so that
-            no such root exists.
+        TypeError, ValueError: As for :func:`marginops.homogeneity.lambda_seminorm`. Also if the
+            seminorm is 0, because then there is no root.
 
-    Differentiable in the parameters up to third derivatives. Newton's method on the logarithm of
-    the sum, grouped by rate: it rises to the root from below and ends within a few steps at the
-    last bits of float64. Reads the parameters once and waits for the device once.
+    The result is differentiable in the parameters up to third derivatives. It is deterministic on
+    the CPU. The function reads the parameters once and waits for the device once. Newton's method
+    on the logarithm of the sum approaches the root from below. A few steps reach the precision of
+    float64.
 
     Example:
         >>> import torch
@@ -107,33 +110,38 @@ def normalized_margin(
     r"""Margins of a quasi-homogeneous network at scale 1.
 
     ================ ============================================================================
-    ``"tau"``        :math:`e^{-\tau} q_n`, with :math:`\tau` of :func:`log_scale`
-    ``"lambda_max"`` :math:`q_n / \lVert \theta \rVert_{\Lambda_{\max}}^{1 / \lambda_{\max}}`, the
-                     :func:`lambda_seminorm` over the parameters with the largest rate only
+    ``"tau"``        :math:`e^{-\tau} q_n`, where :math:`\tau` is
+                     :func:`marginops.homogeneity.log_scale`
+    ``"lambda_max"`` :math:`q_n / \lVert \theta \rVert_{\Lambda_{\max}}^{1 / \lambda_{\max}}`, with
+                     :func:`marginops.homogeneity.lambda_seminorm` over the parameters with the
+                     largest rate only
     ================ ============================================================================
 
-    Both stay as they are when :func:`rescale` scales the network, and so compare networks and
-    moments of training with each other. Gradient flow maximises the second one in the limit
-    (Kunin, Yamamura, Ma, Ganguli, 2023); neither need grow all the way: the first one falls while
-    a parameter with the largest rate that the margin does not need is discarded.
+    Both versions do not change when :func:`marginops.homogeneity.rescale` scales the network. So
+    they compare networks, and epochs of one training run. Gradient flow maximises the second
+    version in the limit (Kunin, Yamamura, Ma, Ganguli, 2023). Neither version has to grow all the
+    time. For example, the first one falls while training discards a parameter that has the largest
+    rate and that the margin does not need.
 
     Args:
         margins: ``[N]``, float32, float64, bfloat16 or float16, of the network with these
             parameters, such as :func:`marginops.classification_margin`.
-        parameters: A module or a mapping, see :func:`lambda_seminorm`, on the device of
-            ``margins``.
-        rates: The rate of each parameter, see :func:`rates`.
+        parameters: A module or a mapping, see :func:`marginops.homogeneity.lambda_seminorm`, on
+            the device of ``margins``.
+        rates: The rate of each parameter by name, see :func:`marginops.homogeneity.rates`.
         version: ``"tau"`` or ``"lambda_max"``.
 
     Returns:
-        ``[N]``, float64 for float64 margins, else float32; the factor is applied in two halves and
-        in float64, so neither over- nor underflows before the product does.
+        ``[N]``, float64 for float64 margins, else float32. The function multiplies twice by the
+        square root of the factor, in float64. So no intermediate value overflows or underflows
+        before the product does.
 
     Raises:
-        TypeError, ValueError: As for :func:`log_scale`; for ``"lambda_max"`` also where the
-            parameters with the largest rate are all 0.
+        TypeError, ValueError: As for :func:`marginops.homogeneity.log_scale`. With
+            ``"lambda_max"`` also if the parameters with the largest rate are all 0.
 
-    Differentiable in ``margins`` and the parameters. Waits for the device once.
+    The margins are differentiable in ``margins`` and in the parameters. The result is
+    deterministic on the CPU. The function reads the parameters once and waits for the device once.
 
     Example:
         >>> import torch
@@ -147,27 +155,31 @@ def normalized_margin(
     rate, squares = _squares(parameters, rates)
     checks.check_device("parameters", squares, margins, "margins")
     if version == "lambda_max":
-        # With one rate only the root is log(lambda S) / (2 lambda): the logarithm of the power.
+        # For a single rate the root is log(lambda * S) / (2 * lambda), where S is the sum of
+        # squares. This is the logarithm of the power in the formula.
         rate, squares = rate[-1:], squares[-1:]
     half = (_log_scale(rate, squares) / -2).exp()
     return (margins.to(half.dtype) * half * half).to(result_dtype(margins.dtype))
 
 
 def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
-    r"""Move a network's parameters in place: its output grows by :math:`e^\alpha`.
+    r"""Scale the parameters of a network in place, so that its output grows by :math:`e^\alpha`.
 
     .. math:: \theta_i \leftarrow e^{\alpha \lambda_i} \, \theta_i
 
+    These are the scalings of Kunin, Yamamura, Ma, Ganguli (2023).
+
     Args:
-        model: Its parameters are changed, those with rate 0 not even touched.
-        rates: The rate of each parameter, see :func:`rates`.
-        alpha: A finite number; ``-log_scale(model, rates)`` gives the network scale 1.
+        model: The network whose parameters change. Parameters with rate 0 are not written.
+        rates: The rate of each parameter by name, see :func:`marginops.homogeneity.rates`.
+        alpha: A finite number. With ``-log_scale(model, rates)`` the network gets scale 1.
 
     Raises:
-        TypeError, ValueError: As for :func:`lambda_seminorm`, or ``alpha`` is not a finite number
-            or too large, in which case nothing has changed.
+        TypeError, ValueError: As for :func:`marginops.homogeneity.lambda_seminorm`. Also if
+            ``alpha`` is not a finite number or is too large. Then no parameter has changed.
 
-    Not recorded by autograd. Afterwards :func:`log_scale` is larger by ``alpha``.
+    Autograd does not record the change. Afterwards :func:`marginops.homogeneity.log_scale` is
+    larger by ``alpha``. The function reads and writes every parameter with a positive rate once.
 
     Example:
         >>> import math, torch
@@ -198,7 +210,7 @@ def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
 
 
 def _rated(parameters: Any, rates: Any) -> list[tuple[Tensor, float]]:
-    """Every parameter with its rate."""
+    """Check the arguments, and return every parameter with its rate."""
     if isinstance(parameters, nn.Module):
         parameters = dict(unwrap(parameters).named_parameters())
     if not isinstance(parameters, Mapping):
@@ -211,7 +223,7 @@ def _rated(parameters: Any, rates: Any) -> list[tuple[Tensor, float]]:
     if missing := [name for name in parameters if name not in rates]:
         raise ValueError(f"rates: expected a rate for every parameter, got none for {missing}")
     if unknown := [name for name in rates if name not in parameters]:
-        raise ValueError(f"rates: expected names of parameters, got {unknown}")
+        raise ValueError(f"rates: expected only names of parameters, got {unknown}")
     if not parameters:
         raise ValueError("parameters: expected at least one, got none")
     for name, value in parameters.items():
@@ -220,7 +232,9 @@ def _rated(parameters: Any, rates: Any) -> list[tuple[Tensor, float]]:
                 f"parameters: expected a tensor for {name!r}, got {type(value).__name__}"
             )
         if value.dtype not in checks.FLOATING:
-            raise TypeError(f"parameters: expected floating point for {name!r}, got {value.dtype}")
+            raise TypeError(
+                f"parameters: expected a floating-point dtype for {name!r}, got {value.dtype}"
+            )
         rate = rates[name]
         if isinstance(rate, bool) or not isinstance(rate, (int, float)):
             raise TypeError(f"rates: expected a number for {name!r}, got {type(rate).__name__}")
@@ -230,7 +244,7 @@ def _rated(parameters: Any, rates: Any) -> list[tuple[Tensor, float]]:
 
 
 def _squares(parameters: Any, rates: Any) -> tuple[Tensor, Tensor]:
-    """The distinct rates, ascending, and for each the sum of its parameters' squares, float64."""
+    """The distinct rates in ascending order, and the sum of squares for each rate, in float64."""
     rated = _rated(parameters, rates)
     device = rated[0][0].device
     squares: dict[float, Tensor] = {
@@ -251,8 +265,8 @@ def _log_scale(rate: Tensor, squares: Tensor) -> Tensor:
     root = _root(rate.tolist(), squares.tolist())
     if not math.isfinite(root):
         return squares.sum() * root
-    # Two steps from the detached root have the root's value and its first three derivatives. A
-    # factor that overflows belongs to squares that are as good as zero.
+    # ``root`` has no gradient. Two more Newton steps keep its value and have the first three
+    # derivatives of the root. A weight that overflows is clamped: its squares are almost 0.
     finite = torch.finfo(rate.dtype).max
     weight = (rate * (-2 * root * rate).exp()).clamp(max=finite)
     step = torch.zeros_like(squares[0])
@@ -264,7 +278,10 @@ def _log_scale(rate: Tensor, squares: Tensor) -> Tensor:
 
 
 def _root(rate: list[float], squares: list[float]) -> float:
-    """Root of the logarithm of the sum over groups of ``rate * squares * exp(-2 tau rate)``."""
+    """The root of the logarithm of the sum of ``rate * squares * exp(-2 tau rate)`` over groups.
+
+    A group is the set of all parameters with the same rate.
+    """
     if any(math.isnan(square) for square in squares):
         return math.nan
     groups = [
@@ -274,12 +291,14 @@ def _root(rate: list[float], squares: list[float]) -> float:
     ]
     if not groups:
         raise ValueError(
-            "parameters: expected one with a positive rate that is not 0, got a seminorm of 0"
+            "parameters: expected a parameter that is not 0 and has a positive rate, "
+            "got a seminorm of 0"
         )
     tau = max(offset / (2 * value) for value, offset in groups)
     if math.isinf(tau):
         return tau
-    # The function is convex and falls, and is >= 0 at the start: every step goes up.
+    # The function is convex and decreasing, and at the start it is >= 0. So every step increases
+    # tau and does not pass the root.
     for _ in range(200):
         terms = [(value, math.exp(offset - 2 * tau * value)) for value, offset in groups]
         total = math.fsum(term for _, term in terms)

@@ -1,4 +1,8 @@
-"""Rates of a network's values as linear forms in those of its parameters, and their equations."""
+"""The equations between the rates of the parameters of a network.
+
+The rate of a value in the network is a linear form in the rates of the parameters. The form is the
+array of its coefficients.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,19 +14,20 @@ Form = NDArray[np.float64]
 
 
 class NotQuasiHomogeneousError(ValueError):
-    """No rates of the parameters make the output of a network grow at rate 1."""
+    """The network is not quasi-homogeneous: no rates of the parameters give its output rate 1."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of a tensor in the network.
+    """What is known about a tensor in the network.
 
     Attributes:
-        rate: Coefficients of the parameters' rates; None for a tensor of zeros, which has any rate.
-        parameters: Indices of the parameters that it depends on.
-        weights: Those of which it is a view or a sum, without the network's input.
-        varies: Whether it depends on the network's input.
-        floating: Whether it has a rate: integers and booleans only choose.
+        rate: The rate as a linear form. None for a tensor of zeros, which has every rate.
+        parameters: Indices of the parameters that the tensor depends on.
+        weights: Indices of the parameters of which it is a view or a sum. Empty if it depends on
+            the input of the network.
+        varies: Whether it depends on the input of the network.
+        floating: Whether it is a floating-point tensor. Integers and booleans have no rate.
     """
 
     rate: Form | None
@@ -34,7 +39,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Equation:
-    """A form that must be 0 for what the message says to be possible."""
+    """A form that has to be 0. The message says what is impossible otherwise."""
 
     form: Form
     message: str
@@ -45,10 +50,11 @@ class System:
     """The equations of one network.
 
     Attributes:
-        size: Number of parameters.
-        equations: In the order of the network's operations.
-        factors: Indices of parameters that multiply something, not only shift it.
-        normalizing: Of parameters upstream of a normalisation, and of its scale and shift.
+        size: The number of parameters.
+        equations: The equations in the order of the operations of the network.
+        factors: Indices of the parameters that multiply something. A bias only shifts.
+        normalizing: Indices of the parameters upstream of a normalisation, and of those in its
+            scale and shift.
     """
 
     size: int
@@ -67,19 +73,19 @@ class System:
         return Value(rate, frozenset({index}), frozenset({index}))
 
     def require(self, form: Form | None, message: str) -> None:
-        """Let a form be 0."""
+        """Add the equation that a form is 0."""
         if form is not None and form.any():
             self.equations.append(Equation(form, message))
 
     def equal(self, values: Sequence[Value], message: str) -> Form | None:
-        """The one rate that all values have; zeros have it too."""
+        """Require that all values have the same rate, and return it. Zeros have every rate."""
         forms = [value.rate for value in values if value.rate is not None]
         for form in forms[1:]:
             self.require(forms[0] - form, message)
         return forms[0] if forms else None
 
     def product(self, values: Iterable[Value]) -> Form | None:
-        """The sum of the rates of values that are multiplied."""
+        """The rate of a product: the sum of the rates of its factors."""
         rate: Form | None = self.constant()
         for value in values:
             self.factors |= value.weights

@@ -1,4 +1,4 @@
-"""Which rule each ATen operation follows."""
+"""The rule of each ATen operation."""
 
 from . import rules
 from .rules import Rule
@@ -74,7 +74,7 @@ ADDED = {
     "tensor1 tensor2": "addcmul",
 }
 
-# Known not to scale, as against operations that merely have no rule here.
+# Operations that are never quasi-homogeneous. An operation that is in no list has no rule yet.
 NEVER = """
     acos acosh asin asinh atan atanh atan2 celu cos cosh elu erf erfc exp exp2 expm1 gelu glu
     hardsigmoid hardswish hardtanh log log10 log1p log2 log_sigmoid log_softmax _log_softmax
@@ -131,7 +131,7 @@ def _table() -> dict[str, Rule]:
 
 RULES = _table()
 UNSCALED = frozenset(NEVER.split())
-# Results that are still the parameter, or sums of parameters.
+# Operations on parameters whose results are views or sums of these parameters.
 CARRYING = frozenset(f"{KEEP} {LOOK_UP} {CAST} {' '.join(EQUAL.values())}".split())
-# Constants that may be zero.
+# Operations that create constants, which may be 0.
 CREATING = frozenset(["zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full"])

@@ -1,4 +1,4 @@
-"""From a model to the equations between its rates, by way of ``torch.export``."""
+"""Traces a model with ``torch.export`` and collects the equations between its rates."""
 
 import operator
 import warnings
@@ -17,14 +17,15 @@ from .table import CARRYING, CREATING, RULES, UNSCALED
 
 
 def exported(model: nn.Module, example_input: tuple[Any, ...]) -> Any:
-    """The model as a program of ATen operations without side effects, in evaluation mode."""
+    """Export the model in evaluation mode, as a program of ATen operations without side effects."""
     try:
         with evaluation_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, example_input, strict=False)
             if all(_has_rule(node) for node in program.graph.nodes):
                 return program
-            # Without changes in place and composite operations; takes several times as long.
+            # Decomposition removes in-place and composite operations. It takes several times as
+            # long as the export.
             return program.run_decompositions({})
     except Exception as error:
         raise RuntimeError(
@@ -38,8 +39,8 @@ class Network:
 
     Attributes:
         system: The equations.
-        output: The rate of the output, a form that must be 1.
-        place: Where the output comes from.
+        output: The rate of the output, a form that has to be 1.
+        place: The operation and module that compute the output.
     """
 
     def __init__(self, model: nn.Module, program: Any, names: list[str]) -> None:
@@ -62,7 +63,7 @@ class Network:
 
     def _inputs(self, program: Any, names: list[str]) -> dict[Node, Value]:
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-        # Under which of its names a shared parameter is exported is not ours to choose.
+        # torch.export chooses one of the names of a shared parameter, so look it up by identity.
         indices = {id(self.model.get_parameter(name)): i for i, name in enumerate(names)}
         storages = {_storage(parameter) for parameter in self.model.parameters()} - {0}
         values = {}
@@ -73,8 +74,8 @@ class Network:
                 held = program.state_dict.get(spec.target, program.constants.get(spec.target))
                 if spec.kind != InputKind.PARAMETER and _storage(held) in storages:
                     raise ValueError(
-                        f"model: expected buffers with memory of their own, got {spec.target!r}, "
-                        "which shares a parameter's"
+                        f"model: expected buffers with memory of their own, got {spec.target!r} "
+                        "in the memory of a parameter"
                     )
                 if spec.kind == InputKind.CONSTANT_TENSOR and not held.any():
                     values[node] = Value(None)
@@ -114,9 +115,7 @@ class Network:
         if name in UNSCALED:
             raise NotQuasiHomogeneousError(f"rates: {place} is not quasi-homogeneous")
         if name not in RULES:
-            raise NotQuasiHomogeneousError(
-                f"rates: {place} is an unknown operation, so nothing can be said of its rate"
-            )
+            raise NotQuasiHomogeneousError(f"rates: {place} has no rule, so its rate is unknown")
         given = dict(zip(_argument_names(node), node.args, strict=False))
         given |= node.kwargs
         arguments = {key: _replaced(argument, values) for key, argument in given.items()}
@@ -128,7 +127,7 @@ class Network:
         return RULES[name](Operation(name, arguments, self.system, place, sizes))
 
     def _place(self, node: Node) -> str:
-        """The operation and the module that calls it; in one's own module also the line."""
+        """The operation and its module. For a module that is not PyTorch's, also the line."""
         if node.op != "call_function":
             return node.name
         if node.target is operator.getitem:
@@ -136,23 +135,24 @@ class Network:
         stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
         path = stack[-1][0]
         kind = type_before_parametrizations(self.model.get_submodule(path.split("@")[0]))
-        where = f"{_name(node)} at {path or 'the model'}"
+        place = f"{_name(node)} at {path or 'the model'}"
         if getattr(nn, kind.__name__, None) is kind:
-            return f"{where} (torch.nn.{kind.__name__})"
+            return f"{place} (torch.nn.{kind.__name__})"
         lines = (node.meta.get("stack_trace") or "").strip().splitlines()
         code = f" in `{lines[-1].strip()}`" if lines else ""
-        return f"{where} ({kind.__qualname__}){code}"
+        return f"{place} ({kind.__qualname__}){code}"
 
 
 def _check_memory(model: nn.Module) -> None:
-    """Scaling one parameter scales no other."""
+    """Check that no two parameters share memory, because scaling one would scale the other."""
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters():
-        pointer = parameter.data_ptr()  # 0 for what has no memory
+        pointer = parameter.data_ptr()  # 0 for tensors without memory
         if pointer and owners.setdefault(pointer, name) != name:
             raise ValueError(
-                "model: expected parameters with memory of their own, or shared as one "
-                f"torch.nn.Parameter, got {name!r} in the memory of {owners[pointer]!r}"
+                "model: expected different parameters to have their own memory, got "
+                f"{name!r} in the memory of {owners[pointer]!r}; to share a parameter, use one "
+                "torch.nn.Parameter"
             )
 
 
@@ -169,7 +169,7 @@ def _output(program: Any) -> Node:
         raise ValueError(f"model: expected one tensor as output, got {kind}")
     if not _is_floating(outputs[0]):
         raise ValueError(
-            f"model: expected an output of floating point, got {outputs[0].meta['val'].dtype}"
+            f"model: expected a floating-point output, got {outputs[0].meta['val'].dtype}"
         )
     return outputs[0]
 
@@ -185,7 +185,7 @@ def _ancestors(output: Node) -> set[Node]:
 
 
 def _name(node: Node) -> str:
-    """Of the ATen operation, without namespace and overload; else whatever is called."""
+    """The name of an ATen operation without namespace and overload, or of another function."""
     if isinstance(node.target, torch._ops.OpOverload):
         namespace, name = node.target._schema.name.split("::")
         return name if namespace == "aten" else f"{namespace}::{name}"
@@ -193,7 +193,7 @@ def _name(node: Node) -> str:
 
 
 def _has_rule(node: Node) -> bool:
-    """Whether an operation changes nothing in place and is known as it stands."""
+    """Whether an operation needs no decomposition: it has a rule and changes nothing in place."""
     if node.op != "call_function" or node.target is operator.getitem:
         return True
     operation: Any = node.target
@@ -207,13 +207,13 @@ def _argument_names(node: Node) -> list[str]:
 
 
 def _is_floating(node: Node) -> bool:
-    """Tuples count as floating: their elements are asked one by one."""
+    """Whether a value is a floating-point tensor or a tuple, whose elements are checked later."""
     value = node.meta.get("val")
     return _has_rate(value) if isinstance(value, Tensor) else True
 
 
 def _has_rate(tensor: Tensor) -> bool:
-    """Integers and booleans have none."""
+    """Whether a tensor has a rate. Integers and booleans have none."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 

@@ -1,12 +1,12 @@
-"""Metrics of torchmetrics: update them batch by batch, in one process or in many."""
+"""Metrics for torchmetrics. They take batches, in one process or in several."""
 
 try:
     import torchmetrics as _  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "torchmetrics":
         raise
-    hint = 'pip install "marginops[metrics]"'
-    raise ImportError(f"marginops.metrics needs torchmetrics: {hint}", name=error.name) from error
+    hint = 'run pip install "marginops[metrics]"'
+    raise ImportError(f"marginops.metrics needs torchmetrics; {hint}", name=error.name) from error
 
 from .collapse import NeuralCollapse, NeuralCollapseSummary
 from .distribution import MarginDistribution, MarginSummary

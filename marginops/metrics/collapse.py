@@ -1,4 +1,4 @@
-"""How far the last layer's features and weights have collapsed to one simplex."""
+"""Neural collapse: how close class means and weight of the last layer are to one simplex."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from . import _shared as shared
 
 
 class NeuralCollapseSummary(NamedTuple):
-    """0-d tensors, each 0 at full collapse; see :class:`NeuralCollapse`."""
+    """The result of :class:`marginops.metrics.NeuralCollapse`: 0-d tensors, 0 at full collapse."""
 
     nc1: Tensor
     nc2_norm_means: Tensor
@@ -24,22 +24,28 @@ class NeuralCollapseSummary(NamedTuple):
 
 
 class _Scatter(NamedTuple):
-    """Samples and mean of every class, 0 without samples, and the scatter within the classes.
+    """The sums from which neural collapse follows.
 
-    Shapes ``[C]`` int64, ``[C, D]`` and ``[D, D]``.
+    Attributes:
+        samples: ``[C]`` int64, the number of samples of each class.
+        mean: ``[C, D]``, the mean of each class, 0 for a class without samples.
+        within_scatter: ``[D, D]``, the sum of the outer products of all deviations from the class
+            means.
     """
 
     samples: Tensor
     mean: Tensor
-    within: Tensor
+    within_scatter: Tensor
 
     def merge(self, other: "_Scatter") -> "_Scatter":
-        """Of the samples of both (Chan, Golub, LeVeque, 1979)."""
+        """Merge the sums of two sets of samples (Chan, Golub, LeVeque, 1979)."""
         count = self.samples + other.samples
         share = (other.samples.double() / count.clamp(min=1)).unsqueeze(1)
         step = other.mean - self.mean
         between = (self.samples.unsqueeze(1) * share * step).T @ step
-        return _Scatter(count, self.mean + share * step, self.within + other.within + between)
+        return _Scatter(
+            count, self.mean + share * step, self.within_scatter + other.within_scatter + between
+        )
 
 
 def _batch_scatter(input: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> _Scatter:
@@ -53,45 +59,51 @@ def _batch_scatter(input: Tensor, target: Tensor, num_classes: int, ignore_index
 
 
 class NeuralCollapse(shared.FixedDtypeMetric):
-    r"""The four signs of neural collapse, each 0 when it is complete.
+    r"""The four properties of neural collapse, each 0 at full collapse.
 
-    With :math:`\mu_c` the mean feature of class c, :math:`\mu` the mean of the class means, M the
-    matrix of the rows :math:`M_c = \mu_c - \mu`, :math:`S_B = M^T M / C`, :math:`S_W` the mean of
-    :math:`(h - \mu_y)(h - \mu_y)^T` over all samples and W the weight of the last layer:
+    Let :math:`\mu_c` be the mean feature of class c, :math:`\mu` the mean of the class means, M the
+    matrix with the rows :math:`M_c = \mu_c - \mu`, :math:`S_B = M^T M / C`, :math:`S_W` the mean
+    of :math:`(h - \mu_y)(h - \mu_y)^T` over all samples, and W the weight of the last layer:
 
     ==================== ==========================================================================
     ``nc1``              :math:`\mathrm{tr}(S_W S_B^+) / C`: variability within the classes
-    ``nc2_norm_means``   standard deviation over mean (population) of :math:`\lVert M_c \rVert_2`
+    ``nc2_norm_means``   standard deviation (population) of :math:`\lVert M_c \rVert_2`, divided by
+                         their mean
     ``nc2_angle_means``  mean of :math:`|\cos(M_c, M_{c'}) + 1/(C-1)|` over :math:`c \ne c'`
-    ``nc2_norm_weight``  the same as ``nc2_norm_means`` of the rows of W
-    ``nc2_angle_weight`` the same as ``nc2_angle_means`` of the rows of W
+    ``nc2_norm_weight``  the same as ``nc2_norm_means``, for the rows of W
+    ``nc2_angle_weight`` the same as ``nc2_angle_means``, for the rows of W
     ``nc3``              :math:`\lVert W/\lVert W\rVert_F - M/\lVert M\rVert_F \rVert_F^2`
-    ``nc4``              share of samples whose largest logit is not that of the nearest class mean
+    ``nc4``              share of samples for which the class of the largest logit is not the class
+                         of the nearest mean
     ==================== ==========================================================================
 
-    The pseudo-inverse :math:`S_B^+` is of rank C - 1, or D if that is less, and comes from that
-    many singular values of M. Where class means depend on each other some of these are zero to
-    rounding (at most :math:`2 \cdot 10^{-16} \max(C, D)` of the largest) and left out; where all
-    means are equal NC1 is NaN. From Papyan, Han, Donoho (2020).
+    The properties are those of Papyan, Han, Donoho (2020).
 
-    Everything but NC4 comes from one pass over the data with :meth:`update`. NC4 needs the class
-    means first, so it takes a second pass with :meth:`update_nearest`.
+    The metric computes the pseudo-inverse :math:`S_B^+` from the singular values of M. Its rank is
+    C - 1, or D if D is smaller. If class means are linearly dependent, some of these singular
+    values are 0 up to rounding, at most :math:`2 \cdot 10^{-16} \max(C, D)` of the largest. These
+    do not count. If all means are equal, NC1 is NaN.
+
+    All results but NC4 need one pass over the data, with
+    :meth:`marginops.metrics.NeuralCollapse.update`. NC4 needs the class means first. So it takes a
+    second pass, with :meth:`marginops.metrics.NeuralCollapse.update_nearest`.
 
     Args:
         num_classes: C >= 2.
         num_features: D >= 1.
-        ignore_index: Samples with this target are left out.
-        **kwargs: Of :class:`torchmetrics.Metric`.
+        ignore_index: Samples with this target do not count.
+        **kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
         TypeError, ValueError: A number has the wrong type or is too small.
 
-    Results are float64. While a class has no samples, all are NaN but those of the weight; without
-    a weight ``nc2_norm_weight``, ``nc2_angle_weight`` and ``nc3`` are NaN; without the second pass
-    ``nc4`` is, as it always is in the value of a batch that ``forward`` returns.
+    Results are float64 and have no unit. As long as a class has no samples, all results are NaN but
+    ``nc2_norm_weight`` and ``nc2_angle_weight``. Without a weight these two and ``nc3`` are NaN.
+    Without the second pass ``nc4`` is NaN. It is always NaN in the value of a batch that
+    ``forward`` returns.
 
-    Arithmetic is in float64; a batch costs a product [D, N] x [N, D]. The state takes D (D + 3 C)
-    numbers, whatever the number of samples, and is part of ``state_dict``.
+    The metric computes in float64. A batch costs a product [D, N] x [N, D]. The state takes
+    D (D + 3 C) numbers for any number of samples, and is part of ``state_dict``.
 
     Example:
         >>> import torch
@@ -112,7 +124,7 @@ class NeuralCollapse(shared.FixedDtypeMetric):
 
     count: Tensor
     mean: Tensor
-    within: Tensor
+    within_scatter: Tensor
     weight: Tensor
     has_weight: Tensor
     centers: Tensor
@@ -130,13 +142,16 @@ class NeuralCollapse(shared.FixedDtypeMetric):
         self.ignore_index = ignore_index
         zeros = torch.zeros(num_classes, num_features, dtype=torch.float64)
         no = torch.tensor(False)
-        # Of the first pass; what has no reduction is stacked over processes.
+        # The states of the first pass. torchmetrics stacks states without a reduction over
+        # processes.
         self.add_state("count", torch.zeros(num_classes, dtype=torch.int64), persistent=True)
         self.add_state("mean", zeros, persistent=True)
-        self.add_state("within", zeros.new_zeros(num_features, num_features), persistent=True)
+        self.add_state(
+            "within_scatter", zeros.new_zeros(num_features, num_features), persistent=True
+        )
         self.add_state("weight", zeros * torch.nan, persistent=True)
         self.add_state("has_weight", no, persistent=True)
-        # Of the second pass.
+        # The states of the second pass.
         self.add_state("centers", zeros * torch.nan, persistent=True)
         self.add_state("has_centers", no.clone(), persistent=True)
         self.add_state("compared", torch.tensor(0), dist_reduce_fx="sum", persistent=True)
@@ -148,35 +163,37 @@ class NeuralCollapse(shared.FixedDtypeMetric):
         Args:
             input: ``[N, D]``, the input of the last layer, float32, float64, bfloat16 or float16.
             target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
-            weight: ``[C, D]``, any of these dtypes; replaces the one of earlier calls. Once in a
-                pass is enough.
+            weight: ``[C, D]``, any of these dtypes. It replaces the weight of earlier calls, so one
+                call per pass is enough to pass it.
 
         Raises:
             TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
-            RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+            RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
+                assertion.
         """
         shared.check_columns("input", input, "N", self.num_features, self.count.device)
         if weight is not None:
             self._check_weight(weight)
         batch = _batch_scatter(input, target, self.num_classes, self.ignore_index)
-        merged = _Scatter(self.count, self.mean, self.within).merge(batch)
-        self.count, self.mean, self.within = merged
+        merged = _Scatter(self.count, self.mean, self.within_scatter).merge(batch)
+        self.count, self.mean, self.within_scatter = merged
         self.has_centers = torch.zeros_like(self.has_centers)
         if weight is not None:
             self.weight = weight.detach().double()
             self.has_weight = torch.ones_like(self.has_weight)
 
     def update_nearest(self, input: Tensor, logits: Tensor) -> None:
-        """Count samples whose largest logit is not that of the nearest class mean.
+        """Count the samples whose largest logit does not belong to the nearest class mean.
 
-        The means are those of all samples before the first call, of all processes: in that call
-        they gather them, so each has to make it, with ``[0, D]`` and ``[0, C]`` if it has no
-        samples. A later :meth:`update` moves the means and starts this pass anew. Waits for the
-        device.
+        The first call fixes the means of all samples so far, of all processes. In this call the
+        processes exchange their means. So every process has to make it. A process without samples
+        passes ``[0, D]`` and ``[0, C]``. A later call of
+        :meth:`marginops.metrics.NeuralCollapse.update` changes the means, and this pass starts
+        from the beginning. The method waits for the device.
 
         Args:
-            input: ``[N, D]`` as in :meth:`update`; rows that were ignored there have to be left
-                out by the caller.
+            input: ``[N, D]``, as in :meth:`marginops.metrics.NeuralCollapse.update`. The caller
+                has to leave out the samples with ``ignore_index``.
             logits: ``[N, C]``. Among equal logits or distances the lowest class counts.
 
         Raises:
@@ -192,11 +209,11 @@ class NeuralCollapse(shared.FixedDtypeMetric):
         if not self.has_centers:
             self._fix_centers()
         with torch.no_grad():
-            # Not by way of a product, which cancels where means are close.
+            # Without a matrix product, which would cancel where means are close.
             exact = "donot_use_mm_for_euclid_dist"
             distance, nearest = torch.cdist(input.double(), self.centers, compute_mode=exact).min(1)
             largest, predicted = logits.max(1)
-            # With a NaN, or no distance, or no mean, there is nothing to compare.
+            # A sample with a NaN or without a finite distance cannot be compared.
             comparable = distance.isfinite() & ~largest.isnan()
             differs = torch.where(comparable, (predicted != nearest).double(), torch.nan)
         self.compared = self.compared + len(input)
@@ -204,13 +221,13 @@ class NeuralCollapse(shared.FixedDtypeMetric):
         self._computed = None
 
     def compute(self) -> NeuralCollapseSummary:
-        """The summary of all samples so far, of all processes.
+        """Compute the results of all samples so far, of all processes.
 
         Returns:
-            :class:`NeuralCollapseSummary`.
+            :class:`marginops.metrics.NeuralCollapseSummary`.
         """
         scatter, weight = self._scatter(), self.weight
-        if weight.dim() == 3:  # of all processes, of which some may have none
+        if weight.dim() == 3:  # the weights of all processes, some of which may have none
             weight = weight[self.has_weight.long().argmax()]
         means = _means(scatter)
         means = means - means.mean(0)
@@ -232,14 +249,14 @@ class NeuralCollapse(shared.FixedDtypeMetric):
             )
 
     def _scatter(self) -> _Scatter:
-        """Of all processes, whose states torchmetrics stacks when it has gathered them."""
-        scatter = _Scatter(self.count, self.mean, self.within)
+        """The sums over all processes, whose states torchmetrics stacks when it gathers them."""
+        scatter = _Scatter(self.count, self.mean, self.within_scatter)
         if self.count.dim() == 1:
             return scatter
         return functools.reduce(_Scatter.merge, map(_Scatter, *scatter))
 
     def _fix_centers(self) -> None:
-        """Keep the means of all processes, and start counting."""
+        """Keep the means of all processes, and start to count from 0."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
             centers = _means(self._scatter())
         self.centers = centers
@@ -253,21 +270,21 @@ def _means(scatter: _Scatter) -> Tensor:
 
 
 def _within_over_between(scatter: _Scatter, means: Tensor) -> Tensor:
-    """tr(S_W pinv(S_B)) / C, with S_B = M^T M / C = V S^2 V^T / C."""
-    # A decomposition of NaN raises; where there is one, decompose zeros instead.
+    """``tr(S_W pinv(S_B)) / C``, where ``S_B = M^T M / C = V S^2 V^T / C``."""
+    # The decomposition of a matrix with NaN raises an error, so zeros replace such a matrix.
     finite = means.isfinite().all()
     _, singular, directions = torch.linalg.svd(torch.where(finite, means, 0), full_matrices=False)
     rank = min(len(means) - 1, means.shape[1])
     singular, directions = singular[:rank], directions[:rank]
     rounding = torch.finfo(means.dtype).eps * max(means.shape)
     kept = singular > rounding * singular[0]
-    variance = ((directions @ scatter.within) * directions).sum(1) / scatter.samples.sum()
+    variance = ((directions @ scatter.within_scatter) * directions).sum(1) / scatter.samples.sum()
     ratio = torch.where(kept, variance / singular.square(), 0).sum()
     return torch.where(kept.any() & finite, ratio, torch.nan)
 
 
 def _distance_to_simplex(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """How far from equal norms, and from the angles of a simplex."""
+    """The deviations of the rows from equal norms and from the angles of a simplex."""
     classes = len(rows)
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     unit = rows / norm

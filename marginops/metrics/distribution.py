@@ -1,4 +1,4 @@
-"""The distribution of the margins of a whole data set, from its batches."""
+"""The distribution of the margins of a whole data set, computed batch by batch."""
 
 import functools
 import math
@@ -22,9 +22,9 @@ _STATE = ("bin_counts", "counts", "sums", "minimum", "maximum")
 
 
 class MarginSummary(NamedTuple):
-    """What :class:`MarginDistribution` computes; see there."""
+    """The result of :class:`marginops.metrics.MarginDistribution`, which describes the fields."""
 
-    count: Tensor  # type: ignore[assignment]
+    count: Tensor  # type: ignore[assignment]  # replaces tuple.count
     ignored: Tensor
     mean: Tensor
     minimum: Tensor
@@ -37,50 +37,57 @@ class MarginSummary(NamedTuple):
 
 
 class MarginDistribution(FixedDtypeMetric):
-    r"""The distribution of all margins that it has seen: a few numbers, a histogram, a plot.
+    r"""The distribution of all margins of a data set: summary, histogram and plot.
 
-    ``compute()`` gives a :class:`MarginSummary` of 0-d tensors unless said otherwise, float64 but
-    for the numbers of margins, which are int64:
+    ``compute()`` returns a :class:`marginops.metrics.MarginSummary`. Its fields are 0-d tensors
+    unless a shape is given. Counts are int64. All other fields are float64 and, except for
+    ``separation``, in units of the margins:
 
     =================== =======================================================================
-    ``count``           how many margins there were, those of ``+inf`` left out
-    ``ignored``         how many were ``+inf``, as ignored samples are; they count nowhere else
-    ``mean``            their mean
-    ``minimum``         the smallest
-    ``maximum``         the largest
-    ``area``            :func:`marginops.margin_area`, rank form: the same as ``mean``
+    ``count``           the number of margins, without those of ``+inf``
+    ``ignored``         the number of margins of ``+inf``, which ignored samples have; no other
+                        field counts them
+    ``mean``            the mean margin
+    ``minimum``         the smallest margin
+    ``maximum``         the largest margin
+    ``area``            :func:`marginops.margin_area`, rank form, which equals ``mean``
     ``area_cdf``        :func:`marginops.margin_area`, CDF form
-    ``separation``      the share of margins > 0: of samples classified correctly
-    ``quantiles``       ``[Q]``, interpolated linearly between neighbours as by numpy.quantile
-    ``support_vectors`` ``[decades]``, :func:`marginops.support_vector_counts`
+    ``separation``      the share of margins > 0, which is the share of correct samples
+    ``quantiles``       ``[Q]``, interpolated linearly as in ``numpy.quantile``
+    ``support_vectors`` ``[decades]`` int64, :func:`marginops.support_vector_counts`
     =================== =======================================================================
 
-    A margin that is NaN makes all these NaN, but for the numbers of margins, where
-    ``support_vectors`` becomes 0; so do no margins at all. ``-inf`` is a margin like others.
+    The areas are those of Banburski et al. (2021), the support vectors those of Lyu, Li (2020).
 
-    The state is 0.5 MiB whatever the number of margins: sums in float64, extremes, and how many
-    margins fall into each of 2^16 bins, which are the upper halves of their float32. So a bin is
-    at most 2^-7 of its margins wide at any scale that float32 has, and its middle stands for all
-    in it. All results are exact up to rounding in float64, except that
+    If a margin is NaN, or if there are no margins, the float64 fields are NaN and
+    ``support_vectors`` is 0. A margin of ``-inf`` counts as any other margin.
 
-    * the k-th smallest margin, of which ``quantiles`` are made, is off by 0.4 % of itself at most
-      (by 1e-38 if it is subnormal in float32), and infinite beyond the range of float32;
-    * ``support_vectors`` are counts below thresholds that are off by 0.4 % of themselves at most.
+    The state takes 0.5 MiB for any number of margins. It holds sums in float64, the extremes, and
+    the counts of 2^16 bins. The bin of a margin is the upper half of its float32. So a bin is at
+    most 2^-7 of its margins wide, at any scale in the range of float32. The middle of a bin stands
+    for all margins in it. All results are exact up to rounding in float64, with two exceptions:
 
-    With ``exact=True`` these are exact as well, for 8 bytes more a margin.
+    * ``quantiles`` are interpolated between sorted margins. Each of these is off by at most 0.4 %
+      of itself, or by 1e-38 if it is subnormal in float32. Beyond the range of float32 it is
+      infinite.
+    * ``support_vectors`` counts margins below thresholds that are off by at most 0.4 % of
+      themselves.
+
+    With ``exact=True`` both are exact as well, for 8 more bytes per margin.
 
     Args:
-        exact: Keep all margins, in float64.
+        exact: Keep all margins in float64.
         quantiles: Probabilities in [0, 1], at least one.
-        decades: How many powers of ten for ``support_vectors``, >= 1.
-        kwargs: Those of ``torchmetrics.Metric``.
+        decades: The number of powers of ten for ``support_vectors``, >= 1.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape, device or value.
 
-    The state adds up over ``forward``, ``merge_state`` and processes, and is in ``state_dict``.
-    The bins and numbers are the same in any order of the margins and on every device; sums are so
-    up to rounding. ``update`` does not synchronise with a GPU. No gradients.
+    The metric adds up the states of ``forward``, ``merge_state`` and processes. The state is part
+    of ``state_dict``. The order of the margins and the device do not change the counts, and they
+    change the sums only by rounding errors. ``update`` does not wait for the GPU. The results have
+    no gradients.
 
     Example:
         >>> from marginops.metrics import MarginDistribution
@@ -92,8 +99,6 @@ class MarginDistribution(FixedDtypeMetric):
         (tensor(3), tensor(1), tensor([2, 3, 3]))
         >>> summary.mean, summary.separation
         (tensor(1., dtype=torch.float64), tensor(0.6667, dtype=torch.float64))
-
-    Areas are those of Banburski et al. (2021), support vectors those of Lyu & Li (2020).
     """
 
     is_differentiable = False
@@ -128,35 +133,42 @@ class MarginDistribution(FixedDtypeMetric):
 
         add("bin_counts", torch.zeros(BINS, dtype=torch.int64), "sum")
         add("counts", torch.zeros(2, dtype=torch.int64), "sum")  # ignored, positive
-        add("sums", torch.zeros(2, dtype=torch.float64), "sum")  # of all, of the positive
+        add("sums", torch.zeros(2, dtype=torch.float64), "sum")  # all margins, positive margins
         add("minimum", torch.tensor(math.inf, dtype=torch.float64), "min")
         add("maximum", torch.tensor(-math.inf, dtype=torch.float64), "max")
         if exact:
             add("margins", [], "cat")
 
     def update(self, margins: Tensor) -> None:
-        """Add a batch.
+        """Add the margins of a batch.
 
         Args:
             margins: ``[N]``, float32, float64, bfloat16 or float16, any stride, on the device of
                 the metric.
+
+        Raises:
+            TypeError, ValueError: ``margins`` has the wrong type, dtype, shape or device.
         """
         checks.check_tensor("margins", margins, 1, "[N]")
         checks.check_device("margins", margins, self.bin_counts, "the metric")
         margins = margins.detach()
         if self.bin_counts.is_inference() and not torch.is_inference_mode_enabled():
-            for name in _STATE:  # tensors made in inference mode may only change there
+            for name in _STATE:  # a tensor of inference mode cannot change outside of that mode
                 setattr(self, name, getattr(self, name).clone())
         update_margin_distribution_op(*(getattr(self, name) for name in _STATE), margins)
         if self.exact:
             self.margins.append(margins.double())
 
     def compute(self) -> MarginSummary:
-        """The numbers that describe all margins so far, of all processes."""
+        """Summarize all margins so far, of all processes.
+
+        Returns:
+            :class:`marginops.metrics.MarginSummary`.
+        """
         margins = self._sorted()
         count = margins.starts[-1]
         mean, positive_mean = (self.sums / count).unbind()
-        # NaN without margins, and as soon as one is NaN.
+        # NaN if there are no margins or if one is NaN.
         undefined = torch.where((count == 0) | self.minimum.isnan(), math.nan, 0.0).double()
         area_cdf = (self.maximum.clamp(min=0) - positive_mean).clamp(min=0)
         below = margins.below(decade_thresholds(self.minimum, self.decades))
@@ -174,26 +186,26 @@ class MarginDistribution(FixedDtypeMetric):
         )
 
     def histogram(self, bins: int = 50) -> tuple[Tensor, Tensor]:
-        """How many margins lie in bins of equal width, as by ``numpy.histogram``.
+        """Count the margins in bins of equal width, as ``numpy.histogram`` does.
 
         Args:
-            bins: How many, >= 1.
+            bins: The number of bins, >= 1.
 
         Returns:
-            Numbers ``[bins]`` int64 and edges ``[bins + 1]`` float64, from the smallest margin to
-            the largest. Without ``exact``, margins within 0.4 % of an edge may fall on its other
-            side.
+            Counts ``[bins]`` int64 and edges ``[bins + 1]`` float64, from the smallest margin to
+            the largest. Without ``exact``, a margin within 0.4 % of an edge may count on the other
+            side of it.
 
         Raises:
-            TypeError, ValueError: ``bins`` is not such a number; or the margins are not all
-                finite, or there are none.
+            TypeError, ValueError: ``bins`` is not an int >= 1, a margin is not finite, or there
+                are no margins.
         """
         checks.check_int("bins", bins, 1)
         with self._synced():
             least, largest = float(self.minimum), float(self.maximum)
             if not math.isfinite(largest - least):
                 raise ValueError(
-                    f"margins: expected finite ones for a histogram, got {least} to {largest}"
+                    f"margins: expected finite margins for a histogram, got {least} to {largest}"
                 )
             if least == largest:
                 least, largest = least - 0.5, largest + 0.5
@@ -209,27 +221,28 @@ class MarginDistribution(FixedDtypeMetric):
         kind: str = "rank",
         bins: int = 50,
     ) -> tuple[Any, Any]:
-        """Plot the margins, or summaries of them.
+        """Plot the margins, or a series of summaries.
 
         Args:
-            val: Results of ``compute()`` or ``forward()``: their quantiles, one after the other.
-                Without them all margins are plotted.
-            ax: Axes of matplotlib to draw into; new ones without.
-            kind: ``"rank"``, the sorted margins against their rank, or ``"histogram"``.
-            bins: Of the histogram.
+            val: One or several results of ``compute()`` or ``forward()``. If it is given, the plot
+                shows their quantiles over the steps, else the margins of the metric.
+            ax: Axes of matplotlib to draw into. By default the method makes new axes.
+            kind: ``"rank"`` for the sorted margins over their rank, or ``"histogram"``.
+            bins: The number of bins of the histogram.
 
         Returns:
             The figure and the axes.
 
         Raises:
-            ImportError: There is no matplotlib.
-            ValueError: ``kind`` is unknown, or the margins have no histogram.
+            ImportError: matplotlib is not installed.
+            ValueError: ``kind`` is unknown, or a histogram is wanted and a margin is not finite or
+                there are no margins.
         """
         checks.check_choice("kind", kind, ("rank", "histogram"))
         try:
             from matplotlib import pyplot
         except ModuleNotFoundError as error:
-            raise ImportError("plot needs matplotlib: pip install matplotlib") from error
+            raise ImportError("plot needs matplotlib; run pip install matplotlib") from error
         if ax is None:
             _, ax = pyplot.subplots()
         if val is not None:
@@ -242,20 +255,20 @@ class MarginDistribution(FixedDtypeMetric):
             with self._synced():
                 ranks, margins = self._sorted().curve()
             ax.plot(ranks.cpu().numpy(), margins.cpu().numpy())
-            ax.set(xlabel="rank / number", ylabel="margin")
+            ax.set(xlabel="rank / number of margins", ylabel="margin")
         else:
-            numbers, edges = self.histogram(bins)
-            ax.stairs(numbers.cpu().numpy(), edges.cpu().numpy(), fill=True)
-            ax.set(xlabel="margin", ylabel="number")
+            counts, edges = self.histogram(bins)
+            ax.stairs(counts.cpu().numpy(), edges.cpu().numpy(), fill=True)
+            ax.set(xlabel="margin", ylabel="number of margins")
         return ax.get_figure(), ax
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of margins which are kept; no conversion of modules changes it."""
+        """The dtype of the kept margins, float64. No conversion of the metric changes it."""
         return torch.float64
 
     def _synced(self) -> Any:
-        """Within, the state is that of all processes, as it is in ``compute``."""
+        """A context in which the state is that of all processes, as in ``compute``."""
         return self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute)
 
     def _sorted(self) -> SortedMargins:
@@ -265,7 +278,7 @@ class MarginDistribution(FixedDtypeMetric):
         return SortedMargins.from_margins(kept)
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        # torchmetrics takes the dimension from results of one element.
+        # torchmetrics makes results of one element 0-d.
         wrapped = super()._wrap_compute(compute)
 
         @functools.wraps(compute)
@@ -281,7 +294,7 @@ class MarginDistribution(FixedDtypeMetric):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        # Copies: updates are in place, and what is loaded remains the caller's.
+        # The loaded tensors are the caller's, and updates change the state in place. So copy them.
         device = self.bin_counts.device
         for key in (prefix + name for name in self._defaults):
             value = state_dict.get(key)

@@ -1,4 +1,4 @@
-"""How wide the classes of a layer's output are, and how far apart."""
+"""The radius of every class in the output of a layer, and the distances between classes."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,9 +12,9 @@ from . import _shared as shared
 
 
 class ClassManifoldsSummary(NamedTuple):
-    """Size and position of every class; see :class:`ClassManifolds`."""
+    """The result of :class:`marginops.metrics.ClassManifolds`, which describes the fields."""
 
-    count: Tensor  # type: ignore[assignment]  # tuple has a method of this name
+    count: Tensor  # type: ignore[assignment]  # replaces tuple.count
     radius: Tensor
     distance: Tensor
 
@@ -22,34 +22,38 @@ class ClassManifoldsSummary(NamedTuple):
 class ClassManifolds(shared.FixedDtypeMetric):
     r"""Gyration radius of every class and the distances between the class means.
 
-    With :math:`z = h / \lVert h \rVert_2` the features scaled to the unit sphere (h itself without
-    ``normalize``) and :math:`m_c` their mean over class c:
+    Let :math:`z = h / \lVert h \rVert_2` be the features scaled to the unit sphere, or h itself
+    without ``normalize``. Let :math:`m_c` be their mean over class c:
 
     ============ ==================================================================================
-    ``count``    ``[C]`` int64, samples of each class
+    ``count``    ``[C]`` int64, the number of samples of each class
     ``radius``   ``[C]``, :math:`R_c = \sqrt{\mathrm{mean}_{y = c} \lVert z - m_c \rVert_2^2}`
     ``distance`` ``[C, C]``, :math:`\lVert m_c - m_{c'} \rVert_2`
     ============ ==================================================================================
 
-    On the sphere :math:`R_c^2 = 1 - \lVert m_c \rVert_2^2`; here the radius is accumulated so that
-    it does not cancel. The class manifolds of Ciceri et al. (2024): their radii shrink and then
-    grow again, see :class:`marginops.training.InversionMonitor`.
+    These are the class manifolds of Ciceri et al. (2024). In training their radii shrink and then
+    grow again, see :class:`marginops.training.InversionMonitor`. On the sphere
+    :math:`R_c^2 = 1 - \lVert m_c \rVert_2^2`, but this difference cancels for small radii. The
+    metric does not compute the radius from it.
 
     Args:
         num_classes: C >= 2.
         num_features: D >= 1.
-        normalize: Whether features are scaled to the unit sphere; a row of zeros stays zero.
-        ignore_index: Samples with this target are left out.
-        **kwargs: Of :class:`torchmetrics.Metric`.
+        normalize: Whether features are scaled to the unit sphere. A row of zeros stays zero.
+        ignore_index: Samples with this target do not count.
+        **kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
         TypeError, ValueError: A number has the wrong type or is too small.
 
-    Radius and distance are float64, and NaN for a class without samples. The moments of a batch are
-    those of :func:`marginops.class_moments`, so in float32 unless the input is float64; batches and
-    processes are merged in float64. So a class of equal points has radius 0 in a batch, and over
-    several, with ``normalize``, at most the rounding of z. Does not wait for the device. The state
-    takes C (D + 2) numbers, whatever the number of samples, and is part of ``state_dict``.
+    Radius and distance are float64. They are NaN for a class without samples, and in units of the
+    features unless ``normalize`` is set. :func:`marginops.class_moments` computes the moments of a
+    batch, in float64 for float64 features, else in float32. Batches and processes are merged in
+    float64. So a class of equal points has radius 0 in one batch. Over several batches, with
+    ``normalize``, its radius is at most the rounding error of z.
+
+    The metric does not wait for the device. The state takes C (D + 2) numbers for any number of
+    samples, and is part of ``state_dict``.
 
     Example:
         >>> import torch
@@ -86,7 +90,7 @@ class ClassManifolds(shared.FixedDtypeMetric):
         checks.check_int("num_features", num_features, 1)
         self.num_classes, self.num_features = num_classes, num_features
         self.normalize, self.ignore_index = normalize, ignore_index
-        # Those of no samples; merging leaves them out.
+        # The moments of empty classes, which merging leaves out.
         mean = torch.full((num_classes, num_features), torch.nan, dtype=torch.float64)
         self.add_state("count", torch.zeros(num_classes, dtype=torch.int64), persistent=True)
         self.add_state("mean", mean, persistent=True)
@@ -101,7 +105,8 @@ class ClassManifolds(shared.FixedDtypeMetric):
 
         Raises:
             TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
-            RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+            RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
+                assertion.
         """
         shared.check_columns("input", input, "N", self.num_features, self.count.device)
         batch = class_moments(
@@ -115,15 +120,15 @@ class ClassManifolds(shared.FixedDtypeMetric):
         self.count, self.mean, self.radius = merged
 
     def compute(self) -> ClassManifoldsSummary:
-        """Count, radius and distances of all samples so far, of all processes.
+        """Compute counts, radii and distances of all samples so far, of all processes.
 
         Returns:
-            :class:`ClassManifoldsSummary`.
+            :class:`marginops.metrics.ClassManifoldsSummary`.
         """
         count, mean, radius = self.count, self.mean, self.radius
         if count.dim() == 2:  # torchmetrics stacks the states of all processes
             ranks = map(ClassMoments, count, mean, radius)
             count, mean, radius = functools.reduce(ClassMoments.merge, ranks)
-        # Not by way of a product, which cancels where means are close.
+        # Without a matrix product, which would cancel where means are close.
         distance = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")
         return ClassManifoldsSummary(count, radius, distance)

@@ -1,4 +1,4 @@
-"""Modules around the ops."""
+"""Modules that use the ops."""
 
 from .regularization import MultiMarginRegularization
 

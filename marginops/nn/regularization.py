@@ -10,33 +10,35 @@ from ..ops.regularization import Reduction, multi_margin_regularization
 
 
 class MultiMarginRegularization(nn.Module):
-    r"""``alpha`` times :func:`marginops.multi_margin_regularization`, to be added to the loss.
+    r"""``alpha`` times :func:`marginops.multi_margin_regularization`, a term of the loss.
 
-    In epoch 0 ``alpha`` is 0; afterwards it lies on the line from :math:`\alpha_0` in epoch 0 to
-    :math:`\alpha_1` in the last epoch, and stays there:
+    ``alpha`` follows a schedule over epochs. In epoch 0 it is 0. From epoch 1 on it lies on the
+    line from :math:`\alpha_0` in epoch 0 to :math:`\alpha_1` in epoch E - 1. After that epoch it
+    stays :math:`\alpha_1`:
 
     .. math:: \alpha(e) = \alpha_0 + (\alpha_1 - \alpha_0) \, \min\Big(\frac{e}{E - 1}, 1\Big),
         \qquad e \ge 1
 
-    The schedule of Weinstein, Fine, Hel-Or (2020), who use 1e-4 to 1e-2, and 1e-5 to 1e-3 for a
+    Weinstein, Fine, Hel-Or (2020) use this schedule from 1e-4 to 1e-2, and from 1e-5 to 1e-3 for a
     WRN-28-10.
 
     Args:
-        epochs: E >= 1, how many there will be.
+        epochs: The number of epochs E >= 1.
         alpha_start: :math:`\alpha_0 \ge 0`.
         alpha_end: :math:`\alpha_1 \ge 0`.
         reduction: See :func:`marginops.multi_margin_regularization`.
         ignore_index: Samples with this target do not count.
 
     Shape:
-        ``input`` [N, D], ``weight`` [C, D], ``target`` [N], ``logits`` [N, C], ``bias`` [C]; the
-        result is a scalar.
+        ``input`` [N, D], ``weight`` [C, D], ``target`` [N], ``logits`` [N, C], ``bias`` [C]. The
+        result is a scalar. :func:`marginops.multi_margin_regularization` describes the dtypes.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be.
+        TypeError, ValueError: An argument has the wrong type, or its value is out of range.
 
-    ``epoch`` is a buffer, so a ``state_dict`` continues where it was saved, and a new epoch
-    compiles nothing again. Cost and determinism are those of the op.
+    The current epoch is a buffer. So training continues in the right epoch after a ``state_dict``
+    is loaded, and a new epoch does not compile anything again. Cost and determinism are those of
+    :func:`marginops.multi_margin_regularization`.
 
     Example:
         >>> regularization = marginops.nn.MultiMarginRegularization(epochs=3)
@@ -73,13 +75,13 @@ class MultiMarginRegularization(nn.Module):
         self.register_buffer("epoch", torch.tensor(0))
 
     def set_epoch(self, epoch: int) -> None:
-        """Say that this epoch begins, the first one being 0."""
+        """Set the current epoch. The first epoch is 0."""
         checks.check_int("epoch", epoch, 0)
         self.epoch.fill_(epoch)
 
     @property
     def alpha(self) -> Tensor:
-        """The factor of the current epoch, a scalar."""
+        """The factor ``alpha`` of the current epoch, a scalar tensor."""
         share = (self.epoch / max(self.epochs - 1, 1)).clamp(max=1)
         alpha = self.alpha_start + (self.alpha_end - self.alpha_start) * share
         return torch.where(self.epoch == 0, 0, alpha)
@@ -92,7 +94,7 @@ class MultiMarginRegularization(nn.Module):
         logits: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """The term to add to the loss of a batch."""
+        """Compute the term for a batch, see :func:`marginops.multi_margin_regularization`."""
         return self.alpha * multi_margin_regularization(
             input,
             weight,
@@ -104,7 +106,7 @@ class MultiMarginRegularization(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The schedule, for printing."""
+        """The arguments of the module, for printing."""
         return (
             f"epochs={self.epochs}, alpha_start={self.alpha_start}, alpha_end={self.alpha_end}, "
             f"reduction={self.reduction!r}, ignore_index={self.ignore_index}"

@@ -80,7 +80,7 @@ def log_norm_product(
             convolutions; and if ``torch.fx`` cannot trace the model, to count the calls of layers.
         tolerance: The tolerance of the spectral norm. Iterations end when
             :math:`\lVert A^T A v - \sigma^2 v \rVert \le \mathrm{tolerance} \cdot \sigma^2`, so
-            the relative error of the norm is at most half the tolerance. Small matrices are solved
+            the relative error of the norm is about half the tolerance. Small matrices are solved
             exactly, and so are convolutions with circular padding whose strides divide the size of
             their input.
 

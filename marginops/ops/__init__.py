@@ -1,1 +1,1 @@
-"""The operators, one module per family."""
+"""The ops, one module per family."""

@@ -1,4 +1,4 @@
-"""The dispatcher's libraries: how an op gets its schema, reference, fake and gradient."""
+"""Registers ops with PyTorch's dispatcher: schema, reference, fake and gradient."""
 
 import threading
 from collections.abc import Callable
@@ -10,29 +10,31 @@ from torch.autograd import forward_ad
 from marginops import _native
 
 _ops = torch.library.Library("marginops", "DEF")
-# The gradient of torch.library is a detour through Python of several microseconds. So each op
-# has a twin of the same name in this namespace. The twin has the kernels and no gradient.
+# A call of an op with a gradient passes through Python, which costs several microseconds. So each
+# op has a twin of the same name in this namespace. The twin has the kernels and no gradient.
 _kernels = torch.library.Library("marginops_kernels", "DEF")
 _loading = threading.local()
 
 
 class Op:
-    """An op of the ``marginops`` namespace; its one instance is called like a function.
+    """An op of the ``marginops`` namespace. Each subclass has one instance, called like a function.
 
-    A subclass is written like a :class:`torch.autograd.Function`, as static methods:
+    A subclass defines these attributes. Its methods are static, as those of a
+    :class:`torch.autograd.Function`:
 
     ``schema``
-        The op's schema. Its first argument is a tensor and decides the device.
+        The op's schema. The first argument is a tensor and decides the device.
     ``reference``
         The op in pure PyTorch. It runs wherever there is no native kernel.
     ``fake``
-        Shapes and dtypes of the results, for tracing.
+        Returns empty tensors with the shapes and dtypes of the results, for tracing.
     ``setup_context``, ``backward``
-        What the gradient needs and the gradient, in terms of differentiable PyTorch and of other
-        ops, see :func:`torch.library.register_autograd`. An op without ``backward`` raises an
-        error where a gradient would have to pass it.
+        The first saves what the gradient needs, the second computes the gradient with
+        differentiable PyTorch and with other ops. See
+        :func:`torch.library.register_autograd`. An op without ``backward`` raises an error where
+        a gradient would have to pass it.
     ``has_kernels``
-        Whether the native libraries may have kernels for it.
+        Whether the native libraries may have kernels for the op.
     """
 
     schema: ClassVar[str]
@@ -65,16 +67,17 @@ class Op:
         return self._kernel(*arguments)
 
     def _make_kernel(self, op: torch._ops.OpOverload) -> Callable[..., Any]:
-        """The reference, or a kernel that is reached only while no native one is registered.
+        """Make the kernel that the dispatcher calls while no native kernel is registered.
 
-        Once the library is loaded the dispatcher prefers what it has, and neither calls nor
-        compiled graphs come by here again.
+        The kernel loads the native library. From then on the dispatcher calls the native kernel,
+        from Python and from compiled graphs. Where there is none, the kernel runs the reference.
         """
         if not self.has_kernels:
             return self.reference
 
         def kernel(*arguments: Any) -> Any:
-            # Called by itself: the library has no kernel for this op or this kind of tensor.
+            # This call comes from the call of ``op`` below, after the library was loaded. So the
+            # library has no kernel for this op or for this kind of tensor.
             if getattr(_loading, "op", None) is op:
                 return self.reference(*arguments)
             if not _native.load(arguments[0].device.type):
@@ -93,10 +96,12 @@ class Op:
         )
 
     def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
-        """Without this, PyTorch would take the derivative for zero without a word."""
+        """Raise an error for forward-mode derivatives, which PyTorch would silently take as 0."""
         tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            raise NotImplementedError(f"{self.name}: no forward-mode derivatives, only backward")
+            raise NotImplementedError(
+                f"{self.name}: no forward-mode derivatives are implemented, only backward()"
+            )
 
 
 def _define(
@@ -105,7 +110,7 @@ def _define(
     make_kernel: Callable[[torch._ops.OpOverload], Callable[..., Any]],
     fake: Callable[..., Any],
 ) -> torch._ops.OpOverload:
-    """The op of a library, whose kernel on every device is ``make_kernel(op)``."""
+    """Define an op in a library. Its kernel on every device is ``make_kernel(op)``."""
     name = schema.partition("(")[0]
     library.define(schema)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, library.ns), name).default

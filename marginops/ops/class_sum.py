@@ -8,7 +8,7 @@ from ._library import Op
 
 
 def add_in_order(sums: Tensor, index: Tensor, values: Tensor) -> None:
-    """Add ``values`` to the rows ``index`` of ``sums`` in a fixed order, on each device."""
+    """Add ``values`` to the rows ``index`` of ``sums``, in the same order in every run."""
     if sums.is_cuda:
         sums.index_put_((index,), values, accumulate=True)
     else:
@@ -16,7 +16,10 @@ def add_in_order(sums: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 class ClassSumOp(Op):
-    """``coefficient * row`` summed for each class; ``key`` is class * rows + row, sorted."""
+    """The sum of ``coefficient * row`` for each class.
+
+    ``key`` is ``class * number of rows + row``, in ascending order.
+    """
 
     schema = "class_sum(Tensor key, Tensor coefficient, Tensor rows, SymInt classes) -> Tensor"
 
@@ -40,10 +43,20 @@ class_sum_op = ClassSumOp()
 def sum_pairs(
     value: Tensor, rows: Tensor, pair: Tensor, classes: int, kept: Tensor | None = None
 ) -> Tensor:
-    """[C, D]: ``value_k * rows_k`` added to the first class of pair k, and taken from the second.
+    """Add ``value_k * rows_k`` to the first class of pair k and subtract it from the second.
 
-    Sorted by class, every class is one segment that one worker sums in a fixed order. ``kept``
-    are the entries that count among the first classes of all pairs and then the second ones.
+    The terms are sorted by class, so that one worker sums all terms of a class in a fixed order.
+
+    Args:
+        value: ``[K]``.
+        rows: ``[K, D]``.
+        pair: ``[K, 2]``.
+        classes: The number of classes C.
+        kept: Indices of the terms that count, all if None. The terms of the first classes are
+            numbered 0 to K - 1, those of the second classes K to 2 K - 1.
+
+    Returns:
+        ``[C, D]``.
     """
     count = pair.shape[0]
     index, sample = pair.t().flatten(), torch.arange(count, device=pair.device).repeat(2)

@@ -1,4 +1,4 @@
-"""The distribution of margins: areas under its curve, support vectors, and a state to add up."""
+"""The distribution of margins: area under its curve, support vectors, and histogram counts."""
 
 import math
 from typing import Literal, get_args
@@ -12,40 +12,42 @@ from ._library import Op
 
 AreaForm = Literal["rank", "cdf"]
 
-# Bins of margins are the upper halves of their float32: sign, exponent, 7 bits of the mantissa.
+# The bin of a margin is the upper half of its float32: sign, exponent, 7 bits of the mantissa.
 BINS = 2**16
-INFINITE_BIN = 0x7F80  # that of +inf, without its sign
+INFINITE_BIN = 0x7F80  # the bin of +inf; the sign bit is 0
 
 
 def margin_area(margins: Tensor, *, form: AreaForm = "rank") -> Tensor:
-    r"""The area under the curve of margins, one number for how well a network separates.
+    r"""The area under the curve of the margins, one number for how well a network separates.
 
-    ``form="rank"``: the area under the sorted margins :math:`q_{(1)} \le \dots \le q_{(N)}`
-    against their rank divided by N, which is their mean. ``form="cdf"``: the area under their
-    empirical distribution function on [0, :math:`q_{\max}`] with
-    :math:`q_{\max} = \max(q_{(N)}, 0)`,
+    ``form="rank"`` is the area under the curve of the sorted margins
+    :math:`q_{(1)} \le \dots \le q_{(N)}` over their rank divided by N. It equals the mean margin.
+    ``form="cdf"`` is the area under the empirical distribution function of the margins on
+    [0, :math:`q_{\max}`] with :math:`q_{\max} = \max(q_{(N)}, 0)`,
 
     .. math:: \int_0^{q_{\max}} \frac{\#\{q_n \le t\}}{N} \, dt
         = \frac{1}{N} \sum_n \bigl(q_{\max} - \max(q_n, 0)\bigr).
 
     Banburski et al. (2021) compare networks by the area under the curve of their normalised
-    margins; which of the two forms they compute is not known to us. It is not the area under the
-    margin (AUM) of Pleiss et al. (2020), which is one sample's mean over epochs.
+    margins. We do not know which of the two forms they compute. The area is not the area under
+    the margin (AUM) of Pleiss et al. (2020), which is the mean margin of one sample over epochs.
 
     Args:
         margins: ``[N]``, float32, float64, bfloat16 or float16, any stride. Margins of ``+inf``,
-            which ignored samples have, are left out, of N as well.
+            which ignored samples have, do not count, neither in the sums nor in N.
         form: ``"rank"`` or ``"cdf"``.
 
     Returns:
-        0-d, float64 for float64 margins, else float32, with sums in float64. NaN if a margin is
-        NaN or if there are none. With a margin of ``-inf`` the rank form is ``-inf``.
+        0-d, float64 for float64 margins, else float32, in units of the margins. Sums are computed
+        in float64. The area is NaN if a margin is NaN or if no margin counts. With a margin of
+        ``-inf`` the rank form is ``-inf``.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or value.
 
-    Differentiable by PyTorch; equal largest margins share the gradient of the largest.
-    Deterministic. O(N) temporary memory, no synchronisation with a GPU.
+    The area is differentiable in ``margins``. Margins that are equally large share the gradient of
+    the largest. The result is deterministic. The function needs O(N) temporary memory and does not
+    wait for the GPU.
 
     Example:
         >>> margins = torch.tensor([-1.0, 1.0, 3.0])
@@ -65,26 +67,31 @@ def margin_area(margins: Tensor, *, form: AreaForm = "rank") -> Tensor:
 
 
 def support_vector_counts(margins: Tensor, decades: int = 3) -> Tensor:
-    r"""How many margins lie within a factor of 10, 100, ... of the smallest, in the loss.
+    r"""How many margins lie within a factor of 10, 100 and so on of the smallest, in the loss.
 
-    :math:`\#\{n : q_n < q_{\min} + \log 10^k\}` for :math:`k = 1, \dots` ``decades``. The loss of
-    a sample with the unnormalised margin q is about :math:`e^{-q}`: these samples have more than
-    a 10th, a 100th, ... of the largest loss, and act as support vectors do (Lyu & Li, 2020).
+    For :math:`k = 1, \dots` ``decades`` the function counts
+
+    .. math:: \#\{n : q_n < q_{\min} + \log 10^k\}.
+
+    The loss of a sample with the unnormalised margin q is about :math:`e^{-q}`. So these samples
+    have more than a 10th, a 100th, ... of the largest loss, and they act as support vectors do
+    (Lyu, Li, 2020).
 
     Args:
-        margins: ``[N]``, unnormalised; float32, float64, bfloat16 or float16, any stride. Margins
-            of ``+inf``, which ignored samples have, are not counted.
-        decades: How many powers of ten, >= 1.
+        margins: ``[N]``, unnormalised, float32, float64, bfloat16 or float16, any stride. Margins
+            of ``+inf``, which ignored samples have, do not count.
+        decades: The number of powers of ten, >= 1.
 
     Returns:
-        ``[decades]`` int64, ascending. Zeros where no margin can be compared: there are none, one
-        is NaN, or the smallest is ``-inf``.
+        ``[decades]`` int64, ascending. All counts are 0 if no margin counts, if one is NaN, or if
+        the smallest is ``-inf``.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or value.
 
-    Not differentiable. Deterministic. O(N) temporary memory and one reading for each power of
-    ten, compared in float64; no synchronisation with a GPU.
+    The counts have no gradient. They are deterministic. The function compares in float64, reads
+    the margins once for each power of ten, needs O(N) temporary memory, and does not wait for the
+    GPU.
 
     Example:
         >>> marginops.support_vector_counts(torch.tensor([0.5, 1.0, 3.0, 7.0, 9.0]))
@@ -94,18 +101,18 @@ def support_vector_counts(margins: Tensor, decades: int = 3) -> Tensor:
     checks.check_int("decades", decades, 1)
     wide = margins.detach().double()
     smallest = torch.cat((wide.new_full((1,), math.inf), wide)).amin()
-    # Without any margin the threshold is +inf, below which none lies.
+    # If no margin counts, the threshold is +inf, and no margin lies below it.
     return torch.stack([(wide < t).sum() for t in decade_thresholds(smallest, decades).unbind()])
 
 
 def decade_thresholds(smallest: Tensor, decades: int) -> Tensor:
-    """``smallest`` + log(10^k), k = 1, ..., ``decades``."""
+    """``smallest + log(10^k)`` for k = 1, ..., ``decades``."""
     powers = torch.arange(1, decades + 1, dtype=torch.float64, device=smallest.device)
     return smallest + powers * math.log(10)
 
 
 class UpdateMarginDistributionOp(Op):
-    """Add margins to the state of a distribution, in place."""
+    """Add margins to the state of :class:`marginops.metrics.MarginDistribution`, in place."""
 
     schema = (
         "update_margin_distribution(Tensor(a!) bin_counts, Tensor(b!) counts, Tensor(c!) sums,"
@@ -134,7 +141,7 @@ class UpdateMarginDistributionOp(Op):
 
     @staticmethod
     def fake(*_: Tensor) -> None:
-        """The state is changed in place, nothing is returned."""
+        """The op changes the state in place and returns nothing."""
 
 
 update_margin_distribution_op = UpdateMarginDistributionOp()

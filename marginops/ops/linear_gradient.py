@@ -1,4 +1,4 @@
-"""Gradients of a linear head's results, for its features, weight and bias."""
+"""Gradients of the results of a linear head in its features, weight and bias."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -10,25 +10,25 @@ from .._checks import result_dtype
 from . import margin_pair as pairs
 from ._library import Op
 from .class_sum import sum_pairs
-from .row_sums import IGNORED, within
+from .row_sums import IGNORED, classes_in_piece
 from .statistics import sample_statistics_gradient_op
 from .tiles import default_chunk_bytes, logit_tiles, tile_shape
 
 Tensors = tuple[Tensor, ...]
 
 
-class Classes(Protocol):
-    """Where the rows of a head are, and where their gradient goes."""
+class HeadLayout(Protocol):
+    """Gives access to the rows of a head, which may be spread over processes."""
 
     def rows(self, weight: Tensor, classes: Tensor) -> Tensor:
-        """The rows of the weight (or entries of the bias) of any classes."""
+        """The rows of the weight (or entries of the bias) of these classes."""
 
     def sum_pairs(self, value: Tensor, rows: Tensor, pair: Tensor, count: int) -> Tensor:
-        """See :func:`class_sum.sum_pairs`; for the ``count`` classes that are here."""
+        """See :func:`class_sum.sum_pairs`; for the ``count`` classes of this process."""
 
 
-class AllHere:
-    """A head in one piece."""
+class WholeHead:
+    """A head whose classes are all in this process."""
 
     def rows(self, weight: Tensor, classes: Tensor) -> Tensor:
         """The rows of these classes."""
@@ -39,7 +39,7 @@ class AllHere:
         return sum_pairs(value, rows, pair, count)
 
 
-_ALL_HERE = AllHere()
+_WHOLE_HEAD = WholeHead()
 
 
 def margin_head_gradient(
@@ -48,43 +48,45 @@ def margin_head_gradient(
     head: tuple[Tensor, Tensor, Tensor | None],
     dtype: torch.dtype | None,
     needs_grad: Sequence[bool],
-    of_distance: Tensor | None = None,
+    distance_coefficient: Tensor | None = None,
     bias_in_norm: bool = False,
-    classes: Classes = _ALL_HERE,
+    layout: HeadLayout = _WHOLE_HEAD,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``sum_k value_k (f_i - f_j) + of_distance_k ||w_i - w_j||^2 / 2``.
+    """Gradients of ``sum_k value_k (f_i - f_j) + distance_coefficient_k ||w_i - w_j||^2 / 2``.
 
-    (i, j) is the pair of sample k; head is the features of these samples, weight and bias.
+    (i, j) is the pair of classes of sample k. ``head`` holds the features of the samples, the
+    weight and the bias.
     """
     features, weight, bias = head
-    # Alike on all ranks that share a head, which have to exchange these rows together.
-    if needs_grad[0] or of_distance is not None:
-        first, second = (classes.rows(weight, pair[:, side]) for side in (0, 1))
+    # ``layout.rows`` may exchange rows with other ranks, so all ranks have to call it. They do:
+    # this condition has the same value on all ranks.
+    if needs_grad[0] or distance_coefficient is not None:
+        first, second = (layout.rows(weight, pair[:, side]) for side in (0, 1))
     bias_value = value
-    if of_distance is not None and bias is not None and bias_in_norm:
-        one, other = (classes.rows(bias, pair[:, side]).to(value.dtype) for side in (0, 1))
-        bias_value = value + of_distance * (one - other)
+    if distance_coefficient is not None and bias is not None and bias_in_norm:
+        one, other = (layout.rows(bias, pair[:, side]).to(value.dtype) for side in (0, 1))
+        bias_value = value + distance_coefficient * (one - other)
     grad_input = grad_weight = grad_bias = None
     if needs_grad[0]:
         step = _rounded(first, dtype, value) - _rounded(second, dtype, value)
         grad_input = (value.unsqueeze(1) * step).to(features.dtype)
     if needs_grad[1]:
         rows, coefficient = features.to(dtype or features.dtype), value
-        if of_distance is not None:
+        if distance_coefficient is not None:
             step = first.to(value.dtype) - second.to(value.dtype)
-            rows = value.unsqueeze(1) * rows + of_distance.unsqueeze(1) * step
+            rows = value.unsqueeze(1) * rows + distance_coefficient.unsqueeze(1) * step
             coefficient = torch.ones_like(value)
-        sums = classes.sum_pairs(coefficient, rows, pair, weight.shape[0])
+        sums = layout.sum_pairs(coefficient, rows, pair, weight.shape[0])
         grad_weight = sums.to(weight.dtype)
     if needs_grad[2] and bias is not None:
         ones = value.new_ones((value.shape[0], 1))
-        sums = classes.sum_pairs(bias_value, ones, pair, weight.shape[0])
+        sums = layout.sum_pairs(bias_value, ones, pair, weight.shape[0])
         grad_bias = sums.squeeze(1).to(bias.dtype)
     return grad_input, grad_weight, grad_bias
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype | None, like: Tensor) -> Tensor:
-    """As the product saw it."""
+    """Round to the dtype of the matrix product, and convert to the dtype of ``like``."""
     return tensor.to(dtype or tensor.dtype).to(like.dtype)
 
 
@@ -95,22 +97,25 @@ def label_pair(
     log_norm: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``f_y - f_rival``, and these classes; 0 between any two where ignored."""
+    """The gradient in ``f_y - f_rival`` and the pair (y, rival) of every sample.
+
+    An ignored sample gets the gradient 0 and the label 1, since its rival is class 0.
+    """
     ignored = target == ignore_index
     value = torch.where(ignored, 0, pairs.normalize(grad, log_norm))
     return value, torch.stack((torch.where(ignored, 1, target), rival), 1)
 
 
-def scattered(rows: Tensor | None, indices: Tensor, count: int) -> Tensor | None:
-    """[count, D], zero but for the rows of the chosen samples."""
+def scatter_rows(rows: Tensor | None, indices: Tensor, count: int) -> Tensor | None:
+    """``[count, D]``: ``rows`` at ``indices``, zeros elsewhere."""
     if rows is None:
         return None
-    # In place: autocast takes the other index_copy for its own, and fails on other dtypes.
+    # In place, because autocast fails on mixed dtypes in index_copy, but not in index_copy_.
     return rows.new_zeros(count, rows.shape[1]).index_copy_(0, indices, rows)
 
 
 class _SavedDistance(torch.autograd.Function):
-    """The distance that the forward pass kept, a function of the weight with no derivative."""
+    """Returns the distance that the forward pass saved. Its backward pass raises an error."""
 
     @staticmethod
     def forward(ctx: Any, distance: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,20 +128,21 @@ class _SavedDistance(torch.autograd.Function):
         )
 
 
-def once(distance: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Without this, a second derivative would take the distance for a constant without a word."""
+def refuse_second_derivative(distance: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Make a second derivative raise an error. It would silently take the distance as constant."""
     return _SavedDistance.apply(distance, weight, bias) if torch.is_grad_enabled() else distance
 
 
 class LinearSampleStatisticsGradientOp(Op):
-    """Gradients of input, weight and bias; the first two are empty unless they are asked for."""
+    """Gradients in input, weight and bias. The first two are empty unless they are needed."""
 
     schema = (
         "linear_sample_statistics_gradient(Tensor input, Tensor weight, Tensor? bias,"
         " Tensor target, Tensor rival, Tensor confidence, Tensor entropy, Tensor maximum,"
         " Tensor log_sum, Tensor? log_norm, Tensor? grad_margin, Tensor? grad_loss,"
         " Tensor? grad_confidence, Tensor? grad_entropy, int ignore_index, ScalarType? dtype,"
-        " int? chunk_bytes, bool of_input, bool of_weight) -> (Tensor, Tensor, Tensor)"
+        " int? chunk_bytes, bool needs_grad_input, bool needs_grad_weight)"
+        " -> (Tensor, Tensor, Tensor)"
     )
     has_kernels = False
 
@@ -159,41 +165,43 @@ class LinearSampleStatisticsGradientOp(Op):
         ignore_index: int,
         dtype: torch.dtype | None,
         chunk_bytes: int | None,
-        of_input: bool,
-        of_weight: bool,
+        needs_grad_input: bool,
+        needs_grad_weight: bool,
     ) -> Tensors:
         saved = confidence, entropy, maximum, log_sum
         grads = grad_margin, grad_loss, grad_confidence, grad_entropy
         target = torch.where(target == ignore_index, IGNORED, target)
         columns = weight.to(dtype or weight.dtype)
         total = result_dtype(columns.dtype)
-        grad_input = input.new_empty(input.shape if of_input else (0, 0))
-        grad_weight = columns.new_zeros(columns.shape if of_weight else (0, 0), dtype=total)
+        grad_input = input.new_empty(input.shape if needs_grad_input else (0, 0))
+        grad_weight = columns.new_zeros(columns.shape if needs_grad_weight else (0, 0), dtype=total)
         grad_bias = columns.new_zeros(columns.shape[0], dtype=total)
-        # The gradient of the logits lies beside them, so each has half of the room.
-        room = (chunk_bytes or default_chunk_bytes(input)) // 2
-        shape = tile_shape(input, columns, None, max(room, columns.dtype.itemsize))
+        # The logits and their gradient exist at the same time, so each gets half of the buffer.
+        half = (chunk_bytes or default_chunk_bytes(input)) // 2
+        shape = tile_shape(input, columns, None, max(half, columns.dtype.itemsize))
         for rows, classes, logits in logit_tiles(input, columns, bias, columns.dtype, shape):
-            local = torch.where(target[rows] == IGNORED, IGNORED, within(target[rows], classes))
+            local = torch.where(
+                target[rows] == IGNORED, IGNORED, classes_in_piece(target[rows], classes)
+            )
             grad_logits = sample_statistics_gradient_op(
                 logits,
                 local,
-                within(rival[rows], classes),
+                classes_in_piece(rival[rows], classes),
                 *(value[rows] for value in saved),
                 log_norm,
                 *(None if grad is None else grad[rows] for grad in grads),
                 IGNORED,
             )
-            if of_input:
+            if needs_grad_input:
                 if classes.start == 0:
-                    of_rows = columns.new_zeros((len(logits), columns.shape[1]), dtype=total)
-                _add_product(of_rows, grad_logits, columns[classes])
+                    grad_rows = columns.new_zeros((len(logits), columns.shape[1]), dtype=total)
+                _add_product(grad_rows, grad_logits, columns[classes])
                 if classes.stop == len(columns):
-                    grad_input[rows] = of_rows
-            if of_weight:
+                    grad_input[rows] = grad_rows
+            if needs_grad_weight:
                 _add_product(grad_weight[classes], grad_logits.t(), input[rows].to(columns.dtype))
             grad_bias[classes] += grad_logits.sum(0, dtype=total)
-            del grad_logits  # or the next one would lie beside it
+            del grad_logits  # otherwise two gradients would exist at the same time
         bias_dtype = weight.dtype if bias is None else bias.dtype
         return grad_input, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
 
@@ -201,10 +209,10 @@ class LinearSampleStatisticsGradientOp(Op):
     def fake(
         input: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        *_, of_input, of_weight = others
+        *_, needs_grad_input, needs_grad_weight = others
         return (
-            input.new_empty(input.shape if of_input else (0, 0)),
-            weight.new_empty(weight.shape if of_weight else (0, 0)),
+            input.new_empty(input.shape if needs_grad_input else (0, 0)),
+            weight.new_empty(weight.shape if needs_grad_weight else (0, 0)),
             weight.new_empty(weight.shape[:1]) if bias is None else bias.new_empty(bias.shape),
         )
 
@@ -213,7 +221,7 @@ linear_sample_statistics_gradient_op = LinearSampleStatisticsGradientOp()
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """In float32 also for products of half precision."""
+    """Add the product of two matrices to ``total``, which is float32 for half precision."""
     if total.dtype == one.dtype:
         total.addmm_(one, other)
     else:

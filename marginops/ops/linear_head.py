@@ -1,4 +1,4 @@
-"""What the ops of a linear head share: checked arguments, sums of whole rows, joined results."""
+"""Helpers that all ops of a linear head share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,11 @@ Tensors = tuple[Tensor, ...]
 
 
 def checked_head(input: Any, weight: Any, bias: Any, chunk_bytes: Any) -> Any:
-    """Check the head; return the dtype of the product, None for that of the arguments."""
+    """Check the arguments of a linear head.
+
+    Returns:
+        The dtype of the matrix product under autocast. None stands for the dtype of the arguments.
+    """
     dtype = checks.check_linear(input, weight, bias)
     checks.check_classes(weight)
     check_chunk_bytes(chunk_bytes, weight, dtype)
@@ -32,7 +36,10 @@ def head_sums(
     shape: tuple[int, int],
     with_sums: bool,
 ) -> RowSums:
-    """The sums of all rows, from those of tiles; margins and scores need none."""
+    """Compute the :class:`RowSums` of all rows from the logits of the tiles.
+
+    Margins and scores only need the largest logits. They pass ``with_sums=False``.
+    """
     complete, parts = [], []
     for rows, classes, logits in logit_tiles(input, weight, bias, dtype, shape):
         parts.append(row_sums.piece_sums(logits, label[rows], classes, with_sums))
@@ -43,14 +50,17 @@ def head_sums(
 
 
 def join(parts: Sequence[Tensors]) -> Tensors:
-    """The results of all chunks, each in one piece."""
+    """Concatenate the results of all ranges of rows."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def in_norm(
+def norm_parameters(
     weight: Tensor, bias: Tensor | None, bias_in_norm: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What the norms of scores are of; autocast allows any mixture of dtypes."""
+    """The weight and bias whose distances a score is divided by; no bias if it does not count.
+
+    They are float32 under autocast, where the dtypes of weight and bias may differ.
+    """
     bias = bias if bias_in_norm else None
     if dtype is None:
         return weight, bias
@@ -58,7 +68,7 @@ def in_norm(
 
 
 def empty_results(input: Tensor, rows: int, *kinds: str) -> Tensors:
-    """Empty results: of the result dtype, int64 indices, or int64 pairs."""
+    """Uninitialized results: a "value" of the result dtype, an int64 "class" or int64 "pair"."""
     dtype = result_dtype(input.dtype)
     return tuple(
         input.new_empty(

@@ -1,9 +1,10 @@
-"""Margins and scores of a linear head whose logits never exist.
+"""Margins and scores of a linear head, without the whole matrix of logits.
 
-Each function equals that without ``linear_`` on ``F.linear(input, weight, bias)``. The vendor's
-matrix product computes the logits of a tile of rows and classes at a time, in one buffer, where the
-op reads them. The forward pass keeps the pair of classes of every sample, so the gradient needs no
-logits: it is that of the difference of two rows of the weight.
+A ``linear_`` function computes what the function without this prefix computes from
+``F.linear(input, weight, bias)``. PyTorch's matrix product writes the logits of a tile of rows and
+classes into a buffer, and the op reads them there. The forward pass saves the pair of classes of
+every sample. So the gradient needs no logits: it follows from the difference of two rows of the
+weight.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from . import linear_sharded as sharded
 from . import margin_pair as pairs
 from . import row_sums
 from ._library import Op
-from .linear_gradient import label_pair, margin_head_gradient, once
-from .linear_head import Tensors, checked_head, empty_results, head_sums, in_norm, join
+from .linear_gradient import label_pair, margin_head_gradient, refuse_second_derivative
+from .linear_head import Tensors, checked_head, empty_results, head_sums, join, norm_parameters
 from .margin import Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .tiles import logit_tiles, tile_shape
@@ -40,40 +41,46 @@ def linear_classification_margin(
     chunk_bytes: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Signed margin of every sample from the features: the [N, C] logits never exist.
+    """Signed margin of every sample from the features, without the [N, C] matrix of logits.
 
-    Equal to ``classification_margin(F.linear(input, weight, bias), target, ...)``, the margin of
-    Banburski et al. (2021), up to the rounding of the matrix product.
+    The result equals ``classification_margin(F.linear(input, weight, bias), target, ...)``, the
+    margin of Banburski et al. (2021), up to the rounding of the matrix product.
 
     Args:
         input: ``[N, D]``, the features before the last layer, float32, float64, bfloat16 or
             float16.
-        weight: ``[C, D]``, C >= 2, in the dtype of ``input``; under autocast in any but float64.
+        weight: ``[C, D]``, C >= 2, in the dtype of ``input``. Under autocast it may have any of
+            these dtypes but float64.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]`` in the dtype of ``weight``.
-        log_norm: Logarithm of the norm product, see :func:`classification_margin`.
+        log_norm: Natural logarithm of the norm product, see
+            :func:`marginops.classification_margin`.
         ignore_index: Samples with this target get ``+inf`` and no gradient.
-        chunk_bytes: Room for logits, at least one row of them; by default 16 MiB on the CPU
-            and 128 MiB on CUDA. Much less makes the product slower.
-        group: The ``torch.distributed`` group over which the classes are spread: every rank
-            passes the same ``input`` and ``target``, and its own rows of ``weight`` and ``bias``
-            in the order of ranks. Targets count all classes. All ranks have to run the same
-            backward pass: each gets the whole gradient of ``input``, and that of its own rows.
-            Not inside ``torch.compile``.
+        chunk_bytes: The size of the buffer for logits in bytes, at least one row of logits. The
+            default is 16 MiB on the CPU and 128 MiB on CUDA. A much smaller buffer makes the
+            product slower.
+        group: The ``torch.distributed`` group whose processes share the head. Every rank passes
+            the same ``input`` and ``target``, and its own rows of ``weight`` and ``bias``. The
+            classes are numbered over all ranks, in the order of the ranks. All ranks have to run
+            the same backward pass. Each rank gets the whole gradient of ``input`` and the gradient
+            of its own rows. ``group`` does not work inside ``torch.compile``.
 
     Returns:
-        ``[N]``, float64 for float64 input, else float32, the same on every rank of ``group``. The
-        product is in the dtype of the arguments, or under autocast in that of autocast, for which
-        ``weight`` is copied.
+        ``[N]``, float64 for float64 input, else float32, in units of the logits (divided by the
+        norm product), the same on every rank of ``group``. The product is computed in the dtype of
+        the arguments. Under autocast it is computed in the dtype of autocast, and ``weight`` is
+        copied.
 
     Raises:
-        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or ranks
-            of ``group`` disagree; then every rank raises.
-        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or the
+            arguments of the ranks of ``group`` disagree. If one rank raises, all ranks raise.
+        RuntimeError: A target is outside [0, C), on the CPU or with ``group``. On CUDA without
+            ``group`` this is a device-side assertion.
 
-    Differentiable (once) in ``input``, ``weight``, ``bias`` and ``log_norm``; the gradient needs
-    no logits, only two rows of ``weight`` a sample, O(N D + C D). Deterministic: sums over
-    samples have a fixed order. Beside the result O(N) and ``chunk_bytes``.
+    The margins are differentiable (once) in ``input``, ``weight``, ``bias`` and ``log_norm``. The
+    gradient needs two rows of ``weight`` per sample and no logits; it takes O(N D + C D) time. The
+    result is deterministic, because sums over samples have a fixed order. Beside the result the
+    function needs O(N) memory and ``chunk_bytes``.
 
     Example:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)
@@ -94,7 +101,7 @@ def linear_classification_margin(
 
 
 class LinearClassificationMarginOp(Op):
-    """Margins and rivals of a linear head."""
+    """Computes margins and rivals of a linear head."""
 
     schema = (
         "linear_classification_margin(Tensor input, Tensor weight, Tensor? bias, Tensor target,"
@@ -161,30 +168,32 @@ def linear_minimal_margin_score(
 ) -> Tensor:
     """Distance of every sample's features to its closest decision boundary, without logits.
 
-    Equal to ``minimal_margin_score(F.linear(input, weight, bias), weight, bias, ...)``, the score
-    of Weinstein et al. (2020), up to the rounding of the matrix product.
+    The result equals ``minimal_margin_score(F.linear(input, weight, bias), weight, bias, ...)``,
+    the score of Weinstein et al. (2020), up to the rounding of the matrix product.
 
     Args:
-        input: ``[N, D]``, see :func:`linear_classification_margin`.
+        input: ``[N, D]``, see :func:`marginops.linear_classification_margin` for the dtypes.
         weight: ``[C, D]``, C >= 2.
-        bias: ``[C]``; part of the logits, and of the norm only with ``bias_in_norm``.
-        rival: ``"top2"`` or ``"nearest"``, see :func:`minimal_margin_score`; with ``group`` only
-            ``"top2"``.
+        bias: ``[C]``, part of the logits. It is part of the norm only with ``bias_in_norm``.
+        rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`. With
+            ``group`` only ``"top2"`` is available.
         bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
-        chunk_bytes: Room for logits, see :func:`linear_classification_margin`.
-        group: The processes over which the classes are spread, see
-            :func:`linear_classification_margin`.
+        chunk_bytes: The size of the buffer for logits, see
+            :func:`marginops.linear_classification_margin`.
+        group: The processes that share the head, see
+            :func:`marginops.linear_classification_margin`.
 
     Returns:
         ``[N]``, float64 for float64 input, else float32, in units of the features.
 
     Raises:
-        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or ranks
-            of ``group`` disagree; then every rank raises.
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or the
+            arguments of the ranks of ``group`` disagree. If one rank raises, all ranks raise.
 
-    Differentiable (once) in ``input``, ``weight`` and ``bias``, classes are constants; the
-    gradient needs no logits, O(N D + C D). Deterministic. Beside the result O(N) and
-    ``chunk_bytes``, and what :func:`minimal_margin_score` needs.
+    The scores are differentiable (once) in ``input``, ``weight`` and ``bias``. The two classes of
+    a score are constants. The gradient needs no logits and takes O(N D + C D) time. The result is
+    deterministic. Beside the result the function needs O(N) memory, ``chunk_bytes``, and the
+    memory of :func:`marginops.minimal_margin_score`.
 
     Example:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)
@@ -205,7 +214,7 @@ def linear_minimal_margin_score(
 
 
 class LinearMinimalMarginScoreOp(Op):
-    """Scores of a linear head, with the pair of each and its distance."""
+    """Computes scores of a linear head, the pairs of classes, and the distances of their rows."""
 
     schema = (
         "linear_minimal_margin_score(Tensor input, Tensor weight, Tensor? bias, bool bias_in_norm,"
@@ -223,7 +232,7 @@ class LinearMinimalMarginScoreOp(Op):
         dtype: torch.dtype | None,
         chunk_bytes: int | None,
     ) -> Tensors:
-        norm_weight, norm_bias = in_norm(weight, bias, bias_in_norm, dtype)
+        norm_weight, norm_bias = norm_parameters(weight, bias, bias_in_norm, dtype)
         shape = tile_shape(input, weight, dtype, chunk_bytes, whole_rows=nearest)
         if shape[1] < len(weight):
             label = torch.zeros(len(input), dtype=torch.int64, device=input.device)
@@ -255,14 +264,16 @@ class LinearMinimalMarginScoreOp(Op):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         input, weight, bias, score, pair, distance = ctx.saved_tensors
-        slope, of_distance = boundary_gradient(grad, score, once(distance, weight, bias))
+        slope, distance_coefficient = boundary_gradient(
+            grad, score, refuse_second_derivative(distance, weight, bias)
+        )
         gradients = margin_head_gradient(
             slope,
             pair,
             (input, weight, bias),
             ctx.dtype,
             ctx.needs_input_grad,
-            of_distance,
+            distance_coefficient,
             ctx.bias_in_norm,
         )
         return *gradients, None, None, None, None

@@ -1,4 +1,4 @@
-"""Selection by margins and scores of a linear head whose logits never exist."""
+"""Selection by margins and scores of a linear head, without the whole matrix of logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch import Tensor
 from .. import _checks as checks
 from . import linear_sharded as sharded
 from ._library import Op
-from .linear_gradient import label_pair, margin_head_gradient, once, scattered
+from .linear_gradient import (
+    label_pair,
+    margin_head_gradient,
+    refuse_second_derivative,
+    scatter_rows,
+)
 from .linear_head import Tensors, checked_head, empty_results
 from .linear_margin import LinearClassificationMarginOp, LinearMinimalMarginScoreOp
 from .margin import Rival
@@ -32,32 +37,36 @@ def linear_select_minimal_margin(
     chunk_bytes: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Selection:
-    """The k samples closest to a decision boundary, from their features.
+    """The k samples closest to a decision boundary, from features and last layer, without logits.
 
-    Equal to ``select_smallest(linear_minimal_margin_score(input, weight, bias, ...), k)``: the
-    batch selection of Weinstein et al. (2020) without logits.
+    The result equals ``select_smallest(linear_minimal_margin_score(input, weight, bias, ...), k)``.
+    This is the batch selection of Weinstein et al. (2020).
 
     Args:
-        input: ``[N, D]``, see :func:`linear_classification_margin`.
+        input: ``[N, D]``, see :func:`marginops.linear_classification_margin` for the dtypes.
         weight: ``[C, D]``, C >= 2.
-        bias: ``[C]``; part of the logits, and of the norm only with ``bias_in_norm``.
-        k: How many, 0 <= k <= N.
-        rival: ``"top2"`` or ``"nearest"``, see :func:`linear_minimal_margin_score`.
+        bias: ``[C]``, part of the logits. It is part of the norm only with ``bias_in_norm``.
+        k: How many samples to select, 0 <= k <= N.
+        rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.linear_minimal_margin_score`.
         bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
-        chunk_bytes: Room for logits, see :func:`linear_classification_margin`.
-        group: The processes over which the classes are spread, see
-            :func:`linear_classification_margin`.
+        chunk_bytes: The size of the buffer for logits, see
+            :func:`marginops.linear_classification_margin`.
+        group: The processes that share the head, see
+            :func:`marginops.linear_classification_margin`.
 
     Returns:
-        ``scores`` ``[k]`` ascending and ``indices`` ``[k]`` int64, rows of ``input``; equal
-        scores by lowest index, NaN last.
+        :class:`marginops.Selection`: ``scores`` ``[k]``, float64 for float64 input, else float32,
+        ascending and in units of the features; and ``indices`` ``[k]`` int64, rows of ``input``.
+        Among equal scores the lowest index comes first. NaN comes last.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape, device or range, or
-            ranks of ``group`` disagree; then every rank raises.
+            the arguments of the ranks of ``group`` disagree. If one rank raises, all ranks raise.
 
-    ``scores`` is differentiable (once) in ``input``, ``weight`` and ``bias``; the gradient works
-    on the chosen samples only. Deterministic. Beside the result O(N) and ``chunk_bytes``.
+    The selected scores are differentiable (once) in ``input``, ``weight`` and ``bias``. The
+    backward pass works on the selected samples only. The result is deterministic. Beside the
+    result the function needs O(N) memory, ``chunk_bytes``, and the memory of
+    :func:`marginops.minimal_margin_score`.
 
     Example:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)
@@ -80,7 +89,7 @@ def linear_select_minimal_margin(
 
 
 class LinearSelectMinimalMarginOp(Op):
-    """The k smallest scores of a linear head, their indices, pairs and distances."""
+    """Computes the k smallest scores of a linear head, and their indices, pairs and distances."""
 
     schema = (
         "linear_select_minimal_margin(Tensor input, Tensor weight, Tensor? bias, SymInt k,"
@@ -119,17 +128,19 @@ class LinearSelectMinimalMarginOp(Op):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         input, weight, bias, scores, indices, pair, distance = ctx.saved_tensors
-        slope, of_distance = boundary_gradient(grad, scores, once(distance, weight, bias))
+        slope, distance_coefficient = boundary_gradient(
+            grad, scores, refuse_second_derivative(distance, weight, bias)
+        )
         grad_input, *gradients = margin_head_gradient(
             slope,
             pair,
             (input[indices], weight, bias),
             ctx.dtype,
             ctx.needs_input_grad,
-            of_distance,
+            distance_coefficient,
             ctx.bias_in_norm,
         )
-        grad_input = scattered(grad_input, indices, input.shape[0])
+        grad_input = scatter_rows(grad_input, indices, input.shape[0])
         return grad_input, *gradients, None, None, None, None, None
 
 
@@ -148,35 +159,40 @@ def linear_select_classification_margin(
     chunk_bytes: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Selection:
-    """The k samples with the smallest classification margin, from their features.
+    """The k samples with the smallest classification margin, without logits.
 
-    Equal to ``select_smallest(linear_classification_margin(input, weight, target, ...), k)``: how
-    Banburski et al. (2021) reduce the training set, without logits.
+    The result equals ``select_smallest(linear_classification_margin(input, weight, target, ...),
+    k)``. Banburski et al. (2021) reduce the training set to the samples with the smallest margins.
 
     Args:
-        input: ``[N, D]``, see :func:`linear_classification_margin`.
+        input: ``[N, D]``, see :func:`marginops.linear_classification_margin` for the dtypes.
         weight: ``[C, D]``, C >= 2.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]``.
-        k: How many, 0 <= k <= N.
-        log_norm: Logarithm of the norm product, see :func:`classification_margin`.
-        ignore_index: Samples with this target score ``+inf``; they come after all others.
-        chunk_bytes: Room for logits, see :func:`linear_classification_margin`.
-        group: The processes over which the classes are spread, see
-            :func:`linear_classification_margin`.
+        k: How many samples to select, 0 <= k <= N.
+        log_norm: Natural logarithm of the norm product, see
+            :func:`marginops.classification_margin`.
+        ignore_index: Samples with this target get ``+inf`` and no gradient.
+        chunk_bytes: The size of the buffer for logits, see
+            :func:`marginops.linear_classification_margin`.
+        group: The processes that share the head, see
+            :func:`marginops.linear_classification_margin`.
 
     Returns:
-        ``scores`` ``[k]`` ascending and ``indices`` ``[k]`` int64, rows of ``input``; equal
-        scores by lowest index, NaN last.
+        :class:`marginops.Selection`: ``scores`` ``[k]``, float64 for float64 input, else float32,
+        ascending and in units of the logits (divided by the norm product); and ``indices`` ``[k]``
+        int64, rows of ``input``. Among equal scores the lowest index comes first. ``+inf`` comes
+        after all finite scores, and NaN comes last.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape, device or range, or
-            ranks of ``group`` disagree; then every rank raises.
-        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+            the arguments of the ranks of ``group`` disagree. If one rank raises, all ranks raise.
+        RuntimeError: A target is outside [0, C), on the CPU or with ``group``. On CUDA without
+            ``group`` this is a device-side assertion.
 
-    ``scores`` is differentiable (once) in ``input``, ``weight``, ``bias`` and ``log_norm``; the
-    gradient works on the chosen samples only. Deterministic. Beside the result O(N) and
-    ``chunk_bytes``.
+    The selected scores are differentiable (once) in ``input``, ``weight``, ``bias`` and
+    ``log_norm``. The backward pass works on the selected samples only. The result is
+    deterministic. Beside the result the function needs O(N) memory and ``chunk_bytes``.
 
     Example:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)
@@ -200,7 +216,7 @@ def linear_select_classification_margin(
 
 
 class LinearSelectClassificationMarginOp(Op):
-    """The k smallest margins of a linear head, their indices and their rivals."""
+    """Computes the k smallest margins of a linear head, and their indices and rivals."""
 
     schema = (
         "linear_select_classification_margin(Tensor input, Tensor weight, Tensor? bias,"
@@ -253,7 +269,7 @@ class LinearSelectClassificationMarginOp(Op):
         grad_input, *gradients = margin_head_gradient(
             value, pair, (input[indices], weight, bias), ctx.dtype, ctx.needs_input_grad
         )
-        grad_input = scattered(grad_input, indices, input.shape[0])
+        grad_input = scatter_rows(grad_input, indices, input.shape[0])
         grad_log_norm = log_norm_gradient(grad, scores, target, ctx.ignore_index)
         return grad_input, *gradients, None, grad_log_norm, None, None, None, None
 

@@ -1,7 +1,7 @@
 """Margins, scores, statistics and selections of a linear head that is spread over processes.
 
-Every rank reads the logits of its own classes, the ranks exchange what they found in each row,
-and every rank finishes all rows alike.
+Every rank computes the :class:`RowSums` of its own classes. The ranks exchange these sums. Then
+every rank merges them and computes the results of all rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .linear_gradient import (
     linear_sample_statistics_gradient_op,
     margin_head_gradient,
 )
-from .linear_head import in_norm
+from .linear_head import norm_parameters
 from .margin import Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .row_sums import IGNORED, StatisticsFields
@@ -34,7 +34,8 @@ from .tiles import CPU_CHUNK_BYTES
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# The most bytes of rows of the weight that are exchanged at once; the same on all ranks.
+# How many bytes of rows of the weight the ranks exchange at most at once. All ranks need the same
+# number.
 _EXCHANGED_BYTES = CPU_CHUNK_BYTES
 
 
@@ -46,7 +47,10 @@ def _fields(
     ignore_index: int,
     input_norm: Tensor | None = None,
 ) -> StatisticsFields:
-    """The fields of ``sample_statistics_op``; without ``input_norm`` only margin and rival."""
+    """The fields of ``sample_statistics_op``.
+
+    Without ``input_norm`` only margin and rival are valid.
+    """
     ignored = target == ignore_index
     label = torch.where(ignored, 0, target)
     rows = sums_over_ranks(shard, head, label, input_norm is not None)
@@ -56,37 +60,42 @@ def _fields(
 def _scores(
     shard: Shard, input: Tensor, weight: Tensor, bias: Tensor | None, bias_in_norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, their pairs of classes, and the distances of these."""
+    """The scores, the pairs of classes, and the distances of their rows of the weight."""
     label = input.new_zeros(len(input), dtype=torch.int64)
     rows = sums_over_ranks(shard, (input, weight, bias), label, False)
     pair, difference = row_sums.top_pair(rows)
-    norm_weight, norm_bias = in_norm(weight, bias, bias_in_norm, shard.dtype)
+    norm_weight, norm_bias = norm_parameters(weight, bias, bias_in_norm, shard.dtype)
     row_bytes = max(weight.shape[1], 1) * result_dtype(weight.dtype).itemsize
     parts = []
     for part in pair.split(max(_EXCHANGED_BYTES // (2 * row_bytes), 1)):
         classes = part.flatten()
-        both = shard.rows(norm_weight, classes)
-        both_bias = None if norm_bias is None else shard.rows(norm_bias, classes)
-        own = torch.arange(len(classes), device=classes.device).view(-1, 2)
-        parts.append(pairs.pair_distance_op(both, both_bias, own))
+        pair_weight = shard.rows(norm_weight, classes)
+        pair_bias = None if norm_bias is None else shard.rows(norm_bias, classes)
+        index = torch.arange(len(classes), device=classes.device).view(-1, 2)
+        parts.append(pairs.pair_distance_op(pair_weight, pair_bias, index))
     distance = torch.where(rows.has_nan, torch.nan, torch.cat(parts))
     return pairs.boundary_distance(difference, distance), pair, distance
 
 
-def _only_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse second derivatives; torch's ``once_differentiable`` would drop those of the weight."""
+def _refuse_second_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make second derivatives raise an error.
+
+    torch's ``once_differentiable`` would silently leave out the second derivatives of the weight.
+    """
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            raise NotImplementedError("linear_*: no second derivatives (create_graph) with group")
+            raise NotImplementedError(
+                "linear_*: second derivatives (create_graph) are not implemented with group"
+            )
         return backward(ctx, *grads)
 
     return checked
 
 
 class _Statistics(torch.autograd.Function):
-    """The fields of ``sample_statistics_op``."""
+    """Computes the fields of ``sample_statistics_op`` over a group."""
 
     @staticmethod
     def forward(
@@ -119,31 +128,29 @@ class _Statistics(torch.autograd.Function):
         return fields
 
     @staticmethod
-    @_only_once
+    @_refuse_second_derivatives
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *head, target, log_norm, margin, rival, confidence, entropy, maximum, log_sum = (
             ctx.saved_tensors
         )
         shard, ignore_index = ctx.shard, ctx.ignore_index
         grad = StatisticsFields._make(grads)
-        of_softmax = grad.loss, grad.confidence, grad.entropy
-        if grad.margin is not None and all(value is None for value in of_softmax):
+        softmax_grads = grad.loss, grad.confidence, grad.entropy
+        if grad.margin is not None and all(value is None for value in softmax_grads):
             value, pair = label_pair(grad.margin, target, rival, log_norm, ignore_index)
             gradients = margin_head_gradient(
-                value, pair, tuple(head), shard.dtype, ctx.needs_input_grad, classes=shard
+                value, pair, tuple(head), shard.dtype, ctx.needs_input_grad, layout=shard
             )
         else:
             local = torch.where(target == ignore_index, IGNORED, shard.local(target))
-            logits_follow = confidence, entropy, maximum, log_sum, log_norm
-            grads_of_fields = grad.margin, *of_softmax
             gradients = _dense_gradient(
                 shard,
                 head,
                 ctx.needs_input_grad,
                 local,
                 shard.local(rival),
-                *logits_follow,
-                *grads_of_fields,
+                *(confidence, entropy, maximum, log_sum, log_norm),
+                *(grad.margin, *softmax_grads),
             )
         grad_log_norm = log_norm_gradient(grad.margin, margin, target, ignore_index)
         return *gradients, None, grad_log_norm, None, None
@@ -152,7 +159,10 @@ class _Statistics(torch.autograd.Function):
 def _dense_gradient(
     shard: Shard, head: Sequence[Any], needs_grad: Sequence[bool], *statistics: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of all statistics, with arguments of ``linear_sample_statistics_gradient_op``."""
+    """Gradients of all statistics in input, weight and bias of this rank.
+
+    ``statistics`` are arguments of ``linear_sample_statistics_gradient_op``.
+    """
     input, weight, bias = head
     if len(weight):
         grad_input, grad_weight, grad_bias = linear_sample_statistics_gradient_op(
@@ -169,7 +179,7 @@ def _dense_gradient(
 
 
 class _Margin(torch.autograd.Function):
-    """Margins that are known already, as a function of the head."""
+    """Returns margins that are computed already. Adds their gradient in the head."""
 
     @staticmethod
     def forward(
@@ -190,19 +200,19 @@ class _Margin(torch.autograd.Function):
         return margin.clone()
 
     @staticmethod
-    @_only_once
+    @_refuse_second_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *head, log_norm, margin, target, rival = ctx.saved_tensors
         value, pair = label_pair(grad, target, rival, log_norm, ctx.ignore_index)
         gradients = margin_head_gradient(
-            value, pair, tuple(head), ctx.shard.dtype, ctx.needs_input_grad, classes=ctx.shard
+            value, pair, tuple(head), ctx.shard.dtype, ctx.needs_input_grad, layout=ctx.shard
         )
         grad_log_norm = log_norm_gradient(grad, margin, target, ctx.ignore_index)
         return *gradients, grad_log_norm, None, None, None, None, None
 
 
 class _Score(torch.autograd.Function):
-    """Minimal margin scores that are known already, as a function of the head."""
+    """Returns scores that are computed already. Adds their gradient in the head."""
 
     @staticmethod
     def forward(
@@ -221,17 +231,17 @@ class _Score(torch.autograd.Function):
         return score.clone()
 
     @staticmethod
-    @_only_once
+    @_refuse_second_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *head, score, pair, distance = ctx.saved_tensors
-        slope, of_distance = boundary_gradient(grad, score, distance)
+        slope, distance_coefficient = boundary_gradient(grad, score, distance)
         gradients = margin_head_gradient(
             slope,
             pair,
             tuple(head),
             ctx.shard.dtype,
             ctx.needs_input_grad,
-            of_distance,
+            distance_coefficient,
             ctx.bias_in_norm,
             ctx.shard,
         )
@@ -248,7 +258,7 @@ def sample_statistics(
     chunk_bytes: int | None,
     group: ProcessGroup,
 ) -> tuple[Tensor, ...]:
-    """The fields of ``linear_sample_statistics_op`` over a group."""
+    """Compute the fields of ``linear_sample_statistics_op`` over a group."""
     head, labels = (input, weight, bias), (target, ignore_index)
     shard = _open("linear_sample_statistics", head, labels, log_norm, None, chunk_bytes, group)
     log_norm = checks.as_log_norm(log_norm, input)
@@ -267,7 +277,10 @@ def classification_margin(
     group: ProcessGroup,
     k: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """``linear_classification_margin`` over a group, or its k smallest and their indices."""
+    """Compute ``linear_classification_margin`` over a group.
+
+    With ``k`` the function returns the k smallest margins and their indices.
+    """
     head, labels = (input, weight, bias), (target, ignore_index)
     shard = _open("linear_classification_margin", head, labels, log_norm, k, chunk_bytes, group)
     log_norm = checks.as_log_norm(log_norm, input)
@@ -292,7 +305,10 @@ def minimal_margin_score(
     group: ProcessGroup,
     k: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """``linear_minimal_margin_score`` over a group, or its k smallest and their indices."""
+    """Compute ``linear_minimal_margin_score`` over a group.
+
+    With ``k`` the function returns the k smallest scores and their indices.
+    """
 
     def check() -> dict[str, Any]:
         checks.check_bias_in_norm(bias, bias_in_norm)
@@ -321,7 +337,7 @@ def _open(
     chunk_bytes: Any,
     group: Any,
 ) -> Shard:
-    """Check the arguments of the functions with labels."""
+    """Check the arguments of a function with labels. ``labels`` is target and ignore_index."""
     target, ignore_index = labels
 
     def check() -> dict[str, Any]:
@@ -329,7 +345,7 @@ def _open(
         norm = checks.as_log_norm(log_norm, head[0])
         return {
             "ignore_index": ignore_index,
-            "log_norm (whether there is one, requires_grad)": [
+            "log_norm (is not None, requires_grad)": [
                 norm is not None,
                 records_gradient(norm),
             ],
@@ -344,5 +360,5 @@ def _checked_k(k: Any, input: Tensor) -> int | None:
 
 
 def _smallest(values: Tensor, k: Any) -> tuple[Tensor, ...]:
-    """The k smallest and their indices, or only the values."""
+    """The k smallest values and their indices; without ``k`` all values and no indices."""
     return (values,) if k is None else select_smallest_op(values, operator.index(k))

@@ -1,4 +1,4 @@
-"""Sample statistics of a linear head whose logits never exist, forward and backward in tiles."""
+"""Sample statistics of a linear head, without the whole matrix of logits."""
 
 from __future__ import annotations
 
@@ -40,34 +40,40 @@ def linear_sample_statistics(
 ) -> SampleStatistics:
     """Margin, loss, confidence, entropy, EL2N and more of every sample, without logits.
 
-    Equal to ``sample_statistics(F.linear(input, weight, bias), target, input=input, ...)`` up to
-    the rounding of the matrix product; see there for the fields and their papers.
+    The result equals ``sample_statistics(F.linear(input, weight, bias), target, input=input,
+    ...)`` up to the rounding of the matrix product. :func:`marginops.sample_statistics` describes
+    the fields and names their papers.
 
     Args:
-        input: ``[N, D]``, see :func:`linear_classification_margin`.
+        input: ``[N, D]``, see :func:`marginops.linear_classification_margin` for the dtypes.
         weight: ``[C, D]``, C >= 2.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]``.
-        log_norm: Logarithm of the norm product, see :func:`classification_margin`.
-        ignore_index: Samples with this target are reported as learnt perfectly, see
-            :func:`sample_statistics`.
-        chunk_bytes: Room for logits, see :func:`linear_classification_margin`.
-        group: The processes over which the classes are spread, see
-            :func:`linear_classification_margin`.
+        log_norm: Natural logarithm of the norm product, see
+            :func:`marginops.classification_margin`.
+        ignore_index: Samples with this target have the values of a perfectly learnt sample and no
+            gradient, see :func:`marginops.sample_statistics`.
+        chunk_bytes: The size of the buffer for logits, see
+            :func:`marginops.linear_classification_margin`.
+        group: The processes that share the head, see
+            :func:`marginops.linear_classification_margin`.
 
     Returns:
-        :class:`SampleStatistics` of ``[N]`` tensors, ``gradient_norm`` among them.
+        :class:`marginops.SampleStatistics` of ``[N]`` tensors, with ``gradient_norm``. The
+        floating-point fields are float64 for float64 input, else float32.
 
     Raises:
-        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or ranks
-            of ``group`` disagree; then every rank raises.
-        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or the
+            arguments of the ranks of ``group`` disagree. If one rank raises, all ranks raise.
+        RuntimeError: A target is outside [0, C), on the CPU or with ``group``. On CUDA without
+            ``group`` this is a device-side assertion.
 
     ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable (once) in ``input``,
-    ``weight`` and ``bias``, the margin also in ``log_norm``. The gradient of the margin alone
-    needs no logits; that of the others computes them again, tile by tile, in the same room.
-    Deterministic. Beside the results O(N) and ``chunk_bytes``, and backward in half precision the
-    sums of the gradient of ``weight`` in float32.
+    ``weight`` and ``bias``. The margin is also differentiable in ``log_norm``. The gradient of the
+    margin alone needs no logits. The other gradients compute the logits again, tile by tile, in a
+    buffer of ``chunk_bytes``. The result is deterministic. Beside the results the function needs
+    O(N) memory and ``chunk_bytes``. In half precision the backward pass also needs the gradient of
+    ``weight`` in float32.
 
     Example:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.eye(2)
@@ -89,7 +95,7 @@ def linear_sample_statistics(
 
 
 class LinearSampleStatisticsOp(Op):
-    """The statistics of a linear head; its results are :class:`StatisticsFields`."""
+    """Computes the statistics of a linear head. It returns :class:`StatisticsFields`."""
 
     schema = (
         "linear_sample_statistics(Tensor input, Tensor weight, Tensor? bias, Tensor target,"
@@ -152,10 +158,10 @@ class LinearSampleStatisticsOp(Op):
         input, weight, bias, target, log_norm, rival, *saved, margin = ctx.saved_tensors
         grad = StatisticsFields._make(grads)
         grad_log_norm = log_norm_gradient(grad.margin, margin, target, ctx.ignore_index)
-        of_softmax = grad.loss, grad.confidence, grad.entropy
+        softmax_grads = grad.loss, grad.confidence, grad.entropy
         if not any(ctx.needs_input_grad[:3]):
             gradients: tuple[Tensor | None, ...] = (None, None, None)
-        elif all(value is None for value in of_softmax) and grad.margin is not None:
+        elif all(value is None for value in softmax_grads) and grad.margin is not None:
             value, pair = label_pair(grad.margin, target, rival, log_norm, ctx.ignore_index)
             gradients = margin_head_gradient(
                 value, pair, (input, weight, bias), ctx.dtype, ctx.needs_input_grad
@@ -170,7 +176,7 @@ class LinearSampleStatisticsOp(Op):
                 *saved,
                 log_norm,
                 grad.margin,
-                *of_softmax,
+                *softmax_grads,
                 ctx.ignore_index,
                 ctx.dtype,
                 ctx.chunk_bytes,

@@ -24,15 +24,15 @@ def classification_margin(
 
     .. math:: \eta_n = (f_{n, y_n} - \max_{c \ne y_n} f_{n, c}) \, e^{-\mathrm{log\_norm}}
 
-    Positive where the sample is classified correctly. The classification margin and its
-    normalisation by the product of the layers' norms are those of Banburski et al. (2021).
+    The margin is positive where the sample is classified correctly. The classification margin and
+    its normalisation by the product of the layers' norms are those of Banburski et al. (2021).
 
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
         log_norm: Natural logarithm of the norm product, a number or a 0-d tensor on the device
-            of ``logits``; applied inside the kernel as two factors ``exp(-log_norm / 2)``, so
-            neither over- nor underflows before the product does.
+            of ``logits``. The kernel multiplies twice by ``exp(-log_norm / 2)``, so neither
+            factor overflows or underflows before the product does.
         ignore_index: Samples with this target get ``+inf`` and no gradient.
 
     Returns:
@@ -41,11 +41,12 @@ def classification_margin(
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
-        RuntimeError: A target is outside [0, C) (CPU). On CUDA this is a device-side assertion,
-            as in ``torch.nn.functional.cross_entropy``.
+        RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
+            assertion, as in ``torch.nn.functional.cross_entropy``.
 
-    Differentiable in ``logits`` (among tied rivals the lowest class takes the gradient) and
-    ``log_norm``. Deterministic. Reads the logits once; at most 1 MiB beside the result.
+    The margins are differentiable in ``logits`` and ``log_norm``. Among tied rivals the lowest
+    class takes the gradient. The result is deterministic. The op reads the logits once and needs
+    at most 1 MiB of memory beside the result.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
@@ -60,7 +61,7 @@ def classification_margin(
 
 
 class ClassificationMarginOp(Op):
-    """The op behind :func:`classification_margin`."""
+    """The op behind :func:`marginops.classification_margin`."""
 
     schema = (
         "classification_margin(Tensor logits, Tensor target, Tensor? log_norm, int ignore_index)"
@@ -109,36 +110,39 @@ def minimal_margin_score(
 ) -> Tensor:
     r"""Distance of every sample's features to its closest decision boundary.
 
-    With :math:`i_1, i_2` the classes of the two largest logits and :math:`w_c` the rows of
-    the last layer,
+    Let :math:`i_1, i_2` be the classes of the two largest logits and :math:`w_c` the rows of
+    the last layer's weight:
 
     .. math:: s_n = (f_{n, i_1} - f_{n, i_2}) / \lVert w_{i_1} - w_{i_2} \rVert_2 \ge 0
 
-    No label enters. This is the minimal margin score of Weinstein et al. (2020).
+    The score needs no label. It is the minimal margin score of Weinstein et al. (2020).
 
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
-        weight: ``[C, D]``, the last layer's weight, in the dtype of ``logits`` or float32 beside
-            bfloat16 / float16 logits (what autocast gives).
+        weight: ``[C, D]``, the last layer's weight, in the dtype of ``logits``. For bfloat16 and
+            float16 logits it may also be float32, as it is under autocast.
         bias: ``[C]`` in the dtype of ``weight``; read only with ``bias_in_norm``.
-        rival: ``"top2"``, as above, or ``"nearest"``, the exact nearest boundary,
+        rival: ``"top2"`` for the formula above, or ``"nearest"`` for the exact nearest boundary,
             ``min over j != i1 of (f_i1 - f_j) / ||w_i1 - w_j||``.
         bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
 
     Returns:
-        ``[N]``, float64 for float64 logits, else float32, in units of the features. Between two
-        equal rows of ``weight``, 0 / 0 is 0 and positive / 0 is ``+inf``. A NaN in a row of
-        logits makes its score NaN.
+        ``[N]``, float64 for float64 logits, else float32, in units of the features. If two rows
+        of ``weight`` are equal, their distance is 0: then 0 / 0 is 0 and positive / 0 is ``+inf``.
+        A NaN in a row of logits makes its score NaN.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
 
-    Differentiable in ``logits``, ``weight`` and, with ``bias_in_norm``, ``bias``; classes are
-    constants, ties go to the lowest class, and where the distance is 0 the gradient is 0. Second
-    derivatives exist for ``logits`` only. Deterministic. Reads the logits once and two rows of
-    ``weight`` per sample, or a table of all distances where that is cheaper; ``"nearest"`` reads
-    further rows only where a bound cannot exclude them. Beside the result O(N) scratch for the
-    table, C + D values for ``"nearest"``, and at most 1 MiB.
+    The scores are differentiable in ``logits``, ``weight`` and, with ``bias_in_norm``, ``bias``.
+    The classes i1 and i2 are constants; among ties the lowest class counts. Where the distance of
+    two rows is 0 the gradient is 0. Second derivatives exist for ``logits`` only. The result is
+    deterministic.
+
+    The op reads the logits once and two rows of ``weight`` per sample. Where it is cheaper, the op
+    computes a table of all distances instead. With ``"nearest"`` it reads further rows only where
+    a bound cannot exclude them. Beside the result it needs O(N) memory for the table, C + D values
+    for ``"nearest"``, and at most 1 MiB.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
@@ -153,7 +157,11 @@ def minimal_margin_score(
 def checked_head(
     logits: Any, weight: Any, bias: Any, rival: Any, bias_in_norm: Any
 ) -> tuple[Tensor | None, bool]:
-    """Check the arguments of a minimal margin score; return the bias that counts, and nearest."""
+    """Check the arguments of a minimal margin score.
+
+    Returns:
+        The bias if it is part of the norm, else None; and whether ``rival`` is ``"nearest"``.
+    """
     checks.check_logits(logits)
     checks.check_weight(weight, logits)
     if bias is not None:
@@ -164,7 +172,10 @@ def checked_head(
 
 
 class MinimalMarginScoreOp(Op):
-    """The op behind :func:`minimal_margin_score`; without a bias in the norm it gets none."""
+    """The op behind :func:`marginops.minimal_margin_score`.
+
+    ``bias`` is None unless it is part of the norm.
+    """
 
     schema = (
         "minimal_margin_score(Tensor logits, Tensor weight, Tensor? bias, bool nearest) -> Tensor"

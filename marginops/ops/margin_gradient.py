@@ -1,4 +1,4 @@
-"""Gradients of margins, for whole rows of logits and for the rows that a selection chose."""
+"""Gradients of margins and scores, of all samples or of those that a selection chose."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,10 @@ from .class_sum import add_in_order
 
 
 class PairGradientOp(Op):
-    """The gradient of the distances of pairs; ``key`` is first * classes + second, sorted."""
+    """The gradient of :func:`distance_gradient`, from sorted pairs of classes.
+
+    ``key`` is ``first class * number of classes + second class``, in ascending order.
+    """
 
     schema = (
         "pair_gradient(Tensor key, Tensor coefficient, Tensor weight, Tensor? bias)"
@@ -45,10 +48,10 @@ pair_gradient_op = PairGradientOp()
 def distance_gradient(
     coefficient: Tensor, pair: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``sum_k coefficient_k ||w_i - w_j||^2 / 2`` for weight and bias.
+    """Gradients of ``sum_k coefficient_k ||w_i - w_j||^2 / 2`` in weight and bias.
 
-    Each pair counts for both of its classes. Sorted by class, every class is one segment that one
-    worker sums in a fixed order.
+    Row k of ``pair`` is (i, j). Each pair counts for both of its classes. The pairs are sorted by
+    class, so that one worker sums all pairs of a class in a fixed order.
     """
     first, second = pair.unbind(1)
     classes = weight.shape[0]
@@ -61,7 +64,7 @@ def distance_gradient(
 
 
 def _scatter_pair(value: Tensor, pair: Tensor, rows: Tensor | None, logits: Tensor) -> Tensor:
-    """Zeros like ``logits`` but for +value and -value at the two classes of each row."""
+    """Zeros like ``logits``, with +value and -value at the two classes of each of ``rows``."""
     values = torch.stack((value, 0 - value), 1).to(logits.dtype)
     zeros = values.new_zeros(logits.shape)
     if rows is None:
@@ -77,9 +80,9 @@ def margin_gradient(
     ignore_index: int,
     needs_grad: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the margins of ``rows`` (all, if None) for logits and log_norm.
+    """Gradients of the margins of ``rows`` (all if None) in logits and log_norm.
 
-    The margins are needed only for log_norm.
+    ``margin`` is needed only for the gradient in log_norm.
     """
     logits, target, log_norm = inputs
     label = target if rows is None else target[rows]
@@ -88,7 +91,8 @@ def margin_gradient(
     grad_logits = grad_log_norm = None
     if needs_grad[0]:
         _, rival = pairs.classification_margin_rival_op(logits, target, None, rows, ignore_index)
-        # An ignored row's rival is class 0; with class 1 beside it no entry is written twice.
+        # The rival of an ignored row is class 0. With class 1 as its label, the two entries that
+        # are written differ.
         pair = torch.stack((torch.where(ignored, 1, label), rival), 1)
         grad_logits = _scatter_pair(pairs.normalize(grad, log_norm), pair, rows, logits)
     if needs_grad[1]:
@@ -99,7 +103,7 @@ def margin_gradient(
 def log_norm_gradient(
     grad_margin: Tensor | None, margin: Tensor | None, target: Tensor, ignore_index: int
 ) -> Tensor | None:
-    """The gradient of the margins for the log norm that scales them; None without margins."""
+    """The gradient of the margins in the log norm that scales them; None without margins."""
     if grad_margin is None or margin is None:
         return None
     return -torch.where(target == ignore_index, 0, grad_margin * margin).sum()
@@ -108,9 +112,9 @@ def log_norm_gradient(
 def boundary_gradient(
     grad: Tensor, score: Tensor | None, distance: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``f_i - f_j`` and, given the score, of half the squared distance of a pair.
+    """Gradients of a score in ``f_i - f_j`` and in ``||w_i - w_j||^2 / 2``.
 
-    Both are 0 where the distance is 0.
+    The second is None if ``score`` is None. Both are 0 where the distance is 0.
     """
     slope = torch.where(distance == 0, 0, grad / distance)
     if score is None:
@@ -126,9 +130,9 @@ def score_gradient(
     nearest: bool,
     needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the scores of ``rows`` (all, if None) for logits, weight and bias.
+    """Gradients of the scores of ``rows`` (all if None) in logits, weight and bias.
 
-    The scores are needed only for weight and bias.
+    ``score`` is needed only for the gradients in weight and bias.
     """
     logits, weight, bias = inputs
     pair, distance = pairs.minimal_margin_pair_op(logits.detach(), weight, bias, rows, nearest)

@@ -1,4 +1,4 @@
-"""The two classes whose boundary a margin is the distance to, for gradients and fused heads."""
+"""The pair of classes that a margin or score compares, for gradients and linear heads."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from ._library import Op
 
 
 def normalize(margin: Tensor, log_norm: Tensor | None) -> Tensor:
-    """``margin * exp(-log_norm)`` in two finite factors."""
+    """``margin * exp(-log_norm)``, as two finite factors ``exp(-log_norm / 2)``."""
     if log_norm is None:
         return margin
     half = torch.exp(-log_norm / 2).clamp(max=torch.finfo(margin.dtype).max)
@@ -21,15 +21,15 @@ def boundary_distance(difference: Tensor, distance: Tensor) -> Tensor:
 
 
 def _rival_class(logits: Tensor, target: Tensor) -> Tensor:
-    """``argmax over c != target``, lowest class first."""
+    """``argmax over c != target`` of the logits; the lowest class among ties."""
     others = logits.scatter(1, target.unsqueeze(1), -torch.inf)
     rival = others.argmax(1)
-    # Only where every other logit is -inf can argmax land on the target, and then on class 0.
+    # argmax returns the target only if the target is class 0 and all logits are -inf now.
     return torch.where(rival == target, (target == 0).to(torch.int64), rival)
 
 
 class ClassificationMarginRivalOp(Op):
-    """Margin and rival of some rows of the logits, of all if ``rows`` is None."""
+    """Margin and rival of ``rows`` of the logits, of all rows if ``rows`` is None."""
 
     schema = (
         "classification_margin_rival(Tensor logits, Tensor target, Tensor? log_norm,"
@@ -70,13 +70,13 @@ classification_margin_rival_op = ClassificationMarginRivalOp()
 
 
 class PairDistanceOp(Op):
-    """``||w_i - w_j||`` of pairs of rows of the weight, with the bias as one more column."""
+    """``||w_i - w_j||`` of pairs of rows of the weight. A bias counts as one more column."""
 
     schema = "pair_distance(Tensor weight, Tensor? bias, Tensor pair) -> Tensor"
 
     @staticmethod
     def reference(weight: Tensor, bias: Tensor | None, pair: Tensor) -> Tensor:
-        """Free of over- and underflow in the squares."""
+        """Divide by the largest entry first, so that no square overflows or underflows."""
         dtype = result_dtype(weight.dtype)
         difference = weight[pair[:, 0]].to(dtype) - weight[pair[:, 1]].to(dtype)
         if bias is not None:
@@ -97,7 +97,10 @@ pair_distance_op = PairDistanceOp()
 
 
 class MinimalMarginPairOp(Op):
-    """The pair of the score of some rows of the logits and its distance; of all without rows."""
+    """The pair of classes of the score and the distance of their rows of the weight.
+
+    The op computes them for ``rows`` of the logits, for all rows if ``rows`` is None.
+    """
 
     schema = (
         "minimal_margin_pair(Tensor logits, Tensor weight, Tensor? bias, Tensor? rows,"
@@ -114,7 +117,7 @@ class MinimalMarginPairOp(Op):
         first = logits.argmax(1)
         second = _rival_class(logits, first)
         if nearest:
-            # A plain loop: a table of all distances would need [C, C].
+            # One row at a time, because a table of all distances would need [C, C].
             for row, best in enumerate(first.tolist()):
                 others = torch.arange(logits.shape[1], device=logits.device)
                 others = others[others != best]

@@ -1,4 +1,4 @@
-"""Count, mean and gyration radius of every class, from one reading of its samples."""
+"""Number of samples, mean and gyration radius of every class, and how to merge them."""
 
 from typing import Any, NamedTuple
 
@@ -12,28 +12,33 @@ from .class_sum import add_in_order
 
 
 class ClassMoments(NamedTuple):
-    """One row per class; see :func:`class_moments`."""
+    """One row per class in each field; see :func:`marginops.class_moments`."""
 
-    count: Tensor  # type: ignore[assignment]  # instead of the method of tuples
+    count: Tensor  # type: ignore[assignment]  # replaces tuple.count
     mean: Tensor
     radius: Tensor
 
     def merge(self, other: "ClassMoments") -> "ClassMoments":
-        r"""The moments of the samples of both, as if they had come in one call.
+        r"""The moments of the samples of ``self`` and ``other`` together.
 
-        With :math:`n = n_a + n_b` and :math:`\delta = m_b - m_a` (Chan, Golub, LeVeque 1979):
+        With :math:`n = n_a + n_b` and :math:`\delta = m_b - m_a` (Chan, Golub, LeVeque, 1979):
 
         .. math::
             m = m_a + \frac{n_b}{n} \delta, \qquad
             R^2 = \frac{n_a R_a^2 + n_b R_b^2}{n} + \frac{n_a n_b}{n^2} \lVert \delta \rVert_2^2
 
-        Computed in float64, in the wider dtype of the two; differentiable.
-
         Args:
-            other: Moments of other samples of the same C classes in D columns, on one device.
+            other: Moments of other samples with the same C classes and D columns, on the same
+                device.
+
+        Returns:
+            :class:`marginops.ClassMoments` in the wider dtype of the two, computed in float64.
+            Mean and radius of a class without samples are NaN.
 
         Raises:
             ValueError: The shapes or the devices differ.
+
+        The result is differentiable in the means and radii, and deterministic. The cost is O(C D).
 
         Example:
             >>> target = torch.zeros(2, dtype=torch.int64)
@@ -50,18 +55,19 @@ class ClassMoments(NamedTuple):
         checks.check_device("other", other.mean, self.mean, "these moments")
         count = self.count + other.count
         share = other.count.double() / count.clamp(min=1)
-        here, there = (self.count > 0).unsqueeze(1), (other.count > 0).unsqueeze(1)
-        # The mean of an empty class is NaN; the other's in its place is no distance away.
-        mean = torch.where(here, self.mean.double(), other.mean.double())
-        step = torch.where(there, other.mean.double(), mean) - mean
+        has_own, has_other = (self.count > 0).unsqueeze(1), (other.count > 0).unsqueeze(1)
+        # The mean of an empty class is NaN. The mean of the other side replaces it, so that the
+        # difference is 0.
+        mean = torch.where(has_own, self.mean.double(), other.mean.double())
+        step = torch.where(has_other, other.mean.double(), mean) - mean
         square, other_square = (
             torch.where(has.squeeze(1), moments.radius.double().square(), 0)
-            for has, moments in ((here, self), (there, other))
+            for has, moments in ((has_own, self), (has_other, other))
         )
         between = share * (1 - share) * step.square().sum(1)
-        # Not by lerp, where an infinity beside an empty class is NaN.
+        # torch.lerp would give NaN if one radius is infinite and the other class is empty.
         square = (1 - share) * square + share * other_square + between
-        # The root of 0 has no derivative; that of the radius is 0 there.
+        # The square root has no derivative at 0. The gradient of the radius is 0 there.
         radius = torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
         mean = torch.addcmul(mean, step, share.unsqueeze(1))
         dtype = torch.promote_types(self.mean.dtype, other.mean.dtype)
@@ -77,43 +83,48 @@ def class_moments(
     normalize: bool = False,
     ignore_index: int = -100,
 ) -> ClassMoments:
-    r"""Number of samples, mean and gyration radius of every class, in one reading.
+    r"""Number of samples, mean and gyration radius of every class, from one call.
 
-    With :math:`z_n` row n of ``input``, or that row scaled to unit length with ``normalize``, and
+    Let :math:`z_n` be row n of ``input``, scaled to unit length if ``normalize`` is set, and
     :math:`n_c` the number of samples of class c:
 
     .. math::
         m_c = \frac{1}{n_c} \sum_{n: y_n = c} z_n, \qquad
         R_c = \sqrt{\frac{1}{n_c} \sum_{n: y_n = c} \lVert z_n - m_c \rVert_2^2}
 
-    With ``normalize`` these are centre and radius of the class manifolds of Ciceri et al. (2024).
+    With ``normalize`` they are the centre and the radius of the class manifolds of Ciceri et al.
+    (2024).
 
     Args:
         input: ``[N, D]``, float32, float64, bfloat16 or float16, any strides.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
         num_classes: C, at least 1.
-        normalize: Scale rows to unit length first, without overflow or underflow of their squares.
-            A row of zeros stays as it is.
-        ignore_index: Samples with this target count nowhere and have no gradient.
+        normalize: Scale the rows to unit length first. Their squares neither overflow nor
+            underflow. A row of zeros stays as it is.
+        ignore_index: Samples with this target do not count and have no gradient.
 
     Returns:
-        :class:`ClassMoments`: ``count`` [C] int64, ``mean`` [C, D] and ``radius`` [C], both float64
-        for float64 input, else float32. An empty class has mean and radius NaN. A NaN or infinity
-        makes its class' mean in that column NaN, in all columns with ``normalize``, and the
-        radius NaN. :meth:`ClassMoments.merge` joins the moments of several batches.
+        :class:`marginops.ClassMoments`: ``count`` [C] int64, ``mean`` [C, D] and ``radius`` [C],
+        both float64 for float64 input, else float32. They are in units of ``input`` unless
+        ``normalize`` is set. Mean and radius of an empty class are NaN. If a row holds a NaN or an
+        infinity, the radius of its class is NaN, and so is the mean in that column (with
+        ``normalize``, in all columns). :meth:`marginops.ClassMoments.merge` merges the moments of
+        several batches.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
-        RuntimeError: A target is outside [0, C) (CPU), on CUDA a device-side assertion; or there
-            are 2**31 rows or more on CUDA, more than PyTorch sorts there: merge the moments of
-            parts.
+        RuntimeError: A target is outside [0, C), on the CPU; on CUDA this is a device-side
+            assertion. Or there are 2**31 rows or more on CUDA, more than PyTorch sorts there. In
+            this case merge the moments of several parts.
 
-    Differentiable in ``input``, any number of times; the radius has gradient 0 where it is 0, and
-    so has a row of zeros with ``normalize``. Deterministic, whatever the number of threads. The
-    radius does not cancel: it stays accurate however far the class is from 0, and is exactly 0 for
-    equal rows. The squares of distances only have to be in the range of float64. Reads the input
-    once; on the CPU one whose columns are not adjacent is copied first, other temporaries are a few
-    per cent of it.
+    The moments are differentiable in ``input``, any number of times. Where the radius is 0, its
+    gradient is 0. With ``normalize`` the gradient of a row of zeros is 0. The result is
+    deterministic and does not depend on the number of threads.
+
+    The radius stays accurate however far the class is from 0, and it is exactly 0 for equal rows.
+    The squares of the distances may exceed the range of float32, but not that of float64. The op
+    reads the input once. On the CPU it copies an input whose columns are not adjacent first. All
+    other temporaries are a few per cent of the input.
 
     Example:
         >>> input = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
@@ -131,9 +142,12 @@ def class_moments(
 
 
 def _unit_rows(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of length 1 or 0, and two factors [N, 1] of the lengths that were, 1 for zero rows.
+    """Scale rows to unit length; a row of zeros stays.
 
-    Each is finite and not 0 where the row is finite, unlike, perhaps, their product.
+    Returns:
+        The scaled rows, and two factors ``[N, 1]`` whose product is the length of each row. A
+        row of zeros has factors of 1. Both factors are finite and not 0 where the row is finite;
+        their product may overflow or underflow.
     """
     if input.shape[1] == 0:
         return input, input.new_ones(len(input), 1), input.new_ones(len(input), 1)
@@ -146,7 +160,7 @@ def _unit_rows(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ClassMomentsOp(Op):
-    """The op behind :func:`class_moments`: count, mean and radius."""
+    """The op behind :func:`marginops.class_moments`. It returns count, mean and radius."""
 
     schema = (
         "class_moments(Tensor input, Tensor target, SymInt num_classes, bool normalize,"
@@ -157,9 +171,9 @@ class ClassMomentsOp(Op):
     def reference(
         input: Tensor, target: Tensor, num_classes: int, normalize: bool, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """In float64 and relative to a sample of each class, so that equal rows have radius 0."""
+        """Subtract one sample of the class from all others, so that equal rows have radius 0."""
         ignored, _ = checks.checked_target(target, num_classes, ignore_index)
-        # The ignored samples are one class more.
+        # The ignored samples form one more class.
         label = torch.where(ignored, num_classes, target)
         sample = torch.arange(len(input), device=input.device)
         first = torch.full((num_classes + 1,), len(input), device=input.device)
@@ -179,8 +193,8 @@ class ClassMomentsOp(Op):
         step /= size
         square = zeros[:, 0].clone() if input.shape[1] else zeros.new_zeros(num_classes + 1)
         for part in sample.split(4096):
-            away = rows(part) - origin[label[part]] - step[label[part]]
-            add_in_order(square, label[part], away.square().sum(1))
+            deviation = rows(part) - origin[label[part]] - step[label[part]]
+            add_in_order(square, label[part], deviation.square().sum(1))
         mean = origin + step
         mean = torch.where((count == 0).unsqueeze(1) | ~mean.isfinite(), torch.nan, mean)
         radius = torch.where(count == 0, torch.nan, (square / size.squeeze(1)).sqrt())
@@ -212,7 +226,10 @@ class ClassMomentsOp(Op):
     def backward(
         ctx: Any, _: Tensor | None, grad_mean: Tensor | None, grad_radius: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Differentiable itself; NaN of empty classes and of ignored samples must not spread."""
+        """The gradient, which is differentiable.
+
+        The NaN of empty classes and of ignored samples must not reach the gradient of others.
+        """
         input, target, count, mean, radius = ctx.saved_tensors
         if grad_mean is None and grad_radius is None:
             return (None,) * 5
@@ -227,8 +244,8 @@ class ClassMomentsOp(Op):
             grad = grad + (grad_mean / size.unsqueeze(1))[label]
         if grad_radius is not None:
             empty = count == 0
-            still = (radius == 0) | empty
-            slope = torch.where(still, 0, grad_radius / torch.where(still, 1, radius) / size)
+            is_zero = (radius == 0) | empty
+            slope = torch.where(is_zero, 0, grad_radius / torch.where(is_zero, 1, radius) / size)
             centre = torch.where(empty.unsqueeze(1), 0, mean)
             grad = grad + slope[label].unsqueeze(1) * (rows - centre[label])
         if ctx.normalize:

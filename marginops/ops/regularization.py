@@ -1,4 +1,4 @@
-"""Multi-margin regularization: the pairwise margins of the last layer, in units of the features."""
+"""Multi-margin regularization: a term of the loss that makes margins larger."""
 
 from typing import Any, Literal, get_args
 
@@ -25,43 +25,52 @@ def multi_margin_regularization(
     reduction: Reduction = "square_of_mean",
     ignore_index: int = -100,
 ) -> Tensor:
-    r"""How far apart the last layer's class vectors are where it matters, times the features' norm.
+    r"""A term of the loss: distances between class vectors of the last layer, times a feature norm.
+
+    For each sample n let :math:`h_n` be its features, :math:`f_n` its logits, :math:`y_n` its
+    target and :math:`r_n` the rival class. With ``reduction="square_of_mean"``, as in the code of
+    Weinstein, Fine, Hel-Or (2020), the term is
 
     .. math:: \Big( R \; \frac{1}{N} \sum_n \lVert w_{y_n} - w_{r_n} \rVert_2 \Big)^2, \qquad
-        R = \max_n \lVert h_n \rVert_2, \qquad r_n = \arg\max_{c \ne y_n} f_{nc}
+        R = \max_n \lVert h_n \rVert_2, \qquad r_n = \arg\max_{c \ne y_n} f_{nc}.
 
-    with ``reduction="square_of_mean"``, what the code of Weinstein, Fine, Hel-Or (2020) adds to
-    the loss; with ``"mean_of_square"`` it is
-    :math:`\frac{1}{N} \sum_n (R \lVert w_{y_n} - w_{r_n} \rVert_2)^2`. Distances to the decision
-    boundary are logits over :math:`\lVert w_y - w_r \rVert`, so small values mean large margins;
-    the value does not change when the features grow and the weight shrinks by the same factor.
+    With ``"mean_of_square"`` it is
+    :math:`\frac{1}{N} \sum_n (R \lVert w_{y_n} - w_{r_n} \rVert_2)^2`.
+
+    The distance of a sample to a decision boundary is a difference of logits divided by
+    :math:`\lVert w_y - w_r \rVert_2`. So a small term means large margins. The term does not
+    change if the features grow and the weight shrinks by the same factor.
 
     Args:
         input: ``[N, D]``, the features :math:`h` before the last layer, float32, float64, bfloat16
             or float16.
-        weight: ``[C, D]``, C >= 2, rows :math:`w_c`, in the dtype of ``input`` or, unless one is
-            float64, in another of these.
+        weight: ``[C, D]``, C >= 2, rows :math:`w_c`, in the dtype of ``input``. If neither is
+            float64, the two dtypes may differ.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
-        logits: ``[N, C]``, any of these dtypes; they only tell the rivals. Without them the rivals
-            are those of ``F.linear(input, weight, bias)``, whose logits never exist.
-        bias: ``[C]``, part of the logits if these are not given; the norms leave it out.
+        logits: ``[N, C]``, any of these dtypes. They only determine the rivals. Without them the
+            function computes the logits ``F.linear(input, weight, bias)`` tile by tile.
+        bias: ``[C]``, part of the logits if these are not given. The norms leave it out.
         reduction: ``"square_of_mean"`` or ``"mean_of_square"``.
         ignore_index: Samples with this target count neither in the mean nor in R.
 
     Returns:
-        A scalar, float64 for float64, else float32. NaN if no sample counts, as in
-        ``F.cross_entropy``, and if the logits of a sample have a NaN.
+        A scalar, float64 for float64 ``weight``, else float32, in squared units of the logits. It
+        is NaN if no sample counts, as in ``F.cross_entropy``, or if a logit of a sample is NaN.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
-        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+        RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
+            assertion.
 
-    The features' squares have to be in the range of the result's dtype, as in
-    ``torch.linalg.vector_norm``. Differentiable (once) in ``weight``, both rows of each pair, and
-    in ``input``, the row of largest norm (the first among equals); a pair of equal rows has
-    gradient 0. The rivals are constants. Deterministic. Reads the logits once and two rows of
-    ``weight`` a sample; without logits the product comes on top, see
-    :func:`linear_classification_margin`.
+    The squares of the features have to be in the range of the result's dtype, as in
+    ``torch.linalg.vector_norm``.
+
+    The term is differentiable (once) in ``weight`` and ``input``. In ``weight``, both rows of each
+    pair have a gradient; two equal rows have gradient 0. In ``input``, only the row of the
+    largest norm has one, the first such row among ties. The rivals are constants. The result is
+    deterministic. The function reads the logits once and two rows of ``weight`` per sample.
+    Without ``logits`` it also computes the matrix product, see
+    :func:`marginops.linear_classification_margin`.
 
     Example:
         >>> features, weight = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.eye(2)
@@ -84,7 +93,7 @@ def _rivals(
     bias: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """Margins and rivals, constants both."""
+    """Margins and rivals of all samples, without gradients."""
     if logits is None:
         dtype = checks.check_linear(input, weight, bias)
         checks.check_classes(weight)
@@ -115,16 +124,19 @@ def _rivals(
 
 
 def _pair(target: Tensor, rival: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The ignored samples, and the two classes of all; with two that exist for the ignored."""
+    """Which samples are ignored, and label and rival of every sample.
+
+    An ignored sample gets class 1 as its label, since its rival is class 0.
+    """
     ignored = target == ignore_index
     return ignored, torch.stack((torch.where(ignored, 1, target), rival), 1)
 
 
 class MultiMarginRegularizationOp(Op):
-    """The op behind :func:`multi_margin_regularization`.
+    """The op behind :func:`marginops.multi_margin_regularization`.
 
-    Beside the value it returns what its gradient needs: the largest norm of the features and its
-    row, 1 / N, and the distance of each pair.
+    It returns the term and what the gradient needs: the largest norm of the features, the row of
+    this norm, 1 / N, and the distance of each pair.
     """
 
     schema = (
@@ -188,12 +200,12 @@ multi_margin_regularization_op = MultiMarginRegularizationOp()
 
 
 class MultiMarginRegularizationGradientOp(Op):
-    """Gradients of input and weight, each empty unless it is asked for."""
+    """Gradients in input and weight. A gradient that is not needed is empty."""
 
     schema = (
         "multi_margin_regularization_gradient(Tensor grad, Tensor input, Tensor weight,"
         " Tensor target, Tensor rival, Tensor radius, Tensor row, Tensor share, Tensor distance,"
-        " bool mean_of_square, int ignore_index, bool for_input, bool for_weight)"
+        " bool mean_of_square, int ignore_index, bool needs_grad_input, bool needs_grad_weight)"
         " -> (Tensor, Tensor)"
     )
     has_kernels = False
@@ -211,22 +223,22 @@ class MultiMarginRegularizationGradientOp(Op):
         distance: Tensor,
         mean_of_square: bool,
         ignore_index: int,
-        for_input: bool,
-        for_weight: bool,
+        needs_grad_input: bool,
+        needs_grad_weight: bool,
     ) -> tuple[Tensor, Tensor]:
-        # In float64: parts of a product in the range of float32 may lie outside.
+        # In float64, because a product may be in the range of float32 although its parts are not.
         wide, distance, radius = grad.double(), distance.double(), radius.double()
         mean = distance.sum() * share
         grad_input, grad_weight = input.new_empty(0), weight.new_empty(0)
-        if for_input:
+        if needs_grad_input:
             grad_input = torch.zeros_like(input)
-        if for_input and input.shape[0] > 0:
-            # d value / d radius = 2 radius (the mean that the radius is squared with).
+        if needs_grad_input and input.shape[0] > 0:
+            # d value / d radius = 2 * radius * square, and d radius / d longest = longest / radius.
             square = distance.square().sum() * share if mean_of_square else mean.square()
             longest = input.index_select(0, row.reshape(1))
             scaled = 2 * wide * square * longest
             grad_input.index_copy_(0, row.reshape(1), scaled.to(input.dtype))
-        if for_weight:
+        if needs_grad_weight:
             scale = 2 * wide * share * radius.square()
             if mean_of_square:
                 coefficient = scale.expand_as(distance)
@@ -239,10 +251,10 @@ class MultiMarginRegularizationGradientOp(Op):
 
     @staticmethod
     def fake(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        for_input, for_weight = rest[-2:]
+        needs_grad_input, needs_grad_weight = rest[-2:]
         return (
-            torch.empty_like(input) if for_input else input.new_empty(0),
-            weight.new_empty(weight.shape) if for_weight else weight.new_empty(0),
+            torch.empty_like(input) if needs_grad_input else input.new_empty(0),
+            weight.new_empty(weight.shape) if needs_grad_weight else weight.new_empty(0),
         )
 
 

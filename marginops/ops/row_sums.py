@@ -1,4 +1,7 @@
-"""What all statistics of a row of logits follow from, when pieces of the row are read apart."""
+"""Sums over rows of logits from which all statistics follow, computed piece by piece and merged.
+
+A piece is a range of classes, for example one tile of the logits or the classes of one process.
+"""
 
 from typing import NamedTuple
 
@@ -9,20 +12,22 @@ from .._checks import result_dtype
 from . import margin_pair as pairs
 from ._library import Op
 
-# In the place of a target or rival: a class that these logits are not of.
-ELSEWHERE = -1
-# In the place of a target whose row is ignored, where others count from the start of a piece.
+# Replaces a target or rival that is not a class of the piece.
+NOT_IN_PIECE = -1
+# Replaces the target of an ignored row where targets are numbered within a piece.
 IGNORED = -2
 
 
 class RowSums(NamedTuple):
-    """What all statistics follow from.
+    """The largest logits of each row and sums over the row. All statistics follow from them.
 
     Attributes:
-        values: ``[N, 6]``: the two largest logits, that of the target (0 if it is elsewhere), and
-            three sums over all classes but that of the largest logit, whose term is 1; with x the
-            logit minus the largest: of exp(x), of exp(x) * x, and of exp(x) squared.
-        classes: ``[N, 2]``, those of the two largest logits; -1 for the second if there is none.
+        values: ``[N, 6]``: the largest logit, the second largest logit, the logit of the target
+            (0 if it is not in the piece), and the sums of ``exp(x)``, of ``exp(x) * x`` and of
+            ``exp(x) ** 2``. Here x is the logit minus the largest logit. The sums leave out the
+            class of the largest logit.
+        classes: ``[N, 2]``, the classes of the two largest logits. The second is -1 if there is
+            only one class.
     """
 
     values: Tensor
@@ -30,15 +35,16 @@ class RowSums(NamedTuple):
 
     @property
     def has_nan(self) -> Tensor:
-        """The rows with a NaN."""
+        """``[N]`` bool, true for the rows with a NaN."""
         return self.values[:, 0].isnan()
 
 
 class StatisticsFields(NamedTuple):
-    """What ``sample_statistics_op`` returns, ``[N]`` each.
+    """The results of ``sample_statistics_op``, ``[N]`` each.
 
-    Those of :class:`SampleStatistics`, then what the gradient needs: the largest logit, and the
-    logarithm of the sum over all classes of exp(logit - largest).
+    The first fields are those of :class:`marginops.SampleStatistics`. The gradient needs the last
+    two: ``maximum`` is the largest logit, and ``log_sum`` is the logarithm of the sum over all
+    classes of ``exp(logit - maximum)``.
     """
 
     margin: Tensor
@@ -53,14 +59,14 @@ class StatisticsFields(NamedTuple):
     log_sum: Tensor
 
 
-def within(classes: Tensor, piece: slice) -> Tensor:
-    """Classes of the whole row as those of a piece of it, or elsewhere."""
-    here = (classes >= piece.start) & (classes < piece.stop)
-    return torch.where(here, classes - piece.start, ELSEWHERE)
+def classes_in_piece(classes: Tensor, piece: slice) -> Tensor:
+    """Number the classes of a row from the start of a piece; others become NOT_IN_PIECE."""
+    is_inside = (classes >= piece.start) & (classes < piece.stop)
+    return torch.where(is_inside, classes - piece.start, NOT_IN_PIECE)
 
 
 def merge(parts: list[RowSums]) -> RowSums:
-    """The sums of rows from those of pieces of them, whose classes count from the whole row."""
+    """Merge the sums of all pieces of the rows. Classes are numbered from the start of the row."""
     if len(parts) == 1:
         return parts[0]
     values, classes = map(torch.stack, zip(*parts, strict=True))
@@ -75,7 +81,8 @@ def merge(parts: list[RowSums]) -> RowSums:
     first, own, others, weighted, squares = values[:, :, [0, 2, 3, 4, 5]].unbind(2)
     offset = torch.where(first == -torch.inf, -torch.inf, first - maximum)
     scale = offset.exp()
-    # The sums of a piece leave out its largest logit, those of the row only the largest of all.
+    # The sums of each piece leave out the largest logit of the piece. The sums of the row leave
+    # out the largest logit of the row only, so the terms of the others are added here.
     left_out = (classes[:, :, 0] != leader).to(values.dtype)
     sums = (
         own,
@@ -88,12 +95,12 @@ def merge(parts: list[RowSums]) -> RowSums:
 
 
 def row_sums_reference(logits: Tensor, label: Tensor) -> RowSums:
-    """From the definition; ``label`` is a class of every row."""
+    """Compute the sums from their definition. ``label`` is a class of the logits in every row."""
     values = logits.to(result_dtype(logits.dtype))
     nan = values.isnan().any(1)
     first = values.argmax(1)
     others = values.scatter(1, first.unsqueeze(1), -torch.inf)
-    # With two classes or more argmax lands on the first itself only where all others are -inf.
+    # With two classes or more, argmax returns the first class again only if all others are -inf.
     second = others.argmax(1) if logits.shape[1] > 1 else torch.full_like(first, -1)
     second = torch.where(second == first, (first == 0).to(torch.int64), second)
     maximum = torch.where(nan, torch.nan, values.amax(1))
@@ -116,7 +123,7 @@ def finish(
     input_norm: Tensor | None,
     log_norm: Tensor | None,
 ) -> StatisticsFields:
-    """The statistics from the sums of their rows."""
+    """Compute the statistics from the sums of the rows."""
     maximum, second, own, others, weighted, squares = rows.values.unbind(1)
     nan = rows.has_nan
     leads = rows.classes[:, 0] == target
@@ -130,11 +137,11 @@ def finish(
     own_term = torch.exp(own - maximum)
     confidence = own_term / total
     entropy = log_sum - weighted / total
-    of_leader = torch.sqrt(others.square() + squares) / total
-    of_others = torch.sqrt(
+    el2n_if_largest = torch.sqrt(others.square() + squares) / total
+    el2n_otherwise = torch.sqrt(
         ((squares - own_term.square()).clamp(min=0) + 1) / total.square() + (1 - confidence) ** 2
     )
-    el2n = torch.where(leads, of_leader, of_others)
+    el2n = torch.where(leads, el2n_if_largest, el2n_otherwise)
     loss = log_sum - (own - maximum)
     loss, confidence, entropy, el2n = (
         torch.where(unknown, torch.nan, field) for field in (loss, confidence, entropy, el2n)
@@ -167,7 +174,10 @@ def finish_exactly(
     input_norm: Tensor | None,
     log_norm: Tensor | None,
 ) -> StatisticsFields:
-    """:func:`finish`, with margins bit for bit those of whole rows: by the op, of two logits."""
+    """Compute the statistics, with margins that agree bit for bit with those of whole rows.
+
+    The op that computes margins of whole rows gets the two logits that each margin compares.
+    """
     fields = finish(rows, target, ignored, input_norm, log_norm)
     maximum, second, own = rows.values[:, :3].unbind(1)
     own = torch.where(rows.has_nan, torch.nan, own)
@@ -178,25 +188,28 @@ def finish_exactly(
 
 
 def top_pair(rows: RowSums) -> tuple[Tensor, Tensor]:
-    """The classes of the two largest logits, and their difference; where it is NaN, 0 and 1."""
+    """The classes of the two largest logits, and the difference of these logits.
+
+    In a row with a NaN the classes are 0 and 1, and the difference is NaN.
+    """
     nan = rows.has_nan
     pair = torch.where(nan.unsqueeze(1), torch.arange(2, device=nan.device), rows.classes)
     return pair, torch.where(nan, torch.nan, rows.values[:, 0] - rows.values[:, 1])
 
 
 class RowSumsOp(Op):
-    """The fields of :class:`RowSums` of logits; without ``with_sums`` the three sums are 0.
+    """The fields of :class:`RowSums`. Without ``with_sums`` the three sums are 0.
 
-    ``target`` is a class of these logits, or any other number where it is elsewhere.
+    ``target`` is a class of these logits, or any other number if it is not in this piece.
     """
 
     schema = "row_sums(Tensor logits, Tensor target, bool with_sums) -> (Tensor, Tensor)"
 
     @staticmethod
     def reference(logits: Tensor, target: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
-        here = (target >= 0) & (target < logits.shape[1])
-        values, classes = row_sums_reference(logits, torch.where(here, target, 0))
-        values[:, 2] = torch.where(here, values[:, 2], 0)
+        is_inside = (target >= 0) & (target < logits.shape[1])
+        values, classes = row_sums_reference(logits, torch.where(is_inside, target, 0))
+        values[:, 2] = torch.where(is_inside, values[:, 2], 0)
         if not with_sums:
             values[:, 3:] = 0
         return values, classes
@@ -214,6 +227,9 @@ row_sums_op = RowSumsOp()
 
 
 def piece_sums(logits: Tensor, target: Tensor, piece: slice, with_sums: bool) -> RowSums:
-    """Of a piece of rows, without sums all but these; targets and classes count from the rows."""
-    values, classes = row_sums_op(logits, within(target, piece), with_sums)
+    """The sums of a piece of the rows. Targets and classes are numbered from the start of the row.
+
+    Without ``with_sums`` the three sums are 0.
+    """
+    values, classes = row_sums_op(logits, classes_in_piece(target, piece), with_sums)
     return RowSums(values, torch.where(classes < 0, classes, classes + piece.start))

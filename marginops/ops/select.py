@@ -1,4 +1,4 @@
-"""Selection of the smallest scores, alone and fused behind the scores of ``margin``."""
+"""Selection of the k smallest scores: of given scores, of margins, and of minimal margin scores."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from .margin_gradient import margin_gradient, score_gradient
 
 
 class Selection(NamedTuple):
-    """The k smallest scores in ascending order and the samples they belong to."""
+    """The k smallest scores in ascending order, and the indices of their samples."""
 
     scores: Tensor
     indices: Tensor
@@ -22,22 +22,24 @@ class Selection(NamedTuple):
 def select_smallest(scores: Tensor, k: int) -> Selection:
     """The k smallest scores in ascending order, with a fixed order among ties.
 
-    Equal to the first k of ``torch.sort(scores, stable=True)`` bit for bit, on every device and
-    in every run: ``-0.0 == +0.0``, ``+inf`` before NaN, NaN of either sign last, equal values by
-    lowest index.
+    The result equals the first k elements of ``torch.sort(scores, stable=True)`` bit for bit, on
+    every device and in every run: ``-0.0`` equals ``+0.0``, ``+inf`` comes before NaN, NaN of
+    either sign comes last, and among equal values the lowest index comes first.
 
     Args:
         scores: ``[N]``, float32, float64, bfloat16 or float16, any stride.
-        k: How many, 0 <= k <= N.
+        k: How many scores to select, 0 <= k <= N.
 
     Returns:
-        ``scores`` ``[k]`` in the dtype of the input, and ``indices`` ``[k]`` int64.
+        :class:`marginops.Selection`: ``scores`` ``[k]`` in the dtype of the input, and ``indices``
+        ``[k]`` int64.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or range.
 
-    ``scores`` of the result is differentiable. Deterministic. O(N + k log k) time (radix select,
-    then a sort of the chosen), O(N) scratch.
+    The selected scores are differentiable in ``scores``. The result is deterministic. The op
+    takes O(N + k log k) time, for a radix select and a sort of the selected scores, and needs O(N)
+    memory.
 
     Example:
         >>> marginops.select_smallest(torch.tensor([3.0, 1.0, 2.0, 1.0]), k=3)
@@ -48,7 +50,7 @@ def select_smallest(scores: Tensor, k: int) -> Selection:
 
 
 class SelectSmallestOp(Op):
-    """The op behind :func:`select_smallest`."""
+    """The op behind :func:`marginops.select_smallest`."""
 
     schema = "select_smallest(Tensor scores, SymInt k) -> (Tensor, Tensor)"
 
@@ -57,7 +59,8 @@ class SelectSmallestOp(Op):
         torch._check(
             0 <= k <= scores.shape[0], lambda: f"k: expected at most {len(scores)}, got {k}"
         )
-        # NaN of either sign sorts last only if it is one NaN, so sort canonical values.
+        # torch.sort may not put a NaN with a sign bit last. So all NaN become the same NaN, and
+        # -0.0 becomes +0.0.
         order = torch.where(scores.isnan(), torch.nan, scores + 0).sort(stable=True).indices[:k]
         return scores[order], order.clone()
 
@@ -97,26 +100,29 @@ def select_minimal_margin(
 ) -> Selection:
     """The k samples closest to a decision boundary: score and selection in one call.
 
-    Equal to ``select_smallest(minimal_margin_score(logits, weight, bias, ...), k)``. With the
-    logits of B candidates and k = B / 10 this is the batch selection of Weinstein et al. (2020).
+    The result equals ``select_smallest(minimal_margin_score(logits, weight, bias, ...), k)``. With
+    the logits of B candidates and k = B / 10 this is the batch selection of Weinstein et al.
+    (2020).
 
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
-        weight: ``[C, D]``, see :func:`minimal_margin_score`.
-        k: How many, 0 <= k <= N.
+        weight: ``[C, D]``, see :func:`marginops.minimal_margin_score`.
+        k: How many samples to select, 0 <= k <= N.
         bias: ``[C]`` in the dtype of ``weight``; read only with ``bias_in_norm``.
-        rival: ``"top2"`` or ``"nearest"``, see :func:`minimal_margin_score`.
+        rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`.
         bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
 
     Returns:
-        ``scores`` ``[k]`` ascending (float64 for float64 logits, else float32) and ``indices``
-        ``[k]`` int64, rows of ``logits``; equal scores by lowest index, NaN last.
+        :class:`marginops.Selection`: ``scores`` ``[k]``, float64 for float64 logits, else float32,
+        ascending and in units of the features; and ``indices`` ``[k]`` int64, rows of ``logits``.
+        Among equal scores the lowest index comes first. NaN comes last.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape, device or range.
 
-    ``scores`` is differentiable in ``logits``, ``weight`` and, with ``bias_in_norm``, ``bias``.
-    Deterministic. One reading of the logits, O(N) scratch, at most 1 MiB more.
+    The selected scores are differentiable in ``logits``, ``weight`` and, with ``bias_in_norm``,
+    ``bias``. The result is deterministic. The op reads the logits once. It needs O(N) memory and
+    at most 1 MiB more.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5], [0.1, 0.0], [3.0, 2.0]])
@@ -129,7 +135,10 @@ def select_minimal_margin(
 
 
 class SelectMinimalMarginOp(Op):
-    """The op behind :func:`select_minimal_margin`; without a bias in the norm it gets none."""
+    """The op behind :func:`marginops.select_minimal_margin`.
+
+    ``bias`` is None unless it is part of the norm.
+    """
 
     schema = (
         "select_minimal_margin(Tensor logits, Tensor weight, Tensor? bias, SymInt k, bool nearest)"
@@ -175,29 +184,32 @@ def select_classification_margin(
     log_norm: Tensor | float | None = None,
     ignore_index: int = -100,
 ) -> Selection:
-    """The k samples with the smallest classification margin: all steps in one call.
+    """The k samples with the smallest classification margin: margin and selection in one call.
 
-    Equal to ``select_smallest(classification_margin(logits, target, ...), k)``: margin,
-    normalisation by the norm product and selection. Keeping the smallest margins is how
-    Banburski et al. (2021) reduce the training set.
+    The result equals ``select_smallest(classification_margin(logits, target, ...), k)``. Banburski
+    et al. (2021) reduce the training set to the samples with the smallest margins.
 
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
-        k: How many, 0 <= k <= N.
-        log_norm: Logarithm of the norm product, see :func:`classification_margin`.
-        ignore_index: Samples with this target score ``+inf``; they come after all others.
+        k: How many samples to select, 0 <= k <= N.
+        log_norm: Natural logarithm of the norm product, see
+            :func:`marginops.classification_margin`.
+        ignore_index: Samples with this target get ``+inf`` and no gradient.
 
     Returns:
-        ``scores`` ``[k]`` ascending (float64 for float64 logits, else float32) and ``indices``
-        ``[k]`` int64, rows of ``logits``; equal scores by lowest index, NaN last.
+        :class:`marginops.Selection`: ``scores`` ``[k]``, float64 for float64 logits, else float32,
+        ascending and in units of the logits (divided by the norm product); and ``indices`` ``[k]``
+        int64, rows of ``logits``. Among equal scores the lowest index comes first. ``+inf`` comes
+        after all finite scores, and NaN comes last.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape, device or range.
-        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+        RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
+            assertion.
 
-    ``scores`` is differentiable in ``logits`` and ``log_norm``. Deterministic. One reading of
-    the logits, O(N) scratch.
+    The selected scores are differentiable in ``logits`` and ``log_norm``. The result is
+    deterministic. The op reads the logits once and needs O(N) memory.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5], [0.1, 0.0], [3.0, 2.0]])
@@ -212,7 +224,7 @@ def select_classification_margin(
 
 
 class SelectClassificationMarginOp(Op):
-    """The op behind :func:`select_classification_margin`."""
+    """The op behind :func:`marginops.select_classification_margin`."""
 
     schema = (
         "select_classification_margin(Tensor logits, Tensor target, Tensor? log_norm, SymInt k,"

@@ -1,4 +1,7 @@
-"""The classes of a linear head spread over the processes of a group, and what these exchange."""
+"""A linear head whose classes are spread over the processes of a group.
+
+A shard is the part of the head that one rank holds: the weight rows of a range of classes.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,22 @@ from .. import _checks as checks
 from .._checks import result_dtype
 from .class_sum import sum_pairs
 from .linear_head import head_sums
-from .row_sums import ELSEWHERE, RowSums, merge, within
+from .row_sums import NOT_IN_PIECE, RowSums, classes_in_piece, merge
 from .tiles import check_chunk_bytes, tile_shape
 
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's classes, [start, stop) of all, and how it computes their logits."""
+    """The classes [start, stop) of this rank, and how it computes their logits.
+
+    Attributes:
+        group: The processes that share the head.
+        sizes: The number of classes of every rank.
+        start: The first class of this rank.
+        stop: The class after the last one of this rank.
+        dtype: The dtype of the matrix product; None for the dtype of the arguments.
+        chunk_bytes: The size of the buffer for logits in bytes; None for the default.
+    """
 
     group: dist.ProcessGroup
     sizes: list[int]
@@ -31,51 +43,54 @@ class Shard:
 
     @property
     def classes(self) -> slice:
-        """This rank's among all."""
+        """The range of this rank's classes among all classes."""
         return slice(self.start, self.stop)
 
     def local(self, classes: Tensor) -> Tensor:
-        """Classes of all as classes of this rank, or elsewhere."""
-        return within(classes, self.classes)
+        """Number classes from the start of this rank; those of others become NOT_IN_PIECE."""
+        return classes_in_piece(classes, self.classes)
 
     def gather(self, value: Tensor) -> Tensor:
-        """[R, ...]: the tensors of all ranks."""
+        """``[R, ...]``: the tensors of all R ranks."""
         parts = [torch.empty_like(value) for _ in self.sizes]
         dist.all_gather(parts, value.contiguous(), group=self.group)
         return torch.stack(parts)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks, rounded once."""
+        """The sum over all ranks, rounded once to the dtype of ``value``."""
         total = value.to(result_dtype(value.dtype), copy=True)
         dist.all_reduce(total, group=self.group)
         return total.to(value.dtype)
 
     def rows(self, weight: Tensor, classes: Tensor) -> Tensor:
-        """Rows of the whole weight on every rank; exact, since all but one rank add 0."""
+        """Rows of the whole weight, the same on every rank.
+
+        Each row is a sum over ranks. It is exact, because all ranks but one add 0.
+        """
         local = self.local(classes)
-        found = weight.new_zeros((len(classes), *weight.shape[1:]))
-        here = (local != ELSEWHERE).nonzero().squeeze(1)
-        found[here] = weight[local[here]]
-        return self.sum(found)
+        rows = weight.new_zeros((len(classes), *weight.shape[1:]))
+        is_local = (local != NOT_IN_PIECE).nonzero().squeeze(1)
+        rows[is_local] = weight[local[is_local]]
+        return self.sum(rows)
 
     def sum_pairs(self, value: Tensor, rows: Tensor, pair: Tensor, count: int) -> Tensor:
-        """The sums of this rank's classes."""
+        """See :func:`class_sum.sum_pairs`; for the ``count`` classes of this rank."""
         local = self.local(pair)
-        here = (local.t().flatten() != ELSEWHERE).nonzero().squeeze(1)
-        return sum_pairs(value, rows, local, count, here)
+        kept = (local.t().flatten() != NOT_IN_PIECE).nonzero().squeeze(1)
+        return sum_pairs(value, rows, local, count, kept)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a rank tells the others about its arguments.
+class _RankArguments:
+    """What a rank tells the other ranks about its arguments.
 
     Attributes:
-        same: By name, what has to be the same on all ranks.
-        classes: How many it has.
-        targets: The smallest and the largest.
+        must_agree: Properties that have to be the same on all ranks, by name.
+        classes: The number of classes of the rank.
+        targets: The smallest and the largest target; None without targets.
     """
 
-    same: dict[str, Any]
+    must_agree: dict[str, Any]
     classes: int
     targets: tuple[int, int] | None
 
@@ -88,23 +103,24 @@ def open_shard(
     check: Callable[[], dict[str, Any]],
     labels: tuple[Any, Any] | None = None,
 ) -> Shard:
-    """Check the arguments of all ranks: if those of one are wrong, every rank raises.
+    """Check the arguments of all ranks. If the arguments of one are wrong, every rank raises.
 
     Args:
-        function: What is computed.
+        function: The name of the function, which has to be the same on all ranks.
         head: Features, weight and bias.
-        chunk_bytes: Room for logits.
-        group: The ranks.
-        check: Checks all further arguments; returns those that have to be the same.
-        labels: Targets and ``ignore_index``.
+        chunk_bytes: The size of the buffer for logits in bytes, or None.
+        group: The processes that share the head.
+        check: Checks all further arguments. Returns the properties that have to be the same on
+            all ranks.
+        labels: Targets and ``ignore_index``; None if the function has no targets.
     """
     input, weight, bias = head
 
-    def check_all() -> _Found:
+    def check_all() -> _RankArguments:
         dtype = checks.check_linear(input, weight, bias)
         check_chunk_bytes(chunk_bytes, weight, dtype)
         others = check()
-        same = {
+        must_agree = {
             "function": function,
             "input (shape, dtype, requires_grad)": [
                 *input.shape,
@@ -117,15 +133,16 @@ def open_shard(
             "autocast (dtype)": str(dtype),
             **others,
         }
-        return _Found(same, len(weight), None if labels is None else _targets(*labels))
+        targets = None if labels is None else _targets(*labels)
+        return _RankArguments(must_agree, len(weight), targets)
 
-    everyone = _exchange(group, check_all)
-    sizes = [found.classes for found in everyone]
+    all_ranks = _exchange(group, check_all)
+    sizes = [arguments.classes for arguments in all_ranks]
     total = sum(sizes)
     if total < 2:
         raise ValueError(f"weight: expected at least 2 classes on all ranks of group, got {sizes}")
-    for rank, found in enumerate(everyone):
-        low, high = found.targets or (0, 0)
+    for rank, arguments in enumerate(all_ranks):
+        low, high = arguments.targets or (0, 0)
         if low < 0 or high >= total:
             raise RuntimeError(
                 f"target: expected classes in [0, {total}) or ignore_index, "
@@ -138,18 +155,26 @@ def open_shard(
 
 
 def records_gradient(*values: Tensor | None) -> bool:
-    """Whether there will be a backward pass for one of them; all ranks have to take part in it."""
+    """Whether autograd records a gradient of one of the tensors.
+
+    All ranks have to agree, because all ranks have to take part in the backward pass.
+    """
     needs_grad = any(value is not None and value.requires_grad for value in values)
     return torch.is_grad_enabled() and needs_grad
 
 
 def _targets(target: Tensor, ignore_index: int) -> tuple[int, int] | None:
-    known = target[target != ignore_index]
-    return (int(known.min()), int(known.max())) if len(known) else None
+    """The smallest and the largest target that is not ignored; None if there is none."""
+    kept = target[target != ignore_index]
+    return (int(kept.min()), int(kept.max())) if len(kept) else None
 
 
-def _exchange(group: Any, check: Callable[[], _Found]) -> list[_Found]:
-    """What all ranks found; where one fails or they disagree every rank raises, none waits."""
+def _exchange(group: Any, check: Callable[[], _RankArguments]) -> list[_RankArguments]:
+    """Check the arguments of this rank and exchange the results with all ranks.
+
+    If the check of one rank fails, or if the ranks disagree, every rank raises an error. So no
+    rank waits for another one that has raised.
+    """
     if not dist.is_available():
         raise RuntimeError("group: this build of PyTorch has no torch.distributed")
     if group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -159,23 +184,23 @@ def _exchange(group: Any, check: Callable[[], _Found]) -> list[_Found]:
             f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}"
         )
     problem: Exception | None = None
-    mine: _Found | str
+    own: _RankArguments | str
     try:
-        mine = check()
-    except Exception as error:  # whatever it is, the others wait to hear of it
-        problem, mine = error, str(error)
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+        own = check()
+    except Exception as error:  # of any kind, because the other ranks wait for the result
+        problem, own = error, str(error)
+    all_ranks: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(all_ranks, own, group=group)
     if problem is not None:
         raise problem
-    for rank, found in enumerate(everyone):
-        if isinstance(found, str):
-            raise ValueError(f"rank {rank} of group: {found}")
-    for name in everyone[0].same:
-        values = [found.same.get(name) for found in everyone]
+    for rank, arguments in enumerate(all_ranks):
+        if isinstance(arguments, str):
+            raise ValueError(f"rank {rank} of group: {arguments}")
+    for name in all_ranks[0].must_agree:
+        values = [arguments.must_agree.get(name) for arguments in all_ranks]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name}: expected the same on every rank of group, got {values}")
-    return everyone
+    return all_ranks
 
 
 def sums_over_ranks(
@@ -184,7 +209,7 @@ def sums_over_ranks(
     label: Tensor,
     with_sums: bool,
 ) -> RowSums:
-    """The sums of whole rows, from those of each rank; ``label`` is a class of all."""
+    """The :class:`RowSums` of whole rows. ``label`` is numbered over the classes of all ranks."""
     input, weight, bias = head
     if len(weight):
         shape = tile_shape(input, weight, shard.dtype, shard.chunk_bytes)

@@ -1,4 +1,4 @@
-"""Every per-sample statistic of a classifier from one reading of its logits."""
+"""Margin, loss, confidence, entropy, EL2N and more of every sample, from one op."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from .row_sums import StatisticsFields
 
 
 class SampleStatistics(NamedTuple):
-    """One value per sample; see :func:`sample_statistics`."""
+    """One value per sample in each field; see :func:`marginops.sample_statistics`."""
 
     margin: Tensor
     rival: Tensor
@@ -35,50 +35,53 @@ def sample_statistics(
     log_norm: Tensor | float | None = None,
     ignore_index: int = -100,
 ) -> SampleStatistics:
-    r"""Margin, loss, confidence, entropy, EL2N and more of every sample, in one reading.
+    r"""Margin, loss, confidence, entropy, EL2N and more of every sample, from one call.
 
-    With :math:`p_n` the softmax of row n, :math:`y_n` its target and :math:`e_y` the one-hot
-    vector of y:
+    For one sample, let :math:`f` be its logits, :math:`p` their softmax, :math:`y` its target,
+    :math:`e_y` the one-hot vector of y, and :math:`h` the input of the last layer:
 
     ================= ===========================================================================
     ``margin``        :math:`(f_y - \max_{c \ne y} f_c) \, e^{-\mathrm{log\_norm}}`
-    ``rival``         the class of that maximum, int64
+    ``rival``         the class c of the maximum in ``margin``, int64
     ``loss``          cross-entropy, :math:`-\log p_y`
     ``confidence``    :math:`p_y`
     ``entropy``       :math:`-\sum_c p_c \log p_c`, in nats
-    ``correct``       whether y is the class of the largest logit, bool
+    ``correct``       bool, true if y is the class of the largest logit
     ``el2n``          :math:`\lVert p - e_y \rVert_2`
     ``gradient_norm`` :math:`\lVert p - e_y \rVert_2 \sqrt{1 + \lVert h \rVert_2^2}`, the norm of
-                      the gradient of the loss for weight and bias of the last layer, h its input
+                      the gradient of the loss in weight and bias of the last layer
     ================= ===========================================================================
 
-    The margin is that of Banburski et al. (2021); EL2N and the gradient norm (GraNd, here exact
-    for the last layer) are those of Paul, Ganguli, Dziugaite (2021).
+    The margin is that of Banburski et al. (2021). EL2N and the gradient norm are those of Paul,
+    Ganguli, Dziugaite (2021), who call the latter GraNd. Here it is exact for the last layer.
 
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
-        input: ``[N, D]``, the input of the last layer, any of these dtypes; without it there is
+        input: ``[N, D]``, the input of the last layer, any of these dtypes. Without it there is
             no ``gradient_norm``.
-        log_norm: Logarithm of the norm product, see :func:`classification_margin`.
-        ignore_index: Samples with this target are reported as learnt perfectly: margin ``+inf``,
-            loss, entropy, EL2N and gradient norm 0, confidence 1, correct, and rival 0. They have
-            no gradient.
+        log_norm: Natural logarithm of the norm product, see
+            :func:`marginops.classification_margin`.
+        ignore_index: A sample with this target has margin ``+inf``, loss, entropy, EL2N and
+            gradient norm 0, confidence 1 and rival 0, and is correct. It has no gradient.
 
     Returns:
-        :class:`SampleStatistics` of ``[N]`` tensors, float64 for float64 logits, else float32;
-        ``gradient_norm`` is None without ``input``. Among equal logits the lowest class counts
-        as the largest. A row with a NaN has NaN in every field of floating point and is not
-        correct; where the largest logit is infinite only the margin has a value. In float32 an EL2N
-        below 1e-19 becomes 0.
+        :class:`marginops.SampleStatistics` of ``[N]`` tensors. The floating-point fields are
+        float64 for float64 logits, else float32. ``gradient_norm`` is None without ``input``.
+        Among equal logits the lowest class counts as the largest. A row with a NaN has NaN in
+        every floating-point field and is not correct. Where the largest logit of a row is
+        infinite, every floating-point field but the margin is NaN. In float32 an EL2N below 1e-19
+        becomes 0.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
-        RuntimeError: A target is outside [0, C) (CPU); on CUDA a device-side assertion.
+        RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
+            assertion.
 
-    ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable in ``logits`` (once),
-    the margin also in ``log_norm``. Deterministic. Reads the logits once forward and once
-    backward; no temporary of the size of the logits but their gradient.
+    ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable in ``logits`` (once).
+    The margin is also differentiable in ``log_norm``. The result is deterministic. The forward
+    pass reads the logits once, and so does the backward pass. The gradient of the logits is the
+    only temporary of their size.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
@@ -102,13 +105,13 @@ def sample_statistics(
 
 
 def as_statistics(fields: tuple[Tensor, ...], has_gradient_norm: bool) -> SampleStatistics:
-    """The public fields among those of the op."""
+    """The public fields, which come first among the results of the op."""
     statistics = SampleStatistics._make(fields[: len(SampleStatistics._fields)])
     return statistics if has_gradient_norm else statistics._replace(gradient_norm=None)
 
 
 def empty_fields(logits: Tensor, rows: int | torch.SymInt, has_input: bool) -> StatisticsFields:
-    """Fields of the op for so many rows, with any content."""
+    """Uninitialized results of the op for ``rows`` rows."""
     integers, dtype = {"rival": torch.int64, "correct": torch.bool}, result_dtype(logits.dtype)
 
     def empty(name: str) -> Tensor:
@@ -119,7 +122,7 @@ def empty_fields(logits: Tensor, rows: int | torch.SymInt, has_input: bool) -> S
 
 
 def mark_differentiable(ctx: Any, fields: StatisticsFields) -> None:
-    """A gradient that nobody asks for is None and costs nothing."""
+    """Say which fields have a gradient, and pass None instead of zeros for unused gradients."""
     ctx.mark_non_differentiable(fields.el2n, fields.gradient_norm, fields.maximum, fields.log_sum)
     ctx.set_materialize_grads(False)
 
@@ -128,7 +131,7 @@ FIELDS = "(" + ", ".join(["Tensor"] * len(StatisticsFields._fields)) + ")"
 
 
 class SampleStatisticsOp(Op):
-    """The op behind :func:`sample_statistics`; its results are :class:`StatisticsFields`."""
+    """The op behind :func:`marginops.sample_statistics`. It returns :class:`StatisticsFields`."""
 
     schema = (
         "sample_statistics(Tensor logits, Tensor target, Tensor? input_norm, Tensor? log_norm,"
@@ -191,7 +194,11 @@ sample_statistics_op = SampleStatisticsOp()
 
 
 class SampleStatisticsGradientOp(Op):
-    """The gradient of the statistics for the logits; gradients that are None are not there."""
+    """The gradient of the statistics in the logits.
+
+    A gradient of a field that is None counts as zeros. A target or rival outside the classes of
+    ``logits`` belongs to another piece of the row.
+    """
 
     schema = (
         "sample_statistics_gradient(Tensor logits, Tensor target, Tensor rival, Tensor confidence,"
@@ -216,7 +223,7 @@ class SampleStatisticsGradientOp(Op):
         grad_entropy: Tensor | None,
         ignore_index: int,
     ) -> Tensor:
-        label, has_label = _among(target, logits)
+        label, has_label = _column_index(target, logits)
         gradient = torch.zeros(logits.shape, dtype=result_dtype(logits.dtype), device=logits.device)
         if grad_loss is not None or grad_confidence is not None or grad_entropy is not None:
             dense = torch.zeros_like(confidence)
@@ -226,7 +233,7 @@ class SampleStatisticsGradientOp(Op):
                 dense = dense - grad_confidence * confidence
             log_p = (logits.to(dense.dtype) - maximum.unsqueeze(1)) - log_sum.unsqueeze(1)
             p = log_p.exp()
-            # At the label p - 1, which must not cancel where p is close to 1.
+            # At the label the term is p - 1. expm1 is accurate where p is close to 1.
             own = log_p.gather(1, label)
             own = torch.where(has_label, own.expm1(), own.exp())
             gradient = p.scatter(1, label, own) * dense.unsqueeze(1)
@@ -235,7 +242,7 @@ class SampleStatisticsGradientOp(Op):
                 gradient = gradient - p * grad_entropy.unsqueeze(1) * surprise
         if grad_margin is not None:
             scaled = pairs.normalize(grad_margin, log_norm).unsqueeze(1)
-            other, has_other = _among(rival, logits)
+            other, has_other = _column_index(rival, logits)
             gradient.scatter_add_(1, other, torch.where(has_other, -scaled, 0))
             gradient.scatter_add_(1, label, torch.where(has_label, scaled, 0))
         ignored = target == ignore_index
@@ -249,7 +256,10 @@ class SampleStatisticsGradientOp(Op):
 sample_statistics_gradient_op = SampleStatisticsGradientOp()
 
 
-def _among(classes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, 1]: a class of the logits for each one, and whether it is the one that was asked for."""
-    here = (classes >= 0) & (classes < logits.shape[1])
-    return torch.where(here, classes, 0).unsqueeze(1), here.unsqueeze(1)
+def _column_index(classes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Each class as a column of the logits, and whether that column exists; both ``[N, 1]``.
+
+    Where it does not exist, the index is 0.
+    """
+    exists = (classes >= 0) & (classes < logits.shape[1])
+    return torch.where(exists, classes, 0).unsqueeze(1), exists.unsqueeze(1)

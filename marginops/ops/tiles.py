@@ -1,4 +1,7 @@
-"""The logits of a linear head, a tile of rows and classes at a time, in one buffer."""
+"""Computes the logits of a linear head tile by tile, in one buffer.
+
+A tile is a range of rows and a range of classes.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,27 +10,28 @@ import torch
 from torch import Tensor
 
 MEBIBYTE = 1 << 20
-# Measured on the CPU: 8 MiB are slower and 32 MiB no faster. On CUDA nothing is measured yet.
+# On the CPU, 8 MiB measured slower and 32 MiB no faster. The size for CUDA is not measured yet.
 CPU_CHUNK_BYTES = 16 * MEBIBYTE
 CUDA_CHUNK_BYTES = 128 * MEBIBYTE
-# A product of few rows takes as long to read the weight as to multiply. From so many rows on,
-# tiles hold all classes; else they have so many rows, and the classes that there is room for.
+# A product of few rows spends as much time on reading the weight as on multiplying. If the buffer
+# has room for _ENOUGH_ROWS rows of all classes, tiles hold all classes. Otherwise tiles have
+# _TILE_ROWS rows and as many classes as the buffer has room for.
 _ENOUGH_ROWS = 1024
 _TILE_ROWS = 2048
 
 
 def default_chunk_bytes(input: Tensor) -> int:
-    """The size of the buffer on the device of the features."""
+    """The size of the buffer in bytes, on the device of the features."""
     return CUDA_CHUNK_BYTES if input.is_cuda else CPU_CHUNK_BYTES
 
 
 def row_bytes(weight: Tensor, dtype: torch.dtype | None) -> int | torch.SymInt:
-    """The bytes of one row of logits."""
+    """The size of one row of logits in bytes."""
     return weight.shape[0] * (dtype or weight.dtype).itemsize
 
 
 def check_chunk_bytes(chunk_bytes: Any, weight: Tensor, dtype: torch.dtype | None) -> None:
-    """None, or room for a row of logits."""
+    """Check that ``chunk_bytes`` is None or has room for one row of logits."""
     if chunk_bytes is None:
         return
     if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool):
@@ -47,20 +51,20 @@ def tile_shape(
     chunk_bytes: int | None,
     whole_rows: bool = False,
 ) -> tuple[int, int]:
-    """How many rows and classes of the logits to compute at once.
+    """The number of rows and of classes of a tile.
 
-    A product reads its features once for each piece of the classes, and its weight once for each
-    piece of the rows, so tiles are about square. ``whole_rows`` asks for all classes.
+    The products read the features once for each range of classes, and the weight once for each
+    range of rows. So the tiles are about square. With ``whole_rows`` tiles hold all classes.
     """
-    room = (chunk_bytes or default_chunk_bytes(input)) // (dtype or weight.dtype).itemsize
+    capacity = (chunk_bytes or default_chunk_bytes(input)) // (dtype or weight.dtype).itemsize
     count, classes = len(input), len(weight)
-    rows = min(count, max(room // max(classes, 1), 1))
+    rows = min(count, max(capacity // max(classes, 1), 1))
     columns = classes
     if not whole_rows and rows < min(count, _ENOUGH_ROWS):
-        rows = min(count, _TILE_ROWS, room)
-        columns = room // rows
+        rows = min(count, _TILE_ROWS, capacity)
+        columns = capacity // rows
         columns -= columns % 64 if columns > 64 else 0
-    blocks = -(-count // max(rows, 1))  # of nearly equal size
+    blocks = -(-count // max(rows, 1))  # blocks of rows of nearly equal size
     return -(-count // max(blocks, 1)), min(columns, classes)
 
 
@@ -71,10 +75,11 @@ def logit_tiles(
     dtype: torch.dtype | None,
     shape: tuple[int, int],
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, classes, and their logits ``F.linear(input, weight, bias)``, valid until the next.
+    """Yield rows, classes and logits ``F.linear(input, weight, bias)`` of each tile.
 
-    The product is in ``dtype``, or that of the arguments. All classes of some rows come one after
-    the other; for no rows at all there is one empty tile.
+    The logits are valid until the next tile. The product is computed in ``dtype``, or in the
+    dtype of the arguments if ``dtype`` is None. All tiles of a range of rows follow each other. An
+    input without rows has one empty tile.
     """
     dtype = dtype or weight.dtype
     weight = weight.to(dtype)
@@ -93,6 +98,6 @@ def logit_tiles(
 
 
 def pieces(count: int, size: int) -> Iterator[slice]:
-    """``range(count)`` in pieces of a size; of nothing, one empty piece."""
+    """Split ``range(count)`` into pieces of at most ``size``; a count of 0 into one empty piece."""
     for start in range(0, max(count, 1), max(size, 1)):
         yield slice(start, min(start + size, count))

@@ -1,4 +1,4 @@
-"""Training with margins: select batches, report epochs, find the inversion point and stragglers."""
+"""Batch selection, reports of epochs, and the inversion points and stragglers of training."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the report of an epoch when it is asked for: it alone needs torchmetrics."""
+    """Import the report of an epoch at its first use, because only this part needs torchmetrics."""
     if name in ("EpochReport", "report_epoch"):
         from . import epoch_report as module
 

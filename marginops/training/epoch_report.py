@@ -1,4 +1,4 @@
-"""What a network has made of its training data: margins, neural collapse and class manifolds."""
+"""The report of an epoch: margins, neural collapse and class manifolds of a network."""
 
 import math
 from collections.abc import Mapping
@@ -27,23 +27,26 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True, eq=False)
 class EpochReport:
-    """A network seen from its N training samples; tensors are on the CPU.
+    """The report of :func:`marginops.training.report_epoch`. All tensors are on the CPU.
 
     Attributes:
-        training_error: Share of the training samples that are misclassified.
-        test_accuracy: Share of the test samples that are classified correctly; NaN without any.
+        training_error: The share of misclassified training samples.
+        test_accuracy: The share of correctly classified test samples; NaN without test samples.
         misclassified: ``[N]`` bool, in the order of the training data.
-        margins: ``[N]``, margins divided by the product of the layers' Frobenius norms.
-        log_norm: Logarithm of that product.
-        distribution: Of ``margins``, see :class:`marginops.metrics.MarginDistribution`; its support
-            vectors count for something only where margins are not normalised.
-        collapse: Of the input of the last layer and its weight, see
+        margins: ``[N]``, classification margins of the training samples divided by the product of
+            the layers' Frobenius norms.
+        log_norm: The logarithm of that product.
+        distribution: The distribution of ``margins``, see
+            :class:`marginops.metrics.MarginDistribution`. Its support vectors have no meaning here,
+            because they need margins that are not normalised.
+        collapse: Neural collapse of the input of the last layer and of its weight, see
             :class:`marginops.metrics.NeuralCollapse`.
-        manifolds: Of the input of the last layer on the unit sphere, see
+        manifolds: Class manifolds of the input of the last layer on the unit sphere, see
             :class:`marginops.metrics.ClassManifolds`.
-        tau_margin: The smallest margin, normalised by the scale tau
-            (:func:`marginops.homogeneity.normalized_margin`); NaN without rates.
-        lambda_max_margin: The same by the parameters of the largest rate.
+        tau_margin: The smallest margin, normalised by
+            :func:`marginops.homogeneity.normalized_margin` in its version ``"tau"``; NaN without
+            rates.
+        lambda_max_margin: The same in the version ``"lambda_max"``.
     """
 
     training_error: float
@@ -70,30 +73,39 @@ def report_epoch(
     rates: Mapping[str, float] | None = None,
     chunk_size: int = 4096,
 ) -> EpochReport:
-    """Look at a network after an epoch, in evaluation mode and without gradient.
+    """Report margins, neural collapse and class manifolds of a network after an epoch.
 
-    Reads the training data twice: NC4 needs the class means before it can compare with them.
+    The margins are those of Banburski et al. (2021) and Kunin et al. (2023), neural collapse that
+    of Papyan, Han, Donoho (2020), and the class manifolds those of Ciceri et al. (2024).
 
     Args:
-        network: Maps inputs ``[B, ...]`` to logits ``[B, C]``, as a tensor or in the attribute
-            ``logits``; it may be wrapped, see :func:`marginops.networks.unwrap`. It stays as it is.
+        network: A network that maps inputs ``[B, ...]`` to logits ``[B, C]``, as a tensor or in
+            the attribute ``logits`` of its output. It may have wrappers, see
+            :func:`marginops.networks.unwrap`. The function does not change it.
         inputs: ``[N, ...]``, N >= 1, the training inputs, on the device of ``network``.
-        target: ``[N]`` int64, their classes.
-        test_inputs: ``[M, ...]``, inputs that are not trained on.
-        test_target: ``[M]`` int64, their classes.
-        num_classes: C; by default that of ``head``, or one more than the largest target.
-        head: The layer that computes the logits from features ``[B, D]``; by default
-            :func:`marginops.networks.last_linear`.
-        rates: Those of :func:`marginops.homogeneity.rates`, computed once for all epochs; without
-            them the two Lambda-normalised margins are NaN.
-        chunk_size: Samples in one forward pass.
+        target: ``[N]`` int64, the classes of the training inputs.
+        test_inputs: ``[M, ...]``, inputs that the network does not train on.
+        test_target: ``[M]`` int64, the classes of the test inputs.
+        num_classes: The number of classes C. The default is the number of outputs of ``head``, or
+            without ``head`` the largest target plus one.
+        head: The layer that computes the logits from features ``[B, D]``. The default is the one
+            that :func:`marginops.networks.last_linear` finds.
+        rates: The result of :func:`marginops.homogeneity.rates`, which is the same for all epochs.
+            Without it ``tau_margin`` and ``lambda_max_margin`` are NaN.
+        chunk_size: The number of samples in one forward pass.
 
     Returns:
-        :class:`EpochReport`.
+        :class:`marginops.training.EpochReport`.
 
     Raises:
-        TypeError, ValueError: An argument has the wrong type or shape, the head cannot be told,
-            or ``rates`` are those of another network.
+        TypeError, ValueError: An argument has the wrong type or shape, the last layer is not clear,
+            or ``rates`` belong to another network.
+        RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
+            assertion.
+
+    The network runs in evaluation mode and without gradient, twice on the training data and once
+    on the test data. The second pass is for NC4, which needs the class means of the first one. The
+    function waits for the device.
 
     Example:
         >>> import torch
@@ -162,7 +174,7 @@ def report_epoch(
 
 
 def _check_samples(inputs: Any, target: Any, test_inputs: Any, test_target: Any) -> None:
-    """Training samples, and test samples or none."""
+    """Check the training samples, and the test samples if there are any."""
     if (test_inputs is None) != (test_target is None):
         missing = "test_inputs" if test_inputs is None else "test_target"
         raise ValueError(f"{missing}: expected test_inputs and test_target together, got None")

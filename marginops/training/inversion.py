@@ -1,4 +1,4 @@
-"""When the classes of a network stop contracting, and which samples are misclassified then."""
+"""The inversion point, at which classes stop contracting, and the stragglers at this point."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,21 @@ class InversionMonitor:
 
     While a network learns, the classes of its hidden layer first contract and then expand again.
     The inversion point of a class is the first epoch :math:`t \ge` ``first_epoch`` at which its
-    radius no longer falls, :math:`R_c(t) \ge R_c(t - 1)`; stragglers are the training samples that
-    are misclassified then (Ciceri et al., 2024). Epochs are counted from 1: the t-th call of
-    :meth:`update` is epoch t.
+    radius does not fall: :math:`R_c(t) \ge R_c(t - 1)`. Stragglers are the training samples that
+    are misclassified at this point (Ciceri et al., 2024). Call t of
+    :meth:`marginops.training.InversionMonitor.update` is epoch t, and the first epoch is 1.
 
     Args:
         num_classes: C >= 1.
-        first_epoch: No inversion is looked for before this epoch, >= 2.
-        per_class: Whether each class has an inversion of its own, with the misclassified samples
-            of that class as its stragglers. Otherwise class 0 decides for all samples, the rule
-            for two classes.
+        first_epoch: The first epoch that can be an inversion point, >= 2.
+        per_class: Whether each class has its own inversion point, and the misclassified samples of
+            the class are its stragglers. If False, class 0 determines one inversion point for all
+            samples. This is the rule for two classes.
 
     Raises:
         TypeError, ValueError: A number has the wrong type or is too small.
+
+    The monitor is deterministic. It keeps the radii of all epochs and a mask of the stragglers.
 
     Example:
         >>> import torch
@@ -52,17 +54,17 @@ class InversionMonitor:
         self._population: int | None = None
 
     def update(self, radius: Tensor, misclassified: Tensor, target: Tensor | None = None) -> None:
-        """Say how an epoch ended; call it once per epoch.
+        """Add an epoch. Call this method once per epoch.
 
         Args:
             radius: ``[C]``, the radius of every class over the training data: ``radius`` of
                 :func:`marginops.class_moments` with ``normalize=True`` or of
-                :class:`marginops.metrics.ClassManifolds`. A class whose radius is NaN, now or in
-                the epoch before, does not invert.
-            misclassified: ``[P]`` bool, the training samples that are misclassified, in the same
-                order in every epoch.
-            target: ``[P]`` int64, needed if ``per_class``: the stragglers of class c are among
-                the samples with this target.
+                :class:`marginops.metrics.ClassManifolds`. If the radius of a class is NaN, in this
+                epoch or in the one before, the class does not invert.
+            misclassified: ``[P]`` bool, which training samples are misclassified, in the same order
+                in every epoch.
+            target: ``[P]`` int64, the classes of the training samples. They are required with
+                ``per_class``, and have to be None without it.
 
         Raises:
             TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
@@ -87,29 +89,33 @@ class InversionMonitor:
 
     @property
     def epoch(self) -> int | list[int | None] | None:
-        """The epoch of the inversion, None before; with ``per_class`` one for each class."""
+        """The epoch of the inversion, or None before it. With ``per_class`` a list over classes."""
         return list(self._epochs) if self.per_class else self._epochs[0]
 
     @property
     def inverted(self) -> bool:
-        """Whether the inversion has been; with ``per_class`` that of every class."""
+        """Whether there has been an inversion. With ``per_class``, whether every class has one."""
         return None not in self._epochs
 
     @property
     def stragglers(self) -> Tensor | None:
-        """``[P]`` bool, a copy; None before the inversion.
+        """The stragglers, a copy, ``[P]`` bool. None before the first inversion.
 
-        With ``per_class`` those of the classes that have inverted so far, None before the first.
+        With ``per_class`` these are the stragglers of all classes with an inversion so far.
         """
         return None if self._stragglers is None else self._stragglers.clone()
 
     @property
     def history(self) -> Tensor:
-        """``[T, C]`` float64 on the CPU, the radii of every epoch."""
+        """The radii of all T epochs, ``[T, C]`` float64 on the CPU."""
         return torch.tensor(self._history, dtype=torch.float64).reshape(-1, self.num_classes)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that :meth:`load_state_dict` needs to go on from here; saves by ``torch.save``."""
+        """The state of the monitor, for ``torch.save``.
+
+        Returns:
+            A mapping for :meth:`marginops.training.InversionMonitor.load_state_dict`.
+        """
         return {
             "arguments": self._arguments(),
             "history": self.history,
@@ -119,14 +125,17 @@ class InversionMonitor:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from where another monitor of the same arguments was.
+        """Restore the state of another monitor with the same arguments.
+
+        Args:
+            state_dict: The result of :meth:`marginops.training.InversionMonitor.state_dict`.
 
         Raises:
-            ValueError: It had other arguments.
+            ValueError: The other monitor had other arguments.
         """
         if state_dict["arguments"] != self._arguments():
             raise ValueError(
-                f"state_dict: expected that of a monitor with {self._arguments()}, "
+                f"state_dict: expected the state of a monitor with {self._arguments()}, "
                 f"got {state_dict['arguments']}"
             )
         self._history = state_dict["history"].tolist()
@@ -173,27 +182,29 @@ def straggler_stability(
     sets_b: Sequence[Tensor | Sequence[int]],
     population: int,
 ) -> float:
-    r"""How much more two runs misclassify the same samples than chance would have it.
+    r"""How much more often than by chance two training runs misclassify the same samples.
 
     .. math::
         z = \frac{\mathrm{mean}_k |A_k \cap B_k| - \mathrm{mean}_k |A_k| |B_k| / P}
                  {\mathrm{std}_k |A_k \cap B_k|}
 
-    with the standard deviation of the pairs as a population (divided by K). Ciceri et al. (2024)
-    follow it over the epochs, with :math:`A_k` and :math:`B_k` misclassified at the same epoch of
-    two runs.
+    The standard deviation is that of a population: the sum of squares is divided by K. Ciceri et
+    al. (2024) compute z for every epoch. There :math:`A_k` and :math:`B_k` are the samples that the
+    two runs of pair k misclassify at this epoch.
 
     Args:
         sets_a: K >= 2 sets, each a bool mask ``[P]`` or distinct indices in [0, P).
-        sets_b: K sets, run by run with ``sets_a``.
-        population: P >= 1, how many samples there are.
+        sets_b: K sets of the same form. Set k belongs to set k of ``sets_a``.
+        population: The number of samples P >= 1.
 
     Returns:
-        z; where all K intersections are of one size, inf with the sign of the difference, or NaN
-        if there is none.
+        z, which has no unit. If all K intersections have the same size, z is inf with the sign of
+        the numerator, or NaN if the numerator is 0.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, length or range.
+
+    The result is deterministic. The function computes on the CPU and needs O(K P) memory.
 
     Example:
         >>> from marginops.training import straggler_stability
@@ -215,26 +226,26 @@ def straggler_stability(
 
 
 def _as_masks(name: str, sets: Sequence[Any], population: int) -> Tensor:
-    """[K, P] bool, on the CPU."""
+    """The sets as masks, ``[K, P]`` bool on the CPU."""
     masks = torch.zeros(len(sets), population, dtype=torch.bool)
     for index, members in enumerate(sets):
-        where = f"{name}[{index}]"
+        label = f"{name}[{index}]"
         values = torch.as_tensor(members).detach().cpu()
         if values.dim() != 1:
-            raise ValueError(f"{where}: expected one dimension, got shape {list(values.shape)}")
+            raise ValueError(f"{label}: expected one dimension, got shape {list(values.shape)}")
         if values.dtype == torch.bool:
             if len(values) != population:
-                raise ValueError(f"{where}: expected a mask [{population}], got [{len(values)}]")
+                raise ValueError(f"{label}: expected a mask [{population}], got [{len(values)}]")
             masks[index] = values
         elif len(values) > 0:
             if values.is_floating_point() or values.is_complex():
-                raise TypeError(f"{where}: expected bool or integers, got {values.dtype}")
+                raise TypeError(f"{label}: expected bool or integers, got {values.dtype}")
             if values.min() < 0 or values.max() >= population:
                 raise ValueError(
-                    f"{where}: expected indices in [0, {population}), "
+                    f"{label}: expected indices in [0, {population}), "
                     f"got {values.min()} to {values.max()}"
                 )
             masks[index, values.long()] = True
             if masks[index].sum() != len(values):
-                raise ValueError(f"{where}: expected distinct indices, got some more than once")
+                raise ValueError(f"{label}: expected distinct indices, got some more than once")
     return masks

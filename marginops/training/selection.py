@@ -1,4 +1,4 @@
-"""Choosing the samples to train on from a larger batch of candidates."""
+"""Selects the samples to train on from a larger batch of candidates."""
 
 from typing import Any
 
@@ -20,34 +20,41 @@ def select_batch(
     rival: Rival = "top2",
     bias_in_norm: bool = False,
 ) -> Tensor:
-    """The k candidates closest to a decision boundary of the network.
+    """Select the k candidates closest to a decision boundary of the network.
 
-    Runs the network on all candidates in evaluation mode and without gradient, then scores and
-    selects in one fused call: a :class:`torch.nn.Sequential` that ends with its head only up to
-    there, for :func:`marginops.linear_select_minimal_margin`; any other network as a whole, for
-    :func:`marginops.select_minimal_margin`. Train on the chosen candidates with a second forward
-    pass; with B candidates and k = B / 10 this is the batch selection of Weinstein et al. (2020).
+    The score is :func:`marginops.minimal_margin_score`. The function runs the network on all
+    candidates, in evaluation mode and without gradient. Then it scores and selects in one fused
+    call. Train on the selected candidates with a second forward pass. With B candidates and
+    k = B / 10 this is the batch selection of Weinstein et al. (2020).
 
     Args:
-        network: Returns logits ``[B, C]``, C >= 2, as a tensor or in the attribute ``logits`` of
-            its output. Log-probabilities do as well: only differences count.
+        network: A network that returns logits ``[B, C]``, C >= 2, as a tensor or in the attribute
+            ``logits`` of its output. It may return log-probabilities instead, because the score
+            needs only differences of logits.
         inputs: The B candidates: a tensor ``[B, ...]``, a mapping of keyword arguments, or a
             tuple or list of positional arguments of ``network``, on its device.
-        k: How many, 0 <= k <= B.
-        head: The layer that computes the logits; by default :func:`marginops.networks.last_linear`.
+        k: How many candidates to select, 0 <= k <= B.
+        head: The layer that computes the logits. The default is the one that
+            :func:`marginops.networks.last_linear` finds.
         rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`.
         bias_in_norm: Count the bias of ``head`` as one more column of its weight in the norm.
 
     Returns:
-        ``[k]`` int64 on the device of the logits: rows of ``inputs``, closest first, equal
-        scores by lowest index.
+        ``[k]`` int64 on the device of the logits, rows of ``inputs``. The closest candidate comes
+        first, and among equal scores the one with the lowest index.
 
     Raises:
-        TypeError, ValueError: The output of ``network`` is not ``[B, C]``, its head cannot be
-            told, or an argument has the wrong type, shape or range.
+        TypeError, ValueError: The output of ``network`` is not ``[B, C]``, the last layer is not
+            clear, or an argument has the wrong type, shape or range.
 
-    The mode (training or evaluation) of every module is restored, also after an error; running
-    statistics and random number generators stay as they are. Does not wait for the device.
+    A :class:`torch.nn.Sequential` that ends with ``head`` runs without this layer, and
+    :func:`marginops.linear_select_minimal_margin` selects from the features. Any other network
+    runs as a whole, and :func:`marginops.select_minimal_margin` selects from the logits. For given
+    outputs of the network the selection is deterministic.
+
+    The mode (training or evaluation) of every module is restored, also after an error. Running
+    statistics and random number generators do not change. The function does not wait for the
+    device.
 
     Example:
         >>> import torch
@@ -80,7 +87,10 @@ def select_batch(
 def _body_and_head(
     network: nn.Module, head: nn.Linear | None
 ) -> tuple[nn.Sequential, nn.Linear] | None:
-    """A network whose output is that of its head, in two; subclasses may do more than that."""
+    """Split a network that only applies a body and then its head; None for any other network.
+
+    A subclass of ``torch.nn.Sequential`` may do more, so it is not split.
+    """
     if type(network) is not nn.Sequential or len(network) < 2:
         return None
     last = network[-1]
@@ -92,6 +102,6 @@ def _body_and_head(
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a call does what its class says; hooks (of pruning, say) and patches do more."""
+    """Whether a call runs only the forward of the class: no hooks (as of pruning), no patches."""
     hooks = module._forward_pre_hooks or module._forward_hooks
     return not hooks and "forward" not in vars(module)

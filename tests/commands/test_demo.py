@@ -108,11 +108,19 @@ def test_progress_is_shown_unless_quiet(tmp_path: Path, capsys: pytest.CaptureFi
         (
             [0.90, 0.91],
             [0.95, 0.96],
-            r"\+5.00 points, beyond .* in favour of minimal margin select",
+            r"\+5.00 points. This is more than .*, so minimal-margin selection wins\.",
         ),
-        ([0.95, 0.96], [0.90, 0.91], "-5.00 points, beyond .* in favour of uniform sampling"),
-        ([0.90, 0.94], [0.91, 0.94], r"\+0.50 points, within .*\(2.83 points\): no clear winner"),
-        ([0.90], [0.95], r"\+5.00 points, with one seed there is no telling"),
+        (
+            [0.95, 0.96],
+            [0.90, 0.91],
+            r"-5.00 points. This is more than .*, so uniform sampling wins\.",
+        ),
+        (
+            [0.90, 0.94],
+            [0.91, 0.94],
+            r"\+0.50 points. This is within .*\(2.83 points\), so there is no clear winner\.",
+        ),
+        ([0.90], [0.95], r"\+5.00 points. One seed does not show whether"),
     ],
 )
 def test_conclusion_says_what_happened(
@@ -120,8 +128,8 @@ def test_conclusion_says_what_happened(
 ) -> None:
     sentence = conclusion(results(uniform, selected), 10)
     assert re.search(expected, sentence), sentence
-    assert sentence.startswith("After 100 updates ")
-    assert sentence.endswith("selection took 3.0 times as long.")
+    assert sentence.startswith("After 100 updates, ")
+    assert sentence.endswith(" and took 3.0 times as long.")
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

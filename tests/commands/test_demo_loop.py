@@ -126,7 +126,10 @@ def test_training_repeats_itself(sampling: str) -> None:
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"candidate_ratio": -1}, "candidate_ratio: expected at least 1, got -1"),
         ({"evaluate_every": 0}, "evaluate_every: expected at least 1, got 0"),
-        ({"batch_size": 11}, "batch_size: each update would draw 55 of 50 training samples"),
+        (
+            {"batch_size": 11},
+            "batch_size: expected at most 50 draws per update, .* got 55; lower batch_size",
+        ),
     ],
 )
 def test_training_checks_its_numbers(options: dict[str, int], message: str) -> None:

@@ -137,13 +137,15 @@ def test_conclusion_tells_inversions_and_stragglers(done: Run) -> None:
     monitor = InversionMonitor(3, first_epoch=2)
     target, wrong = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 1, 0, 1, 1]).bool()
     before = dataclasses.replace(done.observation, inversion=monitor)
-    assert "a class does not fall: no class." in conclusion(before)
-    assert "Stragglers" not in conclusion(before)
+    assert "its radius does not fall: no class." in conclusion(before)
+    assert "stragglers" not in conclusion(before)
     for radius in ([0.5, 0.5, 0.5], [0.5, 0.4, 0.4], [0.4, 0.45, 0.3]):
         monitor.update(torch.tensor(radius), wrong, target)
     text = conclusion(before)
     assert "does not fall: class 0 at 2, 1 at 3; not yet class 2.\n" in text
-    assert text.endswith("misclassified at the inversion of their class: 3 of 5 training samples.")
+    assert text.endswith(
+        "3 of 5 training samples are stragglers, misclassified at the inversion of their class."
+    )
 
 
 def test_figure_shows_what_was_observed(done: Run, data: ClassificationData) -> None:

@@ -50,7 +50,7 @@ def assert_refused(
         (["--output", "nowhere/figure.png"], "the folder nowhere does not exist; create it first"),
         (["--json", "nowhere/report.json"], "the folder nowhere does not exist; create it first"),
         (["--output", "figure.docx"], "--output figure.docx: expected a name ending in one of "),
-        (["--device", "cuda:99"], "--device cuda:99: PyTorch sees "),
+        (["--device", "cuda:99"], "--device cuda:99: PyTorch finds "),
         (["--learning-rate", "1e9"], "training diverged"),
     ],
 )
@@ -85,7 +85,7 @@ def test_missing_packages_are_named(
     command: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    message = f'{name} not installed; install with: pip install "marginops[demo]"'
+    message = f'missing packages: {name}; install them with: pip install "marginops[demo]"'
     assert_refused(capsys, command, [], message)
 
 

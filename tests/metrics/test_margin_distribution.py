@@ -150,7 +150,9 @@ def test_nan_and_no_margins_give_nan(device, exact):
         assert not summary.support_vectors.any()
         for value in summary[2:-1]:
             assert value.isnan().all()
-    with pytest.raises(ValueError, match="margins: expected finite margins for a histogram, got nan"):
+    with pytest.raises(
+        ValueError, match="margins: expected finite margins for a histogram, got nan"
+    ):
         metric.histogram()
     metric.reset()
     metric.update(torch.tensor([1.0], device=device))

@@ -135,7 +135,7 @@ def test_logits_are_the_output_or_its_attribute() -> None:
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
-        ((torch.zeros(5, 4),), TypeError, r"expected scores \[N, K\] as its output .* got tuple"),
+        ((torch.zeros(5, 4),), TypeError, r"expected scores \[N, K\] as output .* got tuple"),
         ({"logits": torch.zeros(5, 4)}, TypeError, "expected scores .* got dict"),
         (SimpleNamespace(logits=None), TypeError, "expected scores .* got SimpleNamespace"),
         (torch.zeros(5), ValueError, r"expected scores of shape \[N, K\], got \[5\]"),

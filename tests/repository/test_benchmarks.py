@@ -79,7 +79,7 @@ def test_goals(load):
 
 
 def test_goals_need_a_ceiling(load):
-    with pytest.raises(ValueError, match="rows: expected those of a GPU"):
+    with pytest.raises(ValueError, match="rows: expected results of a GPU"):
         load("goals").goals_table(ROWS[3:])
 
 

@@ -1,1 +1,1 @@
-"""The ``marginops demo`` command: minimal margin selection against uniform sampling."""
+"""The command ``marginops demo``: minimal-margin selection compared with uniform sampling."""

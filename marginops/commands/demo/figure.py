@@ -10,29 +10,27 @@ from torch import Tensor
 from .loop import Sampling
 from .report import Results
 
-# Blue and vermilion of the palette of Okabe and Ito, told apart with any colour vision.
+# Blue and vermilion of the palette of Okabe and Ito, which differ for every colour vision.
 _STYLES: dict[Sampling, tuple[str, str, str]] = {
     "uniform": ("uniform sampling", "#0072B2", "--"),
-    "minimal_margin": ("minimal margin selection", "#D55E00", "-"),
+    "minimal_margin": ("minimal-margin selection", "#D55E00", "-"),
 }
 _GREY = "#6E6E6E"
 _BINS = 60
 
 
 def draw(results: Results, subtitle: str) -> Figure:
-    """Accuracy against updates and against seconds, and the training margins.
+    """Draw accuracy over updates, accuracy over seconds, and the training margins.
 
     Args:
-        results: For each sampling its runs, which were evaluated after the same updates.
-        subtitle: What was trained on what.
+        results: The runs of each sampling, all evaluated after the same updates.
+        subtitle: The data set, the network and the numbers of the run.
     """
     figure = Figure(figsize=(15, 5), layout="constrained")
     by_update, by_second, margins = figure.subplots(1, 3)
     seeds = len(results["uniform"])
     band = f"; mean and standard deviation over {seeds} seeds" if seeds > 1 else ""
-    figure.suptitle(
-        f"Minimal margin selection against uniform sampling\n{subtitle}{band}", fontsize=13
-    )
+    figure.suptitle(f"Minimal-margin selection and uniform sampling\n{subtitle}{band}", fontsize=13)
     lowest, highest = 1.0, 0.0
     for sampling, runs in results.items():
         label, color, line = _STYLES[sampling]
@@ -52,7 +50,7 @@ def draw(results: Results, subtitle: str) -> Figure:
     by_second.set(title="Test accuracy for the same time", xlabel="training time in seconds")
     by_update.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for axes in (by_update, by_second):
-        # The climb from chance in the first updates would flatten all that follows.
+        # The accuracy of the first updates is much lower, and would compress the rest of the curve.
         axes.set_ylim(max(0.0, lowest - 0.01), min(1.0, highest + 0.01))
         axes.set(ylabel="test accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
@@ -66,13 +64,13 @@ def draw(results: Results, subtitle: str) -> Figure:
 
 
 def _draw_margins(axes: Any, results: Results) -> None:
-    """Histograms on common bins, pooled over the seeds."""
+    """Draw histograms with the same bins, over the samples of all seeds."""
     before = torch.cat([run.margins_before for run in results["uniform"]])
     after = {
         sampling: torch.cat([run.margins_after for run in runs])
         for sampling, runs in results.items()
     }
-    # A few extreme samples would squeeze the rest together.
+    # A few extreme samples would compress the rest of the histogram.
     ends = torch.cat([_inner_range(margins) for margins in (before, *after.values())])
     edges = torch.linspace(ends.min().item(), ends.max().item(), _BINS + 1)
 
@@ -106,7 +104,7 @@ def _draw_margins(axes: Any, results: Results) -> None:
 
 
 def _inner_range(values: Tensor) -> Tensor:
-    """The 0.2 % and the 99.8 % quantile."""
+    """The quantiles at 0.2 % and at 99.8 %."""
     ordered = values.sort().values
     last = len(ordered) - 1
     return ordered[[round(0.002 * last), round(0.998 * last)]]

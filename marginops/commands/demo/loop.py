@@ -1,4 +1,4 @@
-"""A training loop that draws candidates uniformly and trains on some or all of them."""
+"""The training loop of ``marginops demo``, with minimal-margin selection or uniform sampling."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,18 +20,18 @@ Sampling = Literal["uniform", "minimal_margin"]
 
 @dataclass(frozen=True, eq=False)
 class TrainingHistory:
-    """What a training run did and what came of it.
+    """The settings and results of a training run.
 
     Attributes:
         sampling: How the batches were chosen.
         updates: The numbers of updates after which the network was evaluated, from 0 on.
-        seconds: Training time up to each evaluation: drawing, scoring, selecting and updating,
-            not evaluating.
-        test_accuracy: Share of the test samples classified correctly at each evaluation.
-        samples_trained: Samples back-propagated.
-        samples_scored: Candidates scored for selection.
+        seconds: The training time up to each evaluation. It includes drawing, scoring, selecting
+            and updating, but no evaluation.
+        test_accuracy: The share of correctly classified test samples at each evaluation.
+        samples_trained: The number of back-propagated samples.
+        samples_scored: The number of candidates that were scored for selection.
         margins_before: ``[N]``, classification margin of every training sample before training.
-        margins_after: ``[N]``, the same after training.
+        margins_after: ``[N]``, classification margin of every training sample after training.
     """
 
     sampling: Sampling
@@ -60,41 +60,45 @@ def train(
     log_norm: Callable[[nn.Module], Tensor] | None = None,
     on_update: Callable[[int], None] | None = None,
 ) -> TrainingHistory:
-    """Train on batches drawn uniformly, or selected by minimal margin from uniform candidates.
+    """Train on batches that are drawn uniformly, or selected from candidates by minimal margin.
 
     With ``sampling="minimal_margin"`` each update draws ``candidate_ratio * batch_size``
-    candidates, keeps the ``batch_size`` closest to a decision boundary (:func:`select_batch`)
-    and takes a cross-entropy step on them: the scheme of Weinstein et al. (2020). With
-    ``"uniform"`` each update draws ``batch_size`` samples and trains on all. Either way a sample
-    is drawn once in an epoch of draws, and the rest of an epoch that does not fill another draw
-    is left out.
+    candidates, selects the ``batch_size`` closest to a decision boundary with
+    :func:`marginops.training.select_batch`, and trains on these with cross-entropy. This is the
+    scheme of Weinstein et al. (2020). With ``"uniform"`` each update draws ``batch_size`` samples
+    and trains on all of them. In both cases an epoch of draws takes every sample at most once. The
+    samples at the end of an epoch that do not fill a draw are left out.
 
     Args:
-        network: Maps inputs ``[B, ...]`` to logits ``[B, C]``; trained in place, every module in
-            the mode (training or evaluation) it is in.
-        data: On the device of ``network``.
-        optimizer: Over the parameters of ``network``.
-        updates: Number of optimizer steps.
-        batch_size: Samples back-propagated in each update.
+        network: A network that maps inputs ``[B, ...]`` to logits ``[B, C]``. It is trained in
+            place. Every module keeps its mode (training or evaluation).
+        data: The data, on the device of ``network``.
+        optimizer: An optimizer of the parameters of ``network``.
+        updates: The number of optimizer steps.
+        batch_size: The number of back-propagated samples per update.
         sampling: ``"minimal_margin"`` or ``"uniform"``.
-        candidate_ratio: Candidates drawn per sample trained on; not used by ``"uniform"``.
-        head: The last layer, see :func:`select_batch`.
-        scheduler: Stepped once after every update, so schedules count updates, not epochs.
-        generator: Source of the draws; the global one by default.
-        evaluate_every: Updates between two evaluations on the test data; by default a fiftieth
-            of ``updates``. The network is evaluated before the first and after the last, too.
-        log_norm: Maps the network to the logarithm ``[]`` by which the margins of the history
-            are normalised (:func:`marginops.classification_margin`); plain margins without.
-        on_update: Called after every update with the number of updates so far.
+        candidate_ratio: The number of candidates per trained sample. ``"uniform"`` ignores it.
+        head: The last layer, see :func:`marginops.training.select_batch`.
+        scheduler: A scheduler that takes a step after every update. So it counts updates, not
+            epochs.
+        generator: The source of the draws. The default is the global generator.
+        evaluate_every: The number of updates between two evaluations on the test data. The default
+            is a fiftieth of ``updates``. The network is also evaluated before the first and after
+            the last update.
+        log_norm: A function that maps the network to a 0-d tensor, the ``log_norm`` of
+            :func:`marginops.classification_margin` for the margins of the history. By default the
+            margins are not normalised.
+        on_update: A function that is called after every update with the number of updates so far.
 
     Returns:
-        The history; its margins are on the CPU.
+        The history. Its margins are on the CPU.
 
     Raises:
-        ValueError: A number is out of range, ``sampling`` is unknown, or the head cannot be told.
+        ValueError: A number is out of range, ``sampling`` is unknown, or the last layer is not
+            clear.
 
-    Deterministic for a given network, ``generator`` state and device, apart from the seconds, as
-    far as the network's own operations are.
+    The result, except for the seconds, is deterministic for a given network, state of
+    ``generator`` and device, if the operations of the network are.
 
     Example:
         >>> import torch
@@ -170,15 +174,15 @@ def _check(
     draw = batch_size if sampling == "uniform" else batch_size * candidate_ratio
     if draw > len(data.train_target):
         raise ValueError(
-            f"batch_size: each update would draw {draw} of {len(data.train_target)} training "
-            "samples; lower batch_size or candidate_ratio"
+            f"batch_size: expected at most {len(data.train_target)} draws per update, the number "
+            f"of training samples, got {draw}; lower batch_size or candidate_ratio"
         )
 
 
 def _draw(
     samples: int, count: int, generator: torch.Generator | None, device: torch.device
 ) -> Iterator[Tensor]:
-    """``count`` rows at a time without end, every sample at most once in an epoch of draws."""
+    """Yield ``count`` rows at a time, without end. An epoch draws every sample at most once."""
     source = "cpu" if generator is None else generator.device
     while True:
         order = torch.randperm(samples, generator=generator, device=source).to(device)
@@ -200,6 +204,6 @@ def _margins(
 
 
 def _synchronize(device: torch.device) -> None:
-    """Wait for the device, so that the clock counts work done and not work queued."""
+    """Wait for the device, so that the measured time includes all work that is queued."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""What ``marginops demo`` says about its runs."""
+"""The table, the conclusion and the JSON report of ``marginops demo``."""
 
 import argparse
 import statistics
@@ -14,7 +14,7 @@ Results = Mapping[Sampling, Sequence[TrainingHistory]]
 
 
 def table(results: Results) -> str:
-    """One line per method: mean and standard deviation over the seeds."""
+    """The table of results, one line per sampling, mean and standard deviation over the seeds."""
     rows = [
         ("sampling", "test accuracy", "updates", "back-propagated", "scored", "seconds"),
         *(
@@ -38,7 +38,7 @@ def table(results: Results) -> str:
 
 
 def conclusion(results: Results, candidate_ratio: int) -> str:
-    """What happened, in one sentence, whichever method came out ahead."""
+    """The results in words, for any winner."""
     accuracy = {
         sampling: [100 * run.test_accuracy[-1] for run in runs]
         for sampling, runs in results.items()
@@ -52,22 +52,28 @@ def conclusion(results: Results, candidate_ratio: int) -> str:
     updates = results["uniform"][0].updates[-1]
     spread = max(map(_deviation, accuracy.values()))
     if len(accuracy["uniform"]) == 1:
-        verdict = "with one seed there is no telling whether that is more than chance"
+        verdict = "One seed does not show whether this is more than chance."
     elif abs(difference) <= spread:
-        verdict = f"within the spread over the seeds ({spread:.2f} points): no clear winner"
+        verdict = (
+            f"This is within the spread over the seeds ({spread:.2f} points), so there is no clear "
+            "winner."
+        )
     else:
-        winner = "minimal margin selection" if difference > 0 else "uniform sampling"
-        verdict = f"beyond the spread over the seeds ({spread:.2f} points), in favour of {winner}"
+        winner = "minimal-margin selection" if difference > 0 else "uniform sampling"
+        verdict = (
+            f"This is more than the spread over the seeds ({spread:.2f} points), so {winner} wins."
+        )
     return (
-        f"After {updates:,} updates minimal margin selection reached {selected:.2f} % test "
-        f"accuracy and uniform sampling {uniform:.2f} %, a difference of {difference:+.2f} points, "
-        f"{verdict}; scoring {candidate_ratio} candidates for each sample trained on, selection "
-        f"took {seconds['minimal_margin'] / seconds['uniform']:.1f} times as long."
+        f"After {updates:,} updates, minimal-margin selection reached {selected:.2f} % test "
+        f"accuracy and uniform sampling reached {uniform:.2f} %. The difference is "
+        f"{difference:+.2f} points. {verdict} Selection scored {candidate_ratio} candidates per "
+        f"trained sample and took {seconds['minimal_margin'] / seconds['uniform']:.1f} times as "
+        "long."
     )
 
 
 def report(results: Results, options: argparse.Namespace) -> dict[str, Any]:
-    """Settings and results, ready for JSON."""
+    """Settings and results, as values that JSON can hold."""
     settings = {
         name: getattr(options, name)
         for name in ("data", "updates", "batch_size", "candidates", "learning_rate", "threads")

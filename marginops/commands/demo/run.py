@@ -1,4 +1,4 @@
-"""Options of the ``marginops demo`` command, its runs, and what it prints and writes."""
+"""Options, runs and output of the command ``marginops demo``."""
 
 import argparse
 import json
@@ -34,21 +34,21 @@ _DEFAULTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``marginops demo`` to its parser."""
     add_data_arguments(parser, _DEFAULTS)
-    add_count(parser, "--updates", "optimizer steps of each run", _DEFAULTS)
-    add_count(parser, "--batch-size", "samples back-propagated in each update", _DEFAULTS)
-    add_count(parser, "--candidates", "candidates scored for each sample trained on", 10)
-    add_count(parser, "--seeds", "runs of each method", 3)
+    add_count(parser, "--updates", "number of optimizer steps of each run", _DEFAULTS)
+    add_count(parser, "--batch-size", "number of samples that each update trains on", _DEFAULTS)
+    add_count(parser, "--candidates", "number of candidates scored per trained sample", 10)
+    add_count(parser, "--seeds", "number of runs of each sampling", 3)
     add_run_arguments(
         parser,
         _DEFAULTS,
-        learning_rate=f"of SGD with momentum {MOMENTUM}, falling to 0 along a cosine",
+        learning_rate=f"learning rate of SGD with momentum {MOMENTUM}; a cosine lowers it to 0",
         output="marginops-demo.png",
         quiet="show no progress",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train with both methods, print the table and write the figure; return the exit status."""
+    """Train with both samplings, print the table, write the figure, and return the exit status."""
     return execute("demo", _run, arguments)
 
 
@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def compare(data: ClassificationData, options: argparse.Namespace) -> Results:
-    """Train with either sampling from the same initial networks, one per seed."""
+    """Train with both samplings, from the same initial network for each seed."""
     from tqdm import tqdm
 
     def run_once(sampling: Sampling, seed: int, updates: int, progress: Any) -> TrainingHistory:
@@ -95,7 +95,7 @@ def compare(data: ClassificationData, options: argparse.Namespace) -> Results:
             on_update=lambda _: progress.update(),
         )
 
-    # The first calls build or load the native library and warm up PyTorch: no run pays for that.
+    # These runs build or load the native library and warm up PyTorch, before time is measured.
     for sampling in LABELS:
         run_once(sampling, 0, min(options.updates, 20), tqdm(disable=True))
     results: dict[Sampling, list[TrainingHistory]] = {sampling: [] for sampling in LABELS}
@@ -119,5 +119,6 @@ def _check_candidates(data: ClassificationData, options: argparse.Namespace) -> 
     if candidates > len(data.train_target):
         raise UsageError(
             f"--batch-size {options.batch_size} times --candidates {options.candidates} is "
-            f"{candidates}, more than the {len(data.train_target)} training samples; lower either"
+            f"{candidates}, more than the {len(data.train_target)} training samples; "
+            "lower one of the two"
         )

@@ -1,1 +1,1 @@
-"""The ``marginops observe`` command: margins, collapse and class manifolds in training."""
+"""The command ``marginops observe``: margins, neural collapse, class manifolds in training."""

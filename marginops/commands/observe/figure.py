@@ -10,30 +10,30 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from ...training import EpochReport
 from .loop import Observation
 
-# The palette of Okabe and Ito, told apart with any colour vision.
+# The palette of Okabe and Ito, whose colours differ for every colour vision.
 _BLUE, _VERMILION, _GREEN, _ORANGE, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
 _GREY = "#6E6E6E"
 _COLLAPSE = {
     "nc1": ("NC1: variability within classes", _BLUE),
     "nc2_norm_means": ("NC2: equal norms of the means", _VERMILION),
     "nc2_angle_means": ("NC2: equal angles of the means", _ORANGE),
-    "nc3": ("NC3: weight against means", _GREEN),
-    "nc4": ("NC4: nearest mean decides otherwise", _PURPLE),
+    "nc3": ("NC3: distance of weight and means", _GREEN),
+    "nc4": ("NC4: nearest mean and logits disagree", _PURPLE),
 }
 _CURVES = 6
 _POINTS = 400
 
 
 def draw(observation: Observation, subtitle: str) -> Figure:
-    """Margin curves, neural collapse, class radii and the margin at scale 1, over the epochs.
+    """Draw margin curves, neural collapse, class radii and the margin at scale 1.
 
     Args:
         observation: A training run.
-        subtitle: What was trained on what.
+        subtitle: The data set and the network.
     """
     figure = Figure(figsize=(13, 9.5), layout="constrained")
     (margins, collapse), (radii, scaled) = figure.subplots(2, 2)
-    figure.suptitle(f"What a network makes of its training data\n{subtitle}", fontsize=13)
+    figure.suptitle(f"A network during training\n{subtitle}", fontsize=13)
     reports = observation.reports
     _draw_margins(margins, reports)
     _draw_collapse(collapse, reports)
@@ -41,7 +41,7 @@ def draw(observation: Observation, subtitle: str) -> Figure:
     _draw_scaled(scaled, reports)
     separated = next((i for i, seen in enumerate(reports, 1) if seen.training_error == 0), None)
     for axes in (collapse, radii):
-        # Most happens in the first epochs.
+        # The curves change most in the first epochs.
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     for axes in (collapse, radii, scaled):
@@ -66,10 +66,10 @@ def draw(observation: Observation, subtitle: str) -> Figure:
 
 
 def _draw_margins(axes: Any, reports: list[EpochReport]) -> None:
-    """Sorted margins against rank; few epochs, closer together where more happens."""
+    """Draw the sorted margins of a few epochs. The epochs have logarithmic steps."""
     steps = torch.logspace(0, torch.tensor(len(reports)).log10().item(), _CURVES)
     epochs = sorted({round(step) for step in steps.tolist()})
-    # A few largest margins would squeeze the rest together.
+    # The few largest margins would compress the rest of the curve.
     share = torch.linspace(0, 0.995, _POINTS)
     colors = colormaps["viridis_r"](torch.linspace(0.05, 1, len(epochs)).tolist())
     for epoch, color in zip(epochs, colors, strict=True):
@@ -102,7 +102,7 @@ def _draw_collapse(axes: Any, reports: list[EpochReport]) -> None:
     epochs = range(1, len(reports) + 1)
     for name, (label, color) in _COLLAPSE.items():
         values = torch.stack([getattr(seen.collapse, name) for seen in reports])
-        # A logarithmic axis has no place for 0.
+        # A logarithmic axis cannot show 0.
         values = torch.where(values > 0, values, torch.nan)
         axes.plot(epochs, values, color=color, linewidth=2, label=label)
     axes.set(
@@ -133,7 +133,7 @@ def _draw_radii(axes: Any, observation: Observation) -> None:
 
 
 def _draw_scaled(axes: Any, reports: list[EpochReport]) -> None:
-    """Both normalisations, each on an axis of its own, with one zero."""
+    """Draw both normalised margins. Each has its own axis, and the zeros of the axes coincide."""
     epochs = range(1, len(reports) + 1)
     other = axes.twinx()
     other.spines["top"].set_visible(False)
@@ -144,10 +144,10 @@ def _draw_scaled(axes: Any, reports: list[EpochReport]) -> None:
         values = torch.tensor([getattr(seen, name) for seen in reports])
         side.plot(epochs, values, line, color=color, linewidth=2)
         last = values[-1].item()
-        # What comes before the training samples are separated is much larger.
+        # Before the training samples are separated, the values are much more negative.
         lowest = -0.5 * last if last > 0 else 1.1 * values.min().item()
         side.set_ylim(lowest, max(1.1 * last, 0))
         side.set_ylabel(formula, color=color)
         side.tick_params(axis="y", colors=color)
     axes.axhline(0, color="black", linewidth=1)
-    axes.set_title("Smallest margin q of the network at scale 1 (need not grow)")
+    axes.set_title("Smallest margin q of the network at scale 1 (may fall)")

@@ -1,4 +1,4 @@
-"""The training that ``marginops observe`` looks at, epoch by epoch."""
+"""The training loop of ``marginops observe``, with a report after every epoch."""
 
 import argparse
 import math
@@ -18,7 +18,7 @@ from ..options import MOMENTUM, UsageError, mlp
 
 @dataclass
 class Observation:
-    """A training run: the network as it ended, and what was seen of it after every epoch."""
+    """The trained network, its rates, its inversion monitor, and the report of every epoch."""
 
     network: nn.Sequential
     rates: dict[str, float]
@@ -27,7 +27,7 @@ class Observation:
 
     @property
     def inversions(self) -> list[int | None]:
-        """For each class the epoch of its inversion."""
+        """The epoch of the inversion of each class; None for a class without inversion so far."""
         epochs = self.inversion.epoch
         assert isinstance(epochs, list)
         return epochs
@@ -38,7 +38,7 @@ def watch(
     options: argparse.Namespace,
     on_epoch: Callable[[int, EpochReport], None],
 ) -> Observation:
-    """Train a network and look at it after every epoch."""
+    """Train a network, and report on it after every epoch."""
     torch.manual_seed(options.seed)
     network = mlp(data, options.hidden).to(options.device)
     head = network[-1]

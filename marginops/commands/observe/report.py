@@ -1,4 +1,4 @@
-"""What ``marginops observe`` says about its run."""
+"""The table, the conclusion and the JSON report of ``marginops observe``."""
 
 import argparse
 import math
@@ -17,11 +17,12 @@ _COLUMNS = (
 _WIDTHS = [max(len(name), 7) for name in _COLUMNS]
 HEADER = "\n".join(
     (
-        "error, accuracy    share of the training samples misclassified, of the test samples not",
-        "area, smallest     mean and smallest of the training samples' margins / layer norms",
-        "NC1 to NC4         neural collapse of the last hidden layer, 0 if complete",
-        "radius             mean of the classes' radii in that layer, on the unit sphere",
-        "e^-tau q           smallest margin of the network at scale 1; need not grow",
+        "error              share of misclassified training samples",
+        "accuracy           share of correctly classified test samples",
+        "area, smallest     mean and smallest margin / layer norms of the training samples",
+        "NC1 to NC4         neural collapse of the last hidden layer, 0 at full collapse",
+        "radius             mean radius of the classes in that layer, on the unit sphere",
+        "e^-tau q           smallest margin of the network at scale 1; it may fall",
         "",
         " ".join(name.rjust(width) for name, width in zip(_COLUMNS, _WIDTHS, strict=True)),
     )
@@ -29,7 +30,7 @@ HEADER = "\n".join(
 
 
 def line(epoch: int, seen: EpochReport) -> str:
-    """One line of the table."""
+    """The line of the table for one epoch."""
     margin, collapse = seen.distribution, seen.collapse
     cells = (
         str(epoch),
@@ -49,7 +50,7 @@ def line(epoch: int, seen: EpochReport) -> str:
 
 
 def conclusion(observation: Observation) -> str:
-    """How training ended, when the classes stopped contracting, and what was misclassified then."""
+    """The results in words: the final errors, the inversions and the stragglers."""
     last, monitor = observation.reports[-1], observation.inversion
     epochs, stragglers = observation.inversions, monitor.stragglers
     done = [f"{label} at {epoch}" for label, epoch in enumerate(epochs) if epoch is not None]
@@ -58,21 +59,21 @@ def conclusion(observation: Observation) -> str:
     text = (
         f"After {count} {'epoch' if count == 1 else 'epochs'} {100 * last.training_error:.2f} % of "
         f"the training samples are misclassified, and test accuracy is "
-        f"{100 * last.test_accuracy:.2f} %.\nInversion, the first epoch from "
-        f"{monitor.first_epoch} on in which the radius of a class does not fall: "
+        f"{100 * last.test_accuracy:.2f} %.\nThe inversion of a class is the first epoch from "
+        f"{monitor.first_epoch} on in which its radius does not fall: "
     )
     text += f"class {', '.join(done)}" if done else "no class"
     text += f"; not yet class {', '.join(others)}." if done and others else "."
     if stragglers is not None:
         text += (
-            f"\nStragglers, misclassified at the inversion of their class: {stragglers.sum()} of "
-            f"{len(stragglers):,} training samples."
+            f"\n{stragglers.sum()} of {len(stragglers):,} training samples are stragglers, "
+            "misclassified at the inversion of their class."
         )
     return text
 
 
 def report(observation: Observation, options: argparse.Namespace) -> dict[str, Any]:
-    """Settings and all that was seen, ready for JSON."""
+    """Settings and results, as values that JSON can hold."""
     names = ("data", "epochs", "batch_size", "learning_rate", "seed", "regularize", "threads")
     stragglers = observation.inversion.stragglers
     return {
@@ -104,7 +105,7 @@ def _plain(seen: EpochReport) -> dict[str, Any]:
 
 
 def _numbers(value: Tensor) -> Any:
-    """A number or lists of them, None for those that JSON does not have."""
+    """A tensor as a number or nested lists. None replaces NaN and infinities."""
     if value.dim() > 0:
         return [_numbers(part) for part in value]
     number = value.item()

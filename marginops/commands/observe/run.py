@@ -1,4 +1,4 @@
-"""Options of the ``marginops observe`` command, and what it prints and writes."""
+"""Options and output of the command ``marginops observe``."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...training import EpochReport
 
 _DEFAULTS = {
-    # All of digits at once, and so without the noise of batches.
+    # The batch size is the number of digits, so that there is no noise of batches.
     "digits": {"epochs": 300, "batch_size": 1347, "hidden": (64, 64), "learning_rate": 0.1},
     "fashion-mnist": {"epochs": 40, "batch_size": 512, "hidden": (256, 256), "learning_rate": 0.05},
 }
@@ -35,21 +35,21 @@ _LINES = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``marginops observe`` to its parser."""
     add_data_arguments(parser, _DEFAULTS)
-    add_count(parser, "--epochs", "passes over the training data", _DEFAULTS)
-    add_count(parser, "--batch-size", "samples in each update", _DEFAULTS)
+    add_count(parser, "--epochs", "number of passes over the training data", _DEFAULTS)
+    add_count(parser, "--batch-size", "number of samples in each update", _DEFAULTS)
     add_run_arguments(
         parser,
         _DEFAULTS,
-        learning_rate=f"of SGD with momentum {MOMENTUM}",
+        learning_rate=f"learning rate of SGD with momentum {MOMENTUM}",
         output="marginops-observe.png",
-        quiet="print no line for each epoch",
+        quiet="do not print the table of epochs",
     )
     parser.add_argument(
         "--seed",
         type=seed,
         default=0,
         metavar="N",
-        help="of network and batches (default: %(default)s)",
+        help="seed of the network and of the batches (default: %(default)s)",
     )
     parser.add_argument(
         "--regularize", action="store_true", help="add multi-margin regularization to the loss"
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, print what is seen and write the figure; return the exit status."""
+    """Train, print the results, write the figure, and return the exit status."""
     return execute("observe", _run, arguments)
 
 
