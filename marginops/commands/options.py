@@ -1,6 +1,7 @@
 """Shared parts of the commands that train a network: options, checks, data, network, files."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -172,7 +173,27 @@ def describe(data: ClassificationData, options: argparse.Namespace) -> tuple[str
     )
 
 
-def write(path: Path, write: Callable[[Path], Any]) -> None:
+def prepare(
+    arguments: argparse.Namespace, packages: Sequence[str], defaults: Defaults
+) -> tuple[argparse.Namespace, ClassificationData]:
+    """Check the environment, fill in the options, and load the data to the device."""
+    check_environment(arguments, packages)
+    options = with_defaults(arguments, defaults)
+    torch.set_num_threads(options.threads)
+    return options, load(options).to(options.device)
+
+
+def write_results(
+    options: argparse.Namespace, figure: Any, dpi: int, report: Mapping[str, Any]
+) -> None:
+    """Write the figure and, where ``--json`` asks for it, the report."""
+    _write(options.output, lambda path: figure.savefig(path, dpi=dpi))
+    if options.json is not None:
+        text = json.dumps(report, indent=2) + "\n"
+        _write(options.json, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file and print its name."""
     try:
         write(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
 from torch import Tensor
 
 from .. import _checks as checks
@@ -100,18 +99,9 @@ class LinearSelectMinimalMarginOp(Op):
 
     @staticmethod
     def reference(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        k: int,
-        bias_in_norm: bool,
-        nearest: bool,
-        dtype: torch.dtype | None,
-        chunk_bytes: int | None,
+        input: Tensor, weight: Tensor, bias: Tensor | None, k: int, *options: Any
     ) -> Tensors:
-        score, pair, distance = LinearMinimalMarginScoreOp.reference(
-            input, weight, bias, bias_in_norm, nearest, dtype, chunk_bytes
-        )
+        score, pair, distance = LinearMinimalMarginScoreOp.reference(input, weight, bias, *options)
         scores, indices = select_smallest_op(score, k)
         return scores, indices, pair[indices], distance[indices]
 
@@ -233,12 +223,10 @@ class LinearSelectClassificationMarginOp(Op):
         target: Tensor,
         log_norm: Tensor | None,
         k: int,
-        ignore_index: int,
-        dtype: torch.dtype | None,
-        chunk_bytes: int | None,
+        *options: Any,
     ) -> Tensors:
         margin, rival = LinearClassificationMarginOp.reference(
-            input, weight, bias, target, log_norm, ignore_index, dtype, chunk_bytes
+            input, weight, bias, target, log_norm, *options
         )
         scores, indices = select_smallest_op(margin, k)
         return scores, indices, rival[indices]

@@ -1,5 +1,7 @@
 """Gradients of margins and scores, of all samples or of those that a selection chose."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,7 @@ class PairGradientOp(Op):
         return totals[0], totals[1]
 
     @staticmethod
-    def fake(
-        key: Tensor, coefficient: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def fake(key: Tensor, coefficient: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 

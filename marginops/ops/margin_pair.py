@@ -1,5 +1,7 @@
 """The pair of classes that a margin or score compares, for gradients and linear heads."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,11 +58,7 @@ class ClassificationMarginRivalOp(Op):
 
     @staticmethod
     def fake(
-        logits: Tensor,
-        target: Tensor,
-        log_norm: Tensor | None,
-        rows: Tensor | None,
-        ignore_index: int,
+        logits: Tensor, target: Tensor, log_norm: Tensor | None, rows: Tensor | None, *_: Any
     ) -> tuple[Tensor, Tensor]:
         rival = torch.empty_like(target if rows is None else rows)
         return torch.empty_like(rival, dtype=result_dtype(logits.dtype)), rival
@@ -135,7 +133,7 @@ class MinimalMarginPairOp(Op):
 
     @staticmethod
     def fake(
-        logits: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, nearest: bool
+        logits: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, *_: Any
     ) -> tuple[Tensor, Tensor]:
         count = logits.shape[0] if rows is None else rows.shape[0]
         return (

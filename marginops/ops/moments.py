@@ -203,11 +203,7 @@ class ClassMomentsOp(Op):
 
     @staticmethod
     def fake(
-        input: Tensor,
-        target: Tensor,
-        num_classes: int | torch.SymInt,
-        normalize: bool,
-        ignore_index: int,
+        input: Tensor, target: Tensor, num_classes: int | torch.SymInt, *_: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = result_dtype(input.dtype)
         return (

@@ -154,7 +154,7 @@ class SelectMinimalMarginOp(Op):
 
     @staticmethod
     def fake(
-        logits: Tensor, weight: Tensor, bias: Tensor | None, k: int, nearest: bool
+        logits: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_: Any
     ) -> tuple[Tensor, Tensor]:
         return _empty_selection(logits, k)
 
@@ -240,7 +240,7 @@ class SelectClassificationMarginOp(Op):
 
     @staticmethod
     def fake(
-        logits: Tensor, target: Tensor, log_norm: Tensor | None, k: int, ignore_index: int
+        logits: Tensor, target: Tensor, log_norm: Tensor | None, k: int, *_: Any
     ) -> tuple[Tensor, Tensor]:
         return _empty_selection(logits, k)
 

@@ -1,7 +1,6 @@
 """Options, runs and output of the command ``marginops demo``."""
 
 import argparse
-import json
 from typing import Any
 
 import torch
@@ -14,13 +13,11 @@ from ..options import (
     add_count,
     add_data_arguments,
     add_run_arguments,
-    check_environment,
     describe,
     execute,
-    load,
     mlp,
-    with_defaults,
-    write,
+    prepare,
+    write_results,
 )
 from .loop import Sampling, TrainingHistory, train
 from .report import LABELS, Results, conclusion, report, table
@@ -53,10 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    check_environment(arguments, ["matplotlib", "tqdm"])
-    options = with_defaults(arguments, _DEFAULTS)
-    torch.set_num_threads(options.threads)
-    data = load(options).to(options.device)
+    options, data = prepare(arguments, ["matplotlib", "tqdm"], _DEFAULTS)
     _check_candidates(data, options)
     results = compare(data, options)
 
@@ -67,10 +61,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from .figure import draw
 
     figure = draw(results, f"{data.name}, {network}, {options.updates:,} updates")
-    write(options.output, lambda path: figure.savefig(path, dpi=150))
-    if options.json is not None:
-        text = json.dumps(report(results, options), indent=2)
-        write(options.json, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_results(options, figure, 150, report(results, options))
 
 
 def compare(data: ClassificationData, options: argparse.Namespace) -> Results:

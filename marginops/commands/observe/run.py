@@ -1,24 +1,19 @@
 """Options and output of the command ``marginops observe``."""
 
 import argparse
-import json
 import math
 from typing import TYPE_CHECKING
-
-import torch
 
 from ..options import (
     MOMENTUM,
     add_count,
     add_data_arguments,
     add_run_arguments,
-    check_environment,
     describe,
     execute,
-    load,
+    prepare,
     seed,
-    with_defaults,
-    write,
+    write_results,
 )
 
 if TYPE_CHECKING:
@@ -62,10 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    check_environment(arguments, ["matplotlib", "scipy", "torchmetrics"])
-    options = with_defaults(arguments, _DEFAULTS)
-    torch.set_num_threads(options.threads)
-    data = load(options).to(options.device)
+    options, data = prepare(arguments, ["matplotlib", "scipy", "torchmetrics"], _DEFAULTS)
 
     from .figure import draw
     from .loop import watch
@@ -86,7 +78,4 @@ def _run(arguments: argparse.Namespace) -> None:
     observation = watch(data, options, show)
     print(f"\n{conclusion(observation)}\n")
     figure = draw(observation, f"{data.name}, {network}")
-    write(options.output, lambda path: figure.savefig(path, dpi=90))
-    if options.json is not None:
-        text = json.dumps(report(observation, options), indent=2)
-        write(options.json, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_results(options, figure, 90, report(observation, options))
