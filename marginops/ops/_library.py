@@ -31,8 +31,8 @@ class Op:
     ``setup_context``, ``backward``
         The first saves what the gradient needs, the second computes the gradient with
         differentiable PyTorch and with other ops. See
-        :func:`torch.library.register_autograd`. An op without ``backward`` raises an error where
-        a gradient would have to pass it.
+        :func:`torch.library.register_autograd`. If a gradient must flow through an
+        op without ``backward``, that op raises NotImplementedError.
     ``has_kernels``
         Whether the native libraries may have kernels for the op.
     """
@@ -46,9 +46,10 @@ class Op:
 
     def __init__(self) -> None:
         self.name = self.schema.partition("(")[0]
-        self._kernel = _define(_kernels, self.schema, self._make_kernel, self.fake)
-        self._differentiable = _define(_ops, self.schema, lambda _: self._kernel, self.fake)
-        if self._differentiable._schema.is_mutable:
+        self._kernel_op = _define(_kernels, self.schema, self._make_fallback, self.fake)
+        self._autograd_op = _define(_ops, self.schema, lambda _: self._kernel_op, self.fake)
+        self._is_mutable = self._autograd_op._schema.is_mutable
+        if self._is_mutable:
             return  # torch has no gradients for ops that change their arguments
         torch.library.register_autograd(
             f"marginops::{self.name}",
@@ -63,21 +64,26 @@ class Op:
         if torch.is_grad_enabled():
             for argument in arguments:
                 if isinstance(argument, torch.Tensor) and argument.requires_grad:
-                    return self._differentiable(*arguments)
-        return self._kernel(*arguments)
+                    if self._is_mutable:
+                        raise NotImplementedError(
+                            f"{self.name}: expected arguments that do not require a gradient, "
+                            "because this op changes them; pass them with .detach()"
+                        )
+                    return self._autograd_op(*arguments)
+        return self._kernel_op(*arguments)
 
-    def _make_kernel(self, op: torch._ops.OpOverload) -> Callable[..., Any]:
-        """Make the kernel that the dispatcher calls while no native kernel is registered.
+    def _make_fallback(self, op: torch._ops.OpOverload) -> Callable[..., Any]:
+        """Make what the dispatcher calls while no native kernel is registered.
 
-        The kernel loads the native library. From then on the dispatcher calls the native kernel,
-        from Python and from compiled graphs. Where there is none, the kernel runs the reference.
+        The fallback loads the native library. From then on the dispatcher calls the native kernel,
+        from Python and from compiled graphs. Where there is none, the fallback runs the reference.
         """
         if not self.has_kernels:
             return self.reference
 
-        def kernel(*arguments: Any) -> Any:
-            # This call comes from the call of ``op`` below, after the library was loaded. So the
-            # library has no kernel for this op or for this kind of tensor.
+        def fallback(*arguments: Any) -> Any:
+            # True inside the call of ``op`` below. With a native kernel the dispatcher would not
+            # come here again, so there is none for this op or for this kind of tensor.
             if getattr(_loading, "op", None) is op:
                 return self.reference(*arguments)
             if not _native.load(arguments[0].device.type):
@@ -88,11 +94,12 @@ class Op:
             finally:
                 _loading.op = None
 
-        return kernel
+        return fallback
 
     def _refuse_gradient(self, ctx: Any, *grads: torch.Tensor) -> Any:
         raise NotImplementedError(
-            f"{self.name}: this op has no gradient, so second derivatives are not implemented"
+            "marginops: second derivatives are not implemented, "
+            f"and the op {self.name} has no gradient"
         )
 
     def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:

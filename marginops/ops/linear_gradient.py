@@ -10,11 +10,10 @@ from .._checks import result_dtype
 from . import margin_pair as pairs
 from ._library import Op
 from .class_sum import sum_pairs
+from .linear_head import Tensors
 from .row_sums import IGNORED, classes_in_piece
 from .statistics import sample_statistics_gradient_op
 from .tiles import default_chunk_bytes, logit_tiles, tile_shape
-
-Tensors = tuple[Tensor, ...]
 
 
 class HeadLayout(Protocol):
@@ -124,12 +123,15 @@ class _SavedDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
-            "linear_minimal_margin_score: second derivatives are not implemented"
+            "marginops: second derivatives of minimal margin scores are not implemented"
         )
 
 
 def refuse_second_derivative(distance: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Make a second derivative raise an error. It would silently take the distance as constant."""
+    """Make a second derivative raise an error.
+
+    Without this, autograd would take the saved distance as a constant and give a wrong result.
+    """
     return _SavedDistance.apply(distance, weight, bias) if torch.is_grad_enabled() else distance
 
 

@@ -15,7 +15,7 @@ from .tiles import check_chunk_bytes, logit_tiles
 Tensors = tuple[Tensor, ...]
 
 
-def checked_head(input: Any, weight: Any, bias: Any, chunk_bytes: Any) -> Any:
+def checked_linear(input: Any, weight: Any, bias: Any, chunk_bytes: Any) -> Any:
     """Check the arguments of a linear head.
 
     Returns:

@@ -21,7 +21,7 @@ from . import margin_pair as pairs
 from . import row_sums
 from ._library import Op
 from .linear_gradient import label_pair, margin_head_gradient, refuse_second_derivative
-from .linear_head import Tensors, checked_head, empty_results, head_sums, join, norm_parameters
+from .linear_head import Tensors, checked_linear, empty_results, head_sums, join, norm_parameters
 from .margin import Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .tiles import logit_tiles, tile_shape
@@ -91,7 +91,7 @@ def linear_classification_margin(
         return sharded.classification_margin(
             input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
         )[0]
-    dtype = checked_head(input, weight, bias, chunk_bytes)
+    dtype = checked_linear(input, weight, bias, chunk_bytes)
     checks.check_target(target, input, ignore_index, "input")
     log_norm = checks.as_log_norm(log_norm, input)
     margin: Tensor = linear_classification_margin_op(
@@ -206,7 +206,7 @@ def linear_minimal_margin_score(
         )[0]
     checks.check_choice("rival", rival, get_args(Rival))
     checks.check_bias_in_norm(bias, bias_in_norm)
-    dtype = checked_head(input, weight, bias, chunk_bytes)
+    dtype = checked_linear(input, weight, bias, chunk_bytes)
     score: Tensor = linear_minimal_margin_score_op(
         input, weight, bias, bias_in_norm, rival == "nearest", dtype, chunk_bytes
     )[0]

@@ -15,7 +15,7 @@ from .linear_gradient import (
     refuse_second_derivative,
     scatter_rows,
 )
-from .linear_head import Tensors, checked_head, empty_results
+from .linear_head import Tensors, checked_linear, empty_results
 from .linear_margin import LinearClassificationMarginOp, LinearMinimalMarginScoreOp
 from .margin import Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
@@ -79,7 +79,7 @@ def linear_select_minimal_margin(
         return Selection(*fields)
     checks.check_choice("rival", rival, get_args(Rival))
     checks.check_bias_in_norm(bias, bias_in_norm)
-    dtype = checked_head(input, weight, bias, chunk_bytes)
+    dtype = checked_linear(input, weight, bias, chunk_bytes)
     k = checks.check_k(k, input.size(0), "rows of input")
     fields = linear_select_minimal_margin_op(
         input, weight, bias, k, bias_in_norm, rival == "nearest", dtype, chunk_bytes
@@ -195,7 +195,7 @@ def linear_select_classification_margin(
             input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group, k
         )
         return Selection(*fields)
-    dtype = checked_head(input, weight, bias, chunk_bytes)
+    dtype = checked_linear(input, weight, bias, chunk_bytes)
     checks.check_target(target, input, ignore_index, "input")
     k = checks.check_k(k, input.size(0), "rows of input")
     log_norm = checks.as_log_norm(log_norm, input)

@@ -87,7 +87,8 @@ def _refuse_second_derivatives(backward: Callable[..., Any]) -> Callable[..., An
     def checked(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "linear_*: second derivatives (create_graph) are not implemented with group"
+                "marginops: second derivatives are not implemented with group=; "
+                "call backward() without create_graph=True"
             )
         return backward(ctx, *grads)
 
@@ -179,7 +180,7 @@ def _dense_gradient(
 
 
 class _Margin(torch.autograd.Function):
-    """Returns margins that are computed already. Adds their gradient in the head."""
+    """Attaches a backward pass for the head to margins that are computed already."""
 
     @staticmethod
     def forward(
@@ -212,7 +213,7 @@ class _Margin(torch.autograd.Function):
 
 
 class _Score(torch.autograd.Function):
-    """Returns scores that are computed already. Adds their gradient in the head."""
+    """Attaches a backward pass for the head to scores that are computed already."""
 
     @staticmethod
     def forward(

@@ -17,7 +17,7 @@ from .linear_gradient import (
     linear_sample_statistics_gradient_op,
     margin_head_gradient,
 )
-from .linear_head import Tensors, checked_head, head_sums, join
+from .linear_head import Tensors, checked_linear, head_sums, join
 from .margin_gradient import log_norm_gradient
 from .row_sums import StatisticsFields
 from .statistics import SampleStatistics, as_statistics
@@ -85,7 +85,7 @@ def linear_sample_statistics(
             input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
         )
         return as_statistics(fields, True)
-    dtype = checked_head(input, weight, bias, chunk_bytes)
+    dtype = checked_linear(input, weight, bias, chunk_bytes)
     checks.check_target(target, input, ignore_index, "input")
     log_norm = checks.as_log_norm(log_norm, input)
     fields = linear_sample_statistics_op(

@@ -11,7 +11,7 @@ from .class_sum import add_in_order
 
 
 class PairGradientOp(Op):
-    """The gradient of :func:`distance_gradient`, from sorted pairs of classes.
+    """Does the work of :func:`distance_gradient` on sorted pairs of classes.
 
     ``key`` is ``first class * number of classes + second class``, in ascending order.
     """

@@ -17,9 +17,10 @@ def normalize(margin: Tensor, log_norm: Tensor | None) -> Tensor:
     return margin * half * half
 
 
-def boundary_distance(difference: Tensor, distance: Tensor) -> Tensor:
-    """``difference / distance``, where 0 / 0 is 0."""
-    return torch.where((difference == 0) & (distance == 0), 0, difference / distance)
+def boundary_distance(difference: Tensor, weight_distance: Tensor) -> Tensor:
+    """``difference / weight_distance``, where 0 / 0 is 0."""
+    is_zero = (difference == 0) & (weight_distance == 0)
+    return torch.where(is_zero, 0, difference / weight_distance)
 
 
 def _rival_class(logits: Tensor, target: Tensor) -> Tensor:

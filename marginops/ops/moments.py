@@ -123,7 +123,7 @@ def class_moments(
 
     The radius stays accurate however far the class is from 0, and it is exactly 0 for equal rows.
     The squares of the distances may exceed the range of float32, but not that of float64. The op
-    reads the input once. On the CPU it copies an input whose columns are not adjacent first. All
+    reads the input once. On the CPU it first copies an input whose columns are not adjacent. All
     other temporaries are a few per cent of the input.
 
     Example:

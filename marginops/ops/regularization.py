@@ -66,10 +66,10 @@ def multi_margin_regularization(
     ``torch.linalg.vector_norm``.
 
     The term is differentiable (once) in ``weight`` and ``input``. In ``weight``, both rows of each
-    pair have a gradient; two equal rows have gradient 0. In ``input``, only the row of the
-    largest norm has one, the first such row among ties. The rivals are constants. The result is
-    deterministic. The function reads the logits once and two rows of ``weight`` per sample.
-    Without ``logits`` it also computes the matrix product, see
+    pair have a gradient; two equal rows have gradient 0. In ``input``, only the row with the
+    largest norm gets a gradient, the first such row among ties. The rivals are constants. The
+    result is deterministic. The function reads the logits once and two rows of ``weight`` per
+    sample. Without ``logits`` it also computes the matrix product, see
     :func:`marginops.linear_classification_margin`.
 
     Example:

@@ -60,7 +60,10 @@ class StatisticsFields(NamedTuple):
 
 
 def classes_in_piece(classes: Tensor, piece: slice) -> Tensor:
-    """Number the classes of a row from the start of a piece; others become NOT_IN_PIECE."""
+    """Number the classes of a row from the start of a piece.
+
+    A class outside the piece becomes NOT_IN_PIECE.
+    """
     is_inside = (classes >= piece.start) & (classes < piece.stop)
     return torch.where(is_inside, classes - piece.start, NOT_IN_PIECE)
 
@@ -176,7 +179,7 @@ def finish_exactly(
 ) -> StatisticsFields:
     """Compute the statistics, with margins that agree bit for bit with those of whole rows.
 
-    The op that computes margins of whole rows gets the two logits that each margin compares.
+    The op for whole rows computes each margin from the two logits that it compares.
     """
     fields = finish(rows, target, ignored, input_norm, log_norm)
     maximum, second, own = rows.values[:, :3].unbind(1)

@@ -47,7 +47,7 @@ class Shard:
         return slice(self.start, self.stop)
 
     def local(self, classes: Tensor) -> Tensor:
-        """Number classes from the start of this rank; those of others become NOT_IN_PIECE."""
+        """Number classes from the start of this rank. Other ranks' become NOT_IN_PIECE."""
         return classes_in_piece(classes, self.classes)
 
     def gather(self, value: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def empty_fields(logits: Tensor, rows: int | torch.SymInt, has_input: bool) -> S
 
 def mark_differentiable(ctx: Any, fields: StatisticsFields) -> None:
     """Say which fields have a gradient, and pass None instead of zeros for unused gradients."""
-    ctx.mark_non_differentiable(fields.el2n, fields.gradient_norm, fields.maximum, fields.log_sum)
+    others = set(StatisticsFields._fields) - {"margin", "loss", "confidence", "entropy"}
+    ctx.mark_non_differentiable(*(getattr(fields, name) for name in sorted(others)))
     ctx.set_materialize_grads(False)
 
 
@@ -192,8 +193,8 @@ sample_statistics_op = SampleStatisticsOp()
 class SampleStatisticsGradientOp(Op):
     """The gradient of the statistics in the logits.
 
-    A gradient of a field that is None counts as zeros. A target or rival outside the classes of
-    ``logits`` belongs to another piece of the row.
+    The gradient of a field counts as zeros if it is None. The op ignores a target or rival outside
+    the classes of ``logits``: the call for another piece of the row handles it.
     """
 
     schema = (

@@ -54,7 +54,8 @@ def tile_shape(
     """The number of rows and of classes of a tile.
 
     The products read the features once for each range of classes, and the weight once for each
-    range of rows. So the tiles are about square. With ``whole_rows`` tiles hold all classes.
+    range of rows. So tiles are about square if whole rows do not fit. With
+    ``whole_rows`` tiles hold all classes.
     """
     capacity = (chunk_bytes or default_chunk_bytes(input)) // (dtype or weight.dtype).itemsize
     count, classes = len(input), len(weight)

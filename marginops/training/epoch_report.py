@@ -98,8 +98,8 @@ def report_epoch(
         :class:`marginops.training.EpochReport`.
 
     Raises:
-        TypeError, ValueError: An argument has the wrong type or shape, the last layer is not clear,
-            or ``rates`` belong to another network.
+        TypeError, ValueError: An argument has the wrong type or shape, no linear layer or more than
+            one has C outputs, or ``rates`` belong to another network.
         RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
             assertion.
 
@@ -128,9 +128,9 @@ def report_epoch(
     if num_classes is None:
         num_classes = int(target.max()) + 1 if head is None else head.out_features
     head = head or last_linear(network, num_classes)
-    shape, device = (num_classes, head.in_features), target.device
+    sizes, device = (num_classes, head.in_features), target.device
     distribution = MarginDistribution(quantiles=QUANTILES).to(device)
-    collapse, manifolds = NeuralCollapse(*shape).to(device), ClassManifolds(*shape).to(device)
+    collapse, manifolds = NeuralCollapse(*sizes).to(device), ClassManifolds(*sizes).to(device)
     log_norm = log_norm_product(network, example_input=inputs[:2]).detach()
     margins, misclassified = [], []
     chunks = inputs.split(chunk_size)
@@ -147,13 +147,13 @@ def report_epoch(
 
     wrong = torch.cat(misclassified)
     summary = distribution.compute()
-    smallest = summary.minimum.double() * log_norm.double().exp()
+    smallest_margin = summary.minimum.double() * log_norm.double().exp()
 
-    def rescaled(version: Literal["tau", "lambda_max"]) -> float:
+    def margin_at_scale_one(version: Literal["tau", "lambda_max"]) -> float:
         if rates is None:
             return math.nan
-        margin = homogeneity.normalized_margin(smallest.reshape(1), network, rates, version=version)
-        return margin.item()
+        smallest = smallest_margin.reshape(1)
+        return homogeneity.normalized_margin(smallest, network, rates, version=version).item()
 
     test_accuracy = math.nan
     if test_inputs is not None and test_target is not None:
@@ -168,8 +168,8 @@ def report_epoch(
         distribution=MarginSummary._make(value.cpu() for value in summary),
         collapse=NeuralCollapseSummary._make(value.cpu() for value in collapse.compute()),
         manifolds=ClassManifoldsSummary._make(value.cpu() for value in manifolds.compute()),
-        tau_margin=rescaled("tau"),
-        lambda_max_margin=rescaled("lambda_max"),
+        tau_margin=margin_at_scale_one("tau"),
+        lambda_max_margin=margin_at_scale_one("lambda_max"),
     )
 
 

@@ -242,7 +242,7 @@ def gradient_with_graph(groups, call):
 def test_second_derivatives_are_refused(ranks):
     for answer in ranks(gradient_with_graph, example("classification_margin").shards((1, 5, 3))):
         assert isinstance(answer, NotImplementedError)
-        assert "second derivatives (create_graph) are not implemented" in str(answer)
+        assert "second derivatives are not implemented" in str(answer)
 
 
 def call_with_small_exchanges(groups, call):
