@@ -33,6 +33,8 @@ PAGES = {
         "tables of the linear head": lambda path: tables(path, linear=True),
     },
 }
+# The result file that a page shows. A page that is not named here shows all of them.
+SHOWN = {"README.md": "amd-epyc.csv"}
 # Other libraries run in a process of their own: a fault there must not end ours.
 OTHER_LIBRARIES = "flashinfer or liger or cut_cross_entropy"
 CASE = ("op", "shape", "dtype", "provider")
@@ -218,10 +220,10 @@ def write_results(rows: list[Result]) -> None:
 
 
 def with_tables(name: str) -> str:
-    """A page with the tables of every result file between their markers."""
+    """A page with the tables of the result files that it shows, between their markers."""
     text = (ROOT / name).read_text()
     for part, make in PAGES[name].items():
-        made = [make(path) for path in sorted(RESULTS.glob("*.csv"))]
+        made = [make(path) for path in sorted(RESULTS.glob(SHOWN.get(name, "*.csv")))]
         begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
         before, after = text.split(begin)[0], text.split(end)[1]
         text = "\n\n".join([before + begin, *filter(None, made), end + after])
@@ -240,6 +242,8 @@ def problems() -> list[str]:
         if any("dirty" in row["commit"] for row in rows):
             found.append(f"{path.name}: results of a checkout with changes; measure again")
     for name in PAGES:
+        if name in SHOWN and not (RESULTS / SHOWN[name]).exists():
+            found.append(f"{name}: expected a file of results {SHOWN[name]}, got none")
         if with_tables(name) != (ROOT / name).read_text():
             found.append(f"{name}: not the tables of the results; run benchmarks/run.py --tables")
     return found

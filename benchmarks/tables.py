@@ -102,9 +102,9 @@ def overview(path: Path) -> str:
     if not lines:
         return ""
     explanation = (
-        "The ratio is the time of the faster PyTorch version divided by that of marginops. For "
-        "`select_smallest`, PyTorch is `torch.topk`. For `linear_sample_statistics`, it is "
-        "`linear_cross_entropy`, which computes the loss alone."
+        "The ratio is the time of the faster PyTorch version divided by that of marginops. The "
+        "PyTorch column of `select_smallest` shows `torch.topk`. That of "
+        "`linear_sample_statistics` shows `linear_cross_entropy`, which computes only the loss."
     )
     header = ["Operation", "Input", "marginops", "PyTorch", "compiled PyTorch", "Ratio"]
     rule = "|---|---" + "|---:" * (len(header) - 2) + "|"

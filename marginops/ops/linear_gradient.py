@@ -123,7 +123,8 @@ class _SavedDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
-            "marginops: second derivatives of minimal margin scores are not implemented"
+            "marginops: second derivatives are not implemented, "
+            "and minimal margin scores of a linear head have none"
         )
 
 

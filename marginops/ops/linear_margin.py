@@ -166,7 +166,7 @@ def linear_minimal_margin_score(
     chunk_bytes: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Distance of every sample's features to its closest decision boundary, without logits.
+    """The minimal margin score of every sample, from features and last layer, without logits.
 
     The result equals ``minimal_margin_score(F.linear(input, weight, bias), weight, bias, ...)``,
     the score of Weinstein et al. (2020), up to the rounding of the matrix product.

@@ -36,7 +36,7 @@ def linear_select_minimal_margin(
     chunk_bytes: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Selection:
-    """The k samples closest to a decision boundary, from features and last layer, without logits.
+    """The k samples with the smallest minimal margin score, from features and last layer.
 
     The result equals ``select_smallest(linear_minimal_margin_score(input, weight, bias, ...), k)``.
     This is the batch selection of Weinstein et al. (2020).

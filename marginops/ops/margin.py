@@ -108,7 +108,7 @@ def minimal_margin_score(
     rival: Rival = "top2",
     bias_in_norm: bool = False,
 ) -> Tensor:
-    r"""Distance of every sample's features to its closest decision boundary.
+    r"""Distance of every sample's features to the boundary of its two most likely classes.
 
     Let :math:`i_1, i_2` be the classes of the two largest logits and :math:`w_c` the rows of
     the last layer's weight:

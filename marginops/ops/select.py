@@ -24,7 +24,8 @@ def select_smallest(scores: Tensor, k: int) -> Selection:
 
     The result equals the first k elements of ``torch.sort(scores, stable=True)`` bit for bit, on
     every device and in every run: ``-0.0`` equals ``+0.0``, ``+inf`` comes before NaN, NaN of
-    either sign comes last, and among equal values the lowest index comes first.
+    either sign comes last and counts as one value, and among equal values the lowest index comes
+    first.
 
     Args:
         scores: ``[N]``, float32, float64, bfloat16 or float16, any stride.
@@ -98,7 +99,7 @@ def select_minimal_margin(
     rival: Rival = "top2",
     bias_in_norm: bool = False,
 ) -> Selection:
-    """The k samples closest to a decision boundary: score and selection in one call.
+    """The k samples with the smallest minimal margin score: score and selection in one call.
 
     The result equals ``select_smallest(minimal_margin_score(logits, weight, bias, ...), k)``. With
     the logits of B candidates and k = B / 10 this is the batch selection of Weinstein et al.

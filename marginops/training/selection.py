@@ -20,7 +20,7 @@ def select_batch(
     rival: Rival = "top2",
     bias_in_norm: bool = False,
 ) -> Tensor:
-    """Select the k candidates closest to a decision boundary of the network.
+    """Select the k candidates with the smallest minimal margin score.
 
     The score is :func:`marginops.minimal_margin_score`. The function runs the network on all
     candidates, in evaluation mode and without gradient. Then it scores and selects in one fused
