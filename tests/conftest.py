@@ -1,5 +1,7 @@
 """The devices and dtypes that tests run on, and how each test starts."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import hypothesis
@@ -9,6 +11,11 @@ import torch
 from helpers.ops import DTYPES, OTHER_LIBRARY
 
 DEVICES = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # torch.compile's cache does not tell instruction sets apart: a process that is limited to AVX2
+    # takes a graph that was compiled for AVX-512, which then computes wrong numbers.
+    cache = f"{tempfile.gettempdir()}/torchinductor-{os.getuid()}-{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 if OTHER_LIBRARY:
     torch.ops.load_library(OTHER_LIBRARY)
 
