@@ -1,5 +1,5 @@
-// Kernels with one bug each, and their twins without it: `selftest NAME...` launches them and
-// prints what they wrote. test_cudacpu.py says which tool must see which bug.
+// Kernels with one bug each, and their twins without it: selftest() launches those that its
+// arguments name and prints what they wrote. test_selftest.py says which tool must see which bug.
 #include <cuda_runtime.h>
 
 #include <functional>
@@ -140,7 +140,7 @@ cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned thre
 
 }  // namespace
 
-int main(int count, char** arguments) {
+extern "C" int selftest(int count, char** arguments) {
   std::vector<float> in(64, 2), out(128, -1);
   std::vector<float> part(64);
   std::vector<unsigned> counters{0, ~0u, 0, 0, 0};

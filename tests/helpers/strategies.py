@@ -64,7 +64,7 @@ def margin_cases(draw):
     logits = draw(tensors(rows, classes, draw(dtypes), anything))
     labels = st.integers(0, classes - 1) | st.just(-100)
     target = torch.tensor(draw(st.lists(labels, min_size=rows, max_size=rows)), dtype=torch.int64)
-    return logits, target, draw(st.none() | st.floats(-80, 80))
+    return logits, target, draw(st.none() | st.floats(-80, 80, width=32))
 
 
 @st.composite
@@ -106,7 +106,7 @@ def statistics_cases(draw):
         columns = draw(st.sampled_from([0, 1, 3, 33]))
         features = torch.randn(rows, columns, generator=random).to(draw(dtypes))
         input = relayout(features, draw(st.sampled_from(LAYOUTS)))
-    return logits, target, input, draw(st.none() | st.floats(-80, 80))
+    return logits, target, input, draw(st.none() | st.floats(-80, 80, width=32))
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""Builds what runs CUDA kernels on the CPU, and starts processes in which they run."""
+"""Builds libraries that run CUDA kernels on the CPU, and starts processes that load them."""
 
 import fcntl
 import hashlib
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,129 +72,129 @@ def compiler() -> str:
 
 
 def build_selftest(tool: str) -> Path:
-    """The program of ``selftest.cpp``, built for one of ``TOOLS``."""
-    command = [*_compile(tool), str(HERE / "selftest.cpp")]
-
-    def build(folder: Path) -> Path:
-        return _run([*command, "-o", str(folder / "selftest")], folder / "selftest")
-
-    return _cached(f"selftest-{tool}", command, build)
+    """The library of ``selftest.cpp``, built for one of ``TOOLS``."""
+    return _build(f"selftest-{tool}", tool, [HERE / "selftest.cpp"])
 
 
 def build_library(tool: str) -> Path:
     """The CUDA library, built for CPU tensors and one of ``TOOLS``.
 
-    ``torch.ops.load_library`` loads it. Under a sanitizer this needs the environment of
-    :func:`environment`.
+    ``torch.ops.load_library`` loads it in a process started by :func:`run_python`.
     """
-    sources = recipe.sources(SOURCES, "cuda")[1:]  # the first makes a Python module of it
-    # -Bsymbolic: the library's calls of functions that binding.h replaces stay inside.
-    link = [compiler(), *TOOLS[tool], "-shared", "-pthread", "-Wl,-Bsymbolic"]
-    link += [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
-    command = [*_compile(tool), "-c", "-fPIC", "-fno-extern-tls-init"]
-    command += [recipe.STABLE_ABI, "-fvisibility=hidden"]
+    compiling = [recipe.STABLE_ABI, "-fvisibility=hidden", "-fno-extern-tls-init"]
     for folder in cpp_extension.include_paths():
-        command += ["-isystem", folder]
+        compiling += ["-isystem", folder]
+    linking = [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    linking += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    sources = recipe.sources(SOURCES, "cuda")[1:]  # the first makes a Python module of it
+    return _build(f"library-{tool}", tool, sources, compiling, linking)
+
+
+def _build(
+    name: str,
+    tool: str,
+    sources: Sequence[Path],
+    compiling: Sequence[str] = (),
+    linking: Sequence[str] = (),
+) -> Path:
+    """A shared library, built once for each state of the sources."""
+    command = [compiler(), *TOOLS[tool], "-shared", "-fPIC", "-pthread"]
+    # -Bsymbolic: calls of the functions that binding.h replaces stay in the library.
+    link = [*command, "-Wl,-Bsymbolic"]
+    command += [*FLAGS, f"-I{HERE / 'include'}", f"-I{SOURCES}"]
+    command += ["-isystem", f"{toolkit()}/include", *compiling]
     bound = ["-include", str(HERE / "binding.h")]
 
-    def build(folder: Path) -> Path:
-        def compiled(source: Path) -> str:
-            target = folder / f"{source.name}.o"
-            language = ["-x", "c++", *(bound if source.suffix == ".cpp" else [])]
-            return str(_run([*command, *language, str(source), "-o", str(target)], target))
+    def compiled(source: Path, folder: Path) -> str:
+        target = str(folder / f"{source.name}.o")
+        options = bound if source.name.endswith("_ops.cpp") else []
+        _run([*command, *options, "-x", "c++", "-c", str(source), "-o", target])
+        return target
 
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compiled, sources))
-        target = folder / "library.so"
-        return _run([*link, *objects, *libraries, "-o", str(target)], target)
-
-    return _cached(f"library-{tool}", [*command, *bound, *link, *map(str, sources)], build)
-
-
-def _compile(tool: str) -> list[str]:
-    headers = [f"-I{HERE / 'include'}", f"-I{SOURCES}", "-isystem", f"{toolkit()}/include"]
-    return [compiler(), *FLAGS, *TOOLS[tool], *headers]
-
-
-def _run(command: Sequence[str], target: Path) -> Path:
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-8000:]}")
-    return target
-
-
-def _cached(name: str, key: Sequence[str], build: Callable[[Path], Path]) -> Path:
-    """What ``build(folder)`` makes, made once for each key and state of the sources."""
-    digest = hashlib.sha256(repr(key).encode())
+    digest = hashlib.sha256(repr([command, bound, link, linking, sources]).encode())
     for folder in (HERE, SOURCES):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
                 digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"marginops-emulation-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
-    finished = cache / f"{name}-{digest.hexdigest()[:16]}"
+    finished = cache / f"{name}-{digest.hexdigest()[:16]}.so"
     with open(cache / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not finished.exists():
-            for other in cache.glob(f"{name}-*"):  # younger ones may be in use
+            for other in cache.glob(f"{name}-*.so"):  # younger ones may be in use
                 if time.time() - other.stat().st_mtime > 24 * 3600:
                     other.unlink()
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                build(Path(folder)).replace(finished)
+            with tempfile.TemporaryDirectory(dir=cache) as temporary, ThreadPoolExecutor(2) as pool:
+                target = Path(temporary, "library.so")
+                objects = pool.map(lambda source: compiled(source, target.parent), sources)
+                _run([*link, *objects, *linking, "-o", str(target)])
+                target.replace(finished)
     return finished
+
+
+def _run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-8000:]}")
 
 
 def run_selftest(
     tool: str, names: Sequence[str], order: str = "forward"
 ) -> subprocess.CompletedProcess[str]:
     """Run kernels of ``selftest.cpp``."""
-    command = [str(build_selftest(tool)), *names]
-    environment = {**os.environ, **OPTIONS, **_settings(order, 132)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    script = (
+        "import ctypes, sys; words = [word.encode() for word in sys.argv[1:]];"
+        "count = len(words); words = (ctypes.c_char_p * count)(*words);"
+        "sys.exit(ctypes.CDLL(words[0].decode()).selftest(count, words))"
+    )
+    arguments = ["-c", script, str(build_selftest(tool)), *names]
+    return run_python(tool, arguments, CUDACPU_ORDER=order)
 
 
-def run_python(
-    tool: str,
-    arguments: Sequence[str],
-    order: str = "forward",
-    multiprocessors: int = 132,
-    timeout: float = 1200,
+def run_library(
+    tool: str, arguments: Sequence[str], multiprocessors: int = 132
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python with ``build_library(tool)`` in place of the CPU's kernels."""
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command,
-        env={**os.environ, **environment(tool, order, multiprocessors)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+    """Run Python with the CUDA library in place of the CPU's kernels.
+
+    Launchers share out work by the number of multiprocessors: few of them make small inputs take
+    the ways of large ones.
+    """
+    return run_python(
+        tool,
+        arguments,
+        MARGINOPS_TEST_LIBRARY=str(build_library(tool)),
+        CUDACPU_MULTIPROCESSORS=str(multiprocessors),
     )
 
 
-def environment(tool: str, order: str = "forward", multiprocessors: int = 132) -> dict[str, str]:
-    """What a Python process needs in its environment to run the emulated kernels."""
+def run_python(
+    tool: str, arguments: Sequence[str], **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in an environment in which it can load what is built for one of ``TOOLS``."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment(tool), **variables},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+
+
+def environment(tool: str) -> dict[str, str]:
+    """What a Python process that loads a library for this tool needs in its environment."""
     variables = {
         **OPTIONS,
-        **_settings(order, multiprocessors),
-        "MARGINOPS_TEST_LIBRARY": str(build_library(tool)),
+        "CUDACPU_WORKERS": "2",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONUNBUFFERED": "1",  # a sanitizer ends the process at once
     }
     if tool in RUNTIMES:
-        # Python itself is not linked with the sanitizer, which must come first; it finds the
-        # functions that it replaces only in libraries that are there when it starts.
+        # Python is not linked with the sanitizer, which must come first. The sanitizer takes the
+        # place of functions of the C++ library only if that is there when the process starts.
         names = (RUNTIMES[tool], "libstdc++.so")
         variables["LD_PRELOAD"] = " ".join(map(_library_of_compiler, names))
     return variables
-
-
-def _settings(order: str, multiprocessors: int) -> dict[str, str]:
-    """Two OS threads run blocks, in the given order, of which launchers make few or many."""
-    return {
-        "CUDACPU_ORDER": order,
-        "CUDACPU_WORKERS": "2",
-        "CUDACPU_MULTIPROCESSORS": str(multiprocessors),
-    }
 
 
 def _library_of_compiler(name: str) -> str:

@@ -65,7 +65,7 @@ class Block {
                                Order order, uint64_t seed);
 
   // Runs one block. False if it failed; then error() says why, and its threads stay where they
-  // stood, so the object must neither be used again nor freed.
+  // stood, so the object must not be used again.
   CUDACPU_SCHEDULER bool run(uint3 index) {
     blockIdx = index;
     live_ = threads_;

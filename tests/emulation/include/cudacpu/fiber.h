@@ -15,7 +15,7 @@
 // The scheduler's own functions: AddressSanitizer may not track frames that are never left, and
 // ThreadSanitizer may not see the bookkeeping that the fibers of an OS thread share.
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #define CUDACPU_SCHEDULER __attribute__((no_sanitize("address")))
 #elif defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -132,7 +132,12 @@ class Stacks {
     memory_ = static_cast<char*>(memory);
     for (size_t i = 0; i < count; ++i) mprotect((*this)[i] - kGuardBytes, kGuardBytes, PROT_NONE);
   }
-  ~Stacks() { munmap(memory_, bytes_); }
+  ~Stacks() {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(memory_, bytes_);  // of functions that were never left
+#endif
+    munmap(memory_, bytes_);
+  }
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
 

@@ -85,7 +85,6 @@ class Grid {
       const std::lock_guard<std::mutex> lock(mutex());
       launch_error() = block->error();
       failed_ = true;
-      graveyard().push_back(std::move(block));
       return;
     }
     const std::lock_guard<std::mutex> lock(mutex());
@@ -107,10 +106,6 @@ class Grid {
   }
   static Blocks& pool() {
     static Blocks value;
-    return value;
-  }
-  static Blocks& graveyard() {  // never freed: threads stand in these
-    static Blocks& value = *new Blocks;
     return value;
   }
 
