@@ -11,6 +11,9 @@ import torch
 from helpers.ops import DTYPES, OTHER_LIBRARY
 
 DEVICES = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
+# torch.compile keys its cache of gradients by the ops of the forward pass, so a changed backward of
+# an op would not be seen.
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     # torch.compile's cache does not tell instruction sets apart: a process that is limited to AVX2
     # takes a graph that was compiled for AVX-512, which then computes wrong numbers.

@@ -10,7 +10,6 @@ from . import layers as kinds
 from .factors import Factor
 from .spectral import leading_eigenvector, leading_right_vector, random_start
 
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 

@@ -9,7 +9,7 @@ weight.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from . import row_sums
 from ._library import Op
 from .linear_gradient import label_pair, margin_head_gradient, refuse_second_derivative
 from .linear_head import Tensors, checked_linear, empty_results, head_sums, join, norm_parameters
-from .margin import Rival
+from .margin import RIVALS, Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .tiles import logit_tiles, tile_shape
 
@@ -204,7 +204,7 @@ def linear_minimal_margin_score(
         return sharded.minimal_margin_score(
             input, weight, bias, rival, bias_in_norm, chunk_bytes, group
         )[0]
-    checks.check_choice("rival", rival, get_args(Rival))
+    checks.check_choice("rival", rival, RIVALS)
     checks.check_bias_in_norm(bias, bias_in_norm)
     dtype = checked_linear(input, weight, bias, chunk_bytes)
     score: Tensor = linear_minimal_margin_score_op(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from .linear_gradient import (
 )
 from .linear_head import Tensors, checked_linear, empty_results
 from .linear_margin import LinearClassificationMarginOp, LinearMinimalMarginScoreOp
-from .margin import Rival
+from .margin import RIVALS, Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .select import Selection, select_smallest_op
 
@@ -77,7 +77,7 @@ def linear_select_minimal_margin(
             input, weight, bias, rival, bias_in_norm, chunk_bytes, group, k
         )
         return Selection(*fields)
-    checks.check_choice("rival", rival, get_args(Rival))
+    checks.check_choice("rival", rival, RIVALS)
     checks.check_bias_in_norm(bias, bias_in_norm)
     dtype = checked_linear(input, weight, bias, chunk_bytes)
     k = checks.check_k(k, input.size(0), "rows of input")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .linear_gradient import (
     margin_head_gradient,
 )
 from .linear_head import norm_parameters
-from .margin import Rival
+from .margin import RIVALS
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .row_sums import IGNORED, StatisticsFields
 from .select import select_smallest_op
@@ -313,7 +313,7 @@ def minimal_margin_score(
 
     def check() -> dict[str, Any]:
         checks.check_bias_in_norm(bias, bias_in_norm)
-        checks.check_choice("rival", rival, get_args(Rival))
+        checks.check_choice("rival", rival, RIVALS)
         if rival == "nearest":
             raise ValueError('rival: expected "top2" with group, got "nearest"')
         return {"bias_in_norm": bool(bias_in_norm), "k": _checked_k(k, input)}

@@ -11,6 +11,7 @@ from ._library import Op
 from .margin_gradient import margin_gradient, score_gradient
 
 Rival = Literal["top2", "nearest"]
+RIVALS = get_args(Rival)
 
 
 def classification_margin(
@@ -167,7 +168,7 @@ def checked_head(
     if bias is not None:
         checks.check_bias(bias, weight)
     checks.check_bias_in_norm(bias, bias_in_norm)
-    checks.check_choice("rival", rival, get_args(Rival))
+    checks.check_choice("rival", rival, RIVALS)
     return (bias if bias_in_norm else None), rival == "nearest"
 
 

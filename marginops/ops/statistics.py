@@ -121,10 +121,15 @@ def empty_fields(logits: Tensor, rows: int | torch.SymInt, has_input: bool) -> S
     return StatisticsFields._make(map(empty, StatisticsFields._fields))
 
 
+_DIFFERENTIABLE = ("margin", "loss", "confidence", "entropy")
+_NOT_DIFFERENTIABLE = tuple(
+    index for index, name in enumerate(StatisticsFields._fields) if name not in _DIFFERENTIABLE
+)
+
+
 def mark_differentiable(ctx: Any, fields: StatisticsFields) -> None:
     """Say which fields have a gradient, and pass None instead of zeros for unused gradients."""
-    others = set(StatisticsFields._fields) - {"margin", "loss", "confidence", "entropy"}
-    ctx.mark_non_differentiable(*(getattr(fields, name) for name in sorted(others)))
+    ctx.mark_non_differentiable(*(fields[index] for index in _NOT_DIFFERENTIABLE))
     ctx.set_materialize_grads(False)
 
 

@@ -17,6 +17,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Import the report of an epoch at its first use, because only this part needs torchmetrics."""
     if name in ("EpochReport", "report_epoch"):

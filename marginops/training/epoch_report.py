@@ -185,6 +185,10 @@ def _check_samples(inputs: Any, target: Any, test_inputs: Any, test_target: Any)
     check_target(target, inputs, -100, "inputs")
     if len(inputs) == 0:
         raise ValueError("inputs: expected at least one sample, got none")
+    if (target == -100).any():
+        raise ValueError("target: expected a class for every sample, got -100; leave these out")
+    if test_target is not None and test_target.dtype != torch.int64:
+        raise TypeError(f"test_target: expected dtype torch.int64, got {test_target.dtype}")
     if test_inputs is not None and test_target.shape != test_inputs.shape[:1]:
         raise ValueError(
             f"test_target: expected shape {list(test_inputs.shape[:1])} for test_inputs "

@@ -24,5 +24,9 @@ inline AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return
 }
 
 #undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(error) STD_TORCH_CHECK((error) == cudaSuccess, cudaGetErrorString(error))
+#define STD_CUDA_CHECK(call)                                            \
+  do {                                                                  \
+    const cudaError_t status = (call);                                  \
+    STD_TORCH_CHECK(status == cudaSuccess, cudaGetErrorString(status)); \
+  } while (false)
 #define CUDA CPU  // the dispatch key of the registration

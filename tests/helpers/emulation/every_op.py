@@ -196,9 +196,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.ops.load_library(os.environ["MARGINOPS_TEST_LIBRARY"])
-    for case, (name, op) in itertools.product(cases(options.few), ops().items()):
-        if options.seed not in (None, case.seed) or options.op not in (None, name):
-            continue
+    chosen = [
+        (case, name, op)
+        for case, (name, op) in itertools.product(cases(options.few), ops().items())
+        if options.seed in (None, case.seed) and options.op in (None, name)
+    ]
+    if not chosen:
+        sys.exit("no op has kernels, or none is chosen")
+    for case, name, op in chosen:
         values = list(arguments(op, case).values())
         for count in options.multiprocessors:
             # Launches read both variables. A sanitizer's report comes below this line.
