@@ -18,9 +18,9 @@ inline void check_bias(const std::optional<Tensor>& bias, const Tensor& weight) 
                   "bias: expected the dtype of weight");
 }
 
-template <class T>
-ValueOf<T> squared_distance(const T* a, const T* b, int64_t columns) {
-  using Value = ValueOf<T>;
+template <class A, class B>
+ValueOf<A> squared_distance(const A* a, const B* b, int64_t columns) {
+  using Value = ValueOf<A>;
   constexpr int kLanes = Simd<Value>::kLanes;
   constexpr int kUnroll = 4;
   VectorOf<Value> sums[kUnroll] = {};
@@ -51,8 +51,10 @@ class Distances {
   virtual ~Distances() = default;
   // ||w_i - w_j||
   virtual Value operator()(int64_t i, int64_t j) const = 0;
-  // Copies row i of the weight and then its bias.
-  virtual void copy_row(int64_t i, Value* row) const = 0;
+  // ||w_i - point||^2
+  virtual Value squared_distance_to(int64_t i, const Value* point) const = 0;
+  // total += scale * w_i
+  virtual void add_row(int64_t i, Value scale, Value* total) const = 0;
 
   int64_t classes = 0;
   int64_t columns = 0;
@@ -81,8 +83,27 @@ class WeightDistances final : public Distances<ValueOf<T>> {
     return is_safe_square(square) ? std::sqrt(square) : scaled_distance(i, j);
   }
 
-  void copy_row(int64_t i, Value* row) const override {
-    for (int64_t d = 0; d < this->columns; ++d) row[d] = entry(i, d);
+  Value squared_distance_to(int64_t i, const Value* point) const override {
+    Value square = 0;
+    int64_t d = 0;
+    if (weight_.column_stride == 1) {
+      square = squared_distance(weight_.row(i), point, weight_.columns);
+      d = weight_.columns;
+    }
+    for (; d < this->columns; ++d) square += (entry(i, d) - point[d]) * (entry(i, d) - point[d]);
+    return square;
+  }
+
+  void add_row(int64_t i, Value scale, Value* total) const override {
+    constexpr int kLanes = Simd<Value>::kLanes;
+    int64_t d = 0;
+    if (weight_.column_stride == 1) {
+      const T* row = weight_.row(i);
+      for (; d + kLanes <= weight_.columns; d += kLanes) {
+        store(load(total + d) + scale * load(row + d), total + d);
+      }
+    }
+    for (; d < this->columns; ++d) total[d] += scale * entry(i, d);
   }
 
   // total += scale * (w_i - w_j)
@@ -143,18 +164,22 @@ class DistanceTable final : public Distances<Value> {
   }
 
   Value operator()(int64_t i, int64_t j) const override { return table_[i * this->classes + j]; }
-  void copy_row(int64_t i, Value* row) const override { distances_->copy_row(i, row); }
+  Value squared_distance_to(int64_t i, const Value* point) const override {
+    return distances_->squared_distance_to(i, point);
+  }
+  void add_row(int64_t i, Value scale, Value* total) const override {
+    distances_->add_row(i, scale, total);
+  }
 
  private:
   std::unique_ptr<Distances<Value>> distances_;
   std::vector<Value> table_;
 };
 
-// The distances that `count` rows of logits need. A table pays off if the pairs of classes are no
-// more than the rows.
+// The distances between the rows of the weight, each computed when it is asked for.
 template <class Value>
-std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
-                                                 const std::optional<Tensor>& bias, int64_t count) {
+std::unique_ptr<Distances<Value>> weight_distances(const Tensor& weight,
+                                                   const std::optional<Tensor>& bias) {
   std::unique_ptr<Distances<Value>> distances;
   for_dtype("weight", weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -163,30 +188,35 @@ std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
     }
   });
   STD_TORCH_CHECK(distances, "weight: expected float64 with float64 logits and only with them");
-  const int64_t classes = distances->classes;
-  if (classes <= count / classes) {
-    return std::make_unique<DistanceTable<Value>>(std::move(distances));
-  }
   return distances;
 }
 
-// ||w_j - centre|| of every class: bounds for the distances. Any centre is correct. The mean of
-// some rows lies among the rows and so gives small radii. A radius is infinite where its square
-// overflows.
+// Whether a table of all distances costs less than the distances that `count` rows of logits need.
+inline bool table_pays_off(int64_t classes, int64_t count) { return classes <= count / classes; }
+
+// The distances that `count` rows of logits need.
+template <class Value>
+std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
+                                                 const std::optional<Tensor>& bias, int64_t count) {
+  auto distances = weight_distances<Value>(weight, bias);
+  if (!table_pays_off(distances->classes, count)) return distances;
+  return std::make_unique<DistanceTable<Value>>(std::move(distances));
+}
+
+// ||w_j - centre|| of every class. Two radii bound a distance: ||w_i - w_j|| is at most their sum.
+// Any centre is correct. The mean of some rows lies among the rows and so gives small radii. A
+// radius is infinite where its square overflows.
 template <class Value>
 std::vector<Value> radii(const Distances<Value>& distances) {
   const int64_t classes = distances.classes, columns = distances.columns;
-  const int64_t step = classes / 1024 + 1, count = (classes - 1) / step + 1;
-  std::vector<Value> centre(columns), sample(columns), radius(classes);
+  const int64_t step = classes / 32 + 1, count = (classes - 1) / step + 1;
+  std::vector<Value> centre(columns), radius(classes);
   for (int64_t i = 0; i < count; ++i) {
-    distances.copy_row(i * step, sample.data());
-    for (int64_t d = 0; d < columns; ++d) centre[d] += sample[d] / static_cast<Value>(count);
+    distances.add_row(i * step, Value{1} / static_cast<Value>(count), centre.data());
   }
   parallel(classes, kGrain / (columns + 1), [&](int64_t begin, int64_t end) {
-    std::vector<Value> row(columns);
     for (int64_t i = begin; i < end; ++i) {
-      distances.copy_row(i, row.data());
-      const Value square = squared_distance(row.data(), centre.data(), columns);
+      const Value square = distances.squared_distance_to(i, centre.data());
       radius[i] = square < std::numeric_limits<Value>::min() * Value(1e8)
                       ? std::numeric_limits<Value>::infinity()  // may have underflowed: no bound
                       : std::sqrt(square);

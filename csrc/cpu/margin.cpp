@@ -12,18 +12,6 @@
 namespace marginops::cpu {
 namespace {
 
-void check_head(const Tensor& logits, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_logits(logits);
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape [C, D], got ", weight.dim(), "-d");
-  STD_TORCH_CHECK(weight.size(0) == logits.size(1), "weight: expected ", logits.size(1),
-                  " rows for the classes of logits, got ", weight.size(0));
-  STD_TORCH_CHECK(
-      weight.scalar_type() == logits.scalar_type() ||
-          (weight.scalar_type() == ScalarType::Float && logits.scalar_type() != ScalarType::Double),
-      "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits");
-  check_bias(bias, weight);
-}
-
 // The margins of the rows. With kRival the rivals are written too.
 template <bool kRival>
 Tensor margins(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& log_norm,
@@ -157,6 +145,18 @@ Tensor pair_distance(const Tensor& weight, const std::optional<Tensor>& bias, co
 }
 
 }  // namespace
+
+void check_head(const Tensor& logits, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_logits(logits);
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape [C, D], got ", weight.dim(), "-d");
+  STD_TORCH_CHECK(weight.size(0) == logits.size(1), "weight: expected ", logits.size(1),
+                  " rows for the classes of logits, got ", weight.size(0));
+  STD_TORCH_CHECK(
+      weight.scalar_type() == logits.scalar_type() ||
+          (weight.scalar_type() == ScalarType::Float && logits.scalar_type() != ScalarType::Double),
+      "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits");
+  check_bias(bias, weight);
+}
 
 Tensor classification_margin(const Tensor& logits, const Tensor& target,
                              const std::optional<Tensor>& log_norm, int64_t ignore_index) {

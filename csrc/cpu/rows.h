@@ -54,6 +54,7 @@ int64_t rival_of(const Top2<Value>& top, int64_t label) {
 // The rows of logits that get a result: all rows, or the listed ones.
 class Rows {
  public:
+  explicit Rows(int64_t count) : count(count) {}
   Rows(const Tensor& logits, const std::optional<Tensor>& listed)
       : count(listed ? listed->size(0) : logits.size(0)) {
     if (!listed) return;

@@ -122,8 +122,9 @@ def select_minimal_margin(
         TypeError, ValueError: An argument has the wrong type, dtype, shape, device or range.
 
     The selected scores are differentiable in ``logits``, ``weight`` and, with ``bias_in_norm``,
-    ``bias``. The result is deterministic. The op reads the logits once. It needs O(N) memory and
-    at most 1 MiB more.
+    ``bias``. The result is deterministic. The op reads the logits once. On the CPU it leaves out
+    distances of rows of ``weight`` where a bound shows that the sample cannot be among the k. The
+    op needs O(N) memory and at most 1 MiB more.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5], [0.1, 0.0], [3.0, 2.0]])
