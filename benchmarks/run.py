@@ -11,6 +11,7 @@ import argparse
 import csv
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -34,7 +35,7 @@ PAGES = {
     },
 }
 # The result file that a page shows. A page that is not named here shows all of them.
-SHOWN = {"README.md": "amd-epyc.csv"}
+SHOWN = {"README.md": "amd-epyc-avx512.csv"}
 # Other libraries run in a process of their own: a fault there must not end ours.
 OTHER_LIBRARIES = "flashinfer or liger or cut_cross_entropy"
 CASE = ("op", "shape", "dtype", "provider")
@@ -53,7 +54,7 @@ class RunError(Exception):
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's."""
+    """The GPU's name, or the processor's with its instruction set."""
     import torch
 
     if torch.cuda.is_available():
@@ -62,7 +63,10 @@ def device_name() -> str:
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
         names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    processor = names[0] if names else platform.processor() or platform.machine()
+    instruction_set = torch.backends.cpu.get_cpu_capability()
+    limited = "limited to " if os.environ.get("ATEN_CPU_CAPABILITY") else ""
+    return f"{processor}, {limited}{instruction_set}"
 
 
 def git(*arguments: str) -> str | None:

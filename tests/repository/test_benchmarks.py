@@ -102,6 +102,39 @@ def test_overview_compares_with_the_faster_of_pytorch(load, results):
     assert load("tables").overview(results) == ""
 
 
+def test_the_readme_shows_one_file_and_the_documentation_all(load, results, tmp_path, monkeypatch):
+    run = load("run")
+    write(tmp_path / "other.csv", [one | {"device": "another GPU"} for one in ROWS])
+    (tmp_path / "docs").mkdir()
+    for name, parts in run.PAGES.items():
+        marks = "".join(f"<!-- {part} -->\nold\n<!-- /{part} -->\n" for part in parts)
+        (tmp_path / name).write_text(marks)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "SHOWN", {"README.md": "gpu.csv"})
+    assert "another GPU" not in run.with_tables("README.md")
+    assert "a GPU" in run.with_tables("README.md")
+    assert "another GPU" in run.with_tables("docs/performance.md")
+    monkeypatch.setattr(run, "SHOWN", {"README.md": "missing.csv"})
+    assert "README.md: expected a file of results missing.csv, got none" in run.problems()
+
+
+@pytest.mark.parametrize("limit", ["", "default"])
+def test_a_processor_is_named_with_its_instruction_set(limit):
+    # In its own process, because torch reads the variable when it starts.
+    code = "import torch, run; print(torch.backends.cpu.get_cpu_capability());"
+    code += "print(run.device_name())"
+    environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(BENCHMARKS)}
+    if limit:
+        environment["ATEN_CPU_CAPABILITY"] = limit
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    capability, name = done.stdout.splitlines()
+    assert name.endswith(f", limited to {capability}" if limit else f", {capability}")
+    assert ("limited" in name) == bool(limit)
+
+
 def test_fastest_is_by_the_gpu_where_it_is_timed(load):
     slower = [one | {"gpu_ms": "9"} for one in ROWS[3:5]]
     faster = row("minimal_margin_score", LONG, "marginops", 0.1, 608)
