@@ -10,41 +10,6 @@ import torch
 from marginops._native import toolchain
 
 
-def test_architectures_come_from_the_environment_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MARGINOPS_CUDA_ARCH_LIST", "9.0, 8.0;9.0")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
-    assert toolchain.find_archs() == ["8.0", "9.0"]
-    monkeypatch.delenv("MARGINOPS_CUDA_ARCH_LIST")
-    assert toolchain.find_archs() == ["7.5"]
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-    monkeypatch.setattr(toolchain, "visible_capabilities", lambda: [(8, 0), (12, 0)])
-    assert toolchain.find_archs() == ["8.0", "12.0"]
-    monkeypatch.setattr(toolchain, "visible_capabilities", lambda: [])
-    with pytest.raises(toolchain.ToolchainError, match="set MARGINOPS_CUDA_ARCH_LIST"):
-        toolchain.find_archs()
-
-
-@pytest.mark.parametrize(
-    ("archs", "capability", "runs"),
-    [
-        (["8.0"], (8, 0), True),
-        (["8.0"], (8, 6), True),
-        (["8.6"], (8, 0), False),
-        (["8.0"], (9, 0), False),
-        (["8.0+PTX"], (12, 0), True),
-        (["9.0a"], (9, 0), True),
-        (["10.0a"], (10, 3), False),
-        (["10.0f"], (10, 3), True),
-        (["7.5", "12.0"], (12, 0), True),
-        (["Hopper"], (9, 0), True),
-    ],
-)
-def test_architectures_that_run_on_a_gpu(
-    archs: list[str], capability: tuple[int, int], runs: bool
-) -> None:
-    assert toolchain.runs_on(archs, capability) is runs
-
-
 def make_toolkit(home: Path, version: int) -> Path:
     for name, text in {
         "bin/nvcc": "",
