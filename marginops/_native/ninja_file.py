@@ -6,11 +6,13 @@ have any name, and no path of this machine gets into the library.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from .plan import Plan
 from .toolchain import ToolchainError
@@ -41,7 +43,12 @@ def write(plan: Plan, folder: Path, *, baseline: bool = False) -> None:
         *_rule("link", plan.compiler.command, f"$in -shared {shlex.join(libraries)} -o $out"),
     ]
     if plan.toolkit is not None:
-        nvcc = [str(plan.toolkit.nvcc), "-Icsrc", *_common_nvcc_flags(), *plan.nvcc_flags]
+        nvcc = [
+            str(plan.toolkit.nvcc),
+            "-Icsrc",
+            *_cpp_extension().COMMON_NVCC_FLAGS,
+            *plan.nvcc_flags,
+        ]
         lines += _rule("compile_cuda", [*nvcc, "--compiler-options", "-fPIC", "-c"], "$in -o $out")
     objects = []
     for source in plan.sources:
@@ -56,6 +63,8 @@ def write(plan: Plan, folder: Path, *, baseline: bool = False) -> None:
 def _rule(name: str, command: Sequence[str], rest: str) -> list[str]:
     """A rule whose command is words for the shell, and then text in ninja's own language."""
     words = shlex.join(command).replace("$", "$$")
+    if "\n" in words:
+        raise ToolchainError(f"expected paths without line breaks, got the command {command}")
     return [f"rule {name}", f"  command = {words} {rest}"]
 
 
@@ -68,15 +77,26 @@ def _link(link: Path, target: Path) -> None:
         link.symlink_to(target.absolute(), target_is_directory=True)
 
 
-def _header_folders(plan: Plan) -> Iterator[tuple[str, Path]]:
-    """The folders of headers other than ours, with plain names for them."""
+def _cpp_extension() -> Any:
+    """The module of torch that knows its own folders. It is imported for a build only."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
     try:
-        import pybind11
+        # While it is imported, the module warns where it finds no GPU, which a build need not have.
+        logger.setLevel(logging.ERROR)
         from torch.utils import cpp_extension
     except ImportError as error:
         raise ToolchainError(f"{error.name} is missing: run pip install {error.name}") from error
+    finally:
+        logger.setLevel(level)
+    return cpp_extension
 
-    torch_folders = [Path(path) for path in cpp_extension.include_paths()]
+
+def _header_folders(plan: Plan) -> Iterator[tuple[str, Path]]:
+    """The folders of headers other than ours, with plain names for them."""
+    import pybind11
+
+    torch_folders = [Path(path) for path in _cpp_extension().include_paths()]
     if not any((path / "torch/csrc/stable/tensor.h").is_file() for path in torch_folders):
         raise ToolchainError(
             f"torch/csrc/stable/tensor.h is missing in {torch_folders[0]}: this installation of "
@@ -84,12 +104,9 @@ def _header_folders(plan: Plan) -> Iterator[tuple[str, Path]]:
         )
     # torch takes this scheme as well, because others may name a folder that does not exist.
     python = Path(sysconfig.get_path("include", "posix_prefix"))
-    elsewhere = os.pathsep.join(
-        os.environ.get(name, "") for name in ("CPATH", "CPLUS_INCLUDE_PATH")
-    )
-    if not any(
-        (Path(path) / "Python.h").is_file() for path in [python, *elsewhere.split(os.pathsep)]
-    ):
+    elsewhere = [os.environ.get(name, "") for name in ("CPATH", "CPLUS_INCLUDE_PATH")]
+    folders = [str(python), *os.pathsep.join(elsewhere).split(os.pathsep)]
+    if not any(os.path.isfile(os.path.join(folder, "Python.h")) for folder in folders if folder):
         raise ToolchainError(
             f"Python.h is missing in {python}: install the headers of Python (the package "
             "python3-dev of Debian and Ubuntu, python3-devel of Fedora)"
@@ -104,9 +121,7 @@ def _header_folders(plan: Plan) -> Iterator[tuple[str, Path]]:
 
 def _libraries(plan: Plan, folder: Path) -> Iterator[str]:
     """The flags of the linker, as torch.utils.cpp_extension.load gives them."""
-    from torch.utils import cpp_extension
-
-    for number, path in enumerate(cpp_extension.library_paths()):
+    for number, path in enumerate(_cpp_extension().library_paths()):
         _link(folder / f"libraries{number or ''}", Path(path))
         yield f"-Llibraries{number or ''}"
     cuda = plan.toolkit is not None
@@ -120,9 +135,3 @@ def _libraries(plan: Plan, folder: Path) -> Iterator[str]:
             _link(folder / "cuda-libraries", runtime.parent)
             yield "-Lcuda-libraries"
         yield f"-l:{runtime.name}"
-
-
-def _common_nvcc_flags() -> list[str]:
-    from torch.utils import cpp_extension
-
-    return [*cpp_extension.COMMON_NVCC_FLAGS]

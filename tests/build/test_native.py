@@ -221,7 +221,9 @@ def test_build_needs_no_standard_error(
 
 def test_library_that_does_not_load_is_a_failed_build(tiny: Path) -> None:
     write_tiny(tiny, kernel="int absent(); int tiny = absent();")
-    expect_reference(new_loader(tiny), "the build failed: the library does not load: .*undefined symbol.*absent")
+    expect_reference(
+        new_loader(tiny), "the build failed: the library does not load: .*undefined symbol.*absent"
+    )
 
 
 def test_threads_share_one_attempt(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

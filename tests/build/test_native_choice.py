@@ -138,7 +138,9 @@ def test_ahead_of_time_library_of_other_sources_is_skipped(
 
 def test_missing_compiler(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/g++")
-    expect_reference(new_loader(tiny), "CXX: expected .* C.. compiler, got /nonexistent/g.. .*does not exist")
+    expect_reference(
+        new_loader(tiny), "CXX: expected .* C.. compiler, got /nonexistent/g.. .*does not exist"
+    )
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     expect_reference(new_loader(tiny), "no C.. compiler: install g.. or")
