@@ -39,11 +39,11 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   return marginops::new_tensor(sizes, type, place_of(like));
 }
 
-inline void check_launch(cudaError_t status) {
-  if (status == cudaErrorMemoryAllocation) {
+inline void check_launch(cudaError_t launched) {
+  if (launched == cudaErrorMemoryAllocation) {
     fail("CUDA out of memory. A kernel could not be launched");
   }
-  STD_CUDA_CHECK(status);
+  STD_CUDA_CHECK(launched);
 }
 
 // Makes the tensor's device the current one and holds its current stream.
