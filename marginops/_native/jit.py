@@ -124,14 +124,14 @@ def _run(folder: Path, ninja: list[str]) -> tuple[int, str]:
 
 def _error(output: str) -> str:
     """The first error of the first command that failed."""
+    # ninja writes "FAILED: <target>", the command, and what the command has written.
     failed = re.split(r"^FAILED: .*\n.*\n", output, maxsplit=1, flags=re.MULTILINE)[-1]
-    lines = [line for line in failed.splitlines() if line.strip()]
-    of_compiler = [
-        line for line in lines if not re.match(r"ninja: build stopped|\[\d+/\d+\] ", line)
-    ]
-    errors = [line for line in of_compiler if re.search(r"\berror\b|Error: ", line)]
-    chosen = (errors or of_compiler or ["the compiler fails without a word"])[0]
-    return toolchain.first_line(chosen)
+    own_words = r"^FAILED: |^ninja: build stopped|\[\d+/\d+\] "
+    lines = re.split(own_words, failed, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
+    lines = [line for line in lines if line.strip()]
+    # collect2 only repeats that the linker has failed, after the linker's own words.
+    errors = [line for line in lines if re.search(r"\berror\b(?!: ld returned)|Error: ", line)]
+    return toolchain.first_line((errors or lines or ["the compiler fails without a word"])[0])
 
 
 def _is_whole(library: Path) -> bool:
