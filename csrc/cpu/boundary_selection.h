@@ -31,7 +31,7 @@ void select_nearest_to_boundary(const Matrix<T>& logits, const Distances<ValueOf
   using Value = ValueOf<T>;
   constexpr Value kInfinity = std::numeric_limits<Value>::infinity();
   constexpr Value kKnown = -kInfinity;  // replaces the bound of a row whose score is known
-  const std::vector<Value> radius = radii(distances);
+  const Array<Value> radius = radii(distances);
   const auto rows = uninitialized<BoundaryRow<Value>>(logits.rows);
   const auto bounds = uninitialized<Value>(logits.rows);
   for_each_top2<true>(logits, Rows(logits.rows), [&](int64_t, int64_t row, const auto& top) {
@@ -66,7 +66,7 @@ void select_nearest_to_boundary(const Matrix<T>& logits, const Distances<ValueOf
     limit = score <= limit ? limit : score == score ? score : kInfinity;  // NaN sets no limit
   }
 
-  std::vector<int64_t> candidates;  // in index order, so that ties stay in it
+  Array<int64_t> candidates;  // in index order, so that ties stay in it
   for (int64_t row = 0; row < logits.rows; ++row) {
     if (!(bounds[row] > limit)) candidates.push_back(row);
   }

@@ -10,11 +10,11 @@ namespace {
 
 void check_k(int64_t k, const Tensor& rows) {
   const int64_t size = rows.dim() == 0 ? 0 : rows.size(0);
-  STD_TORCH_CHECK(k >= 0 && k <= size, "k: expected 0 <= k <= ", size, ", got ", k);
+  MARGINOPS_CHECK(k >= 0 && k <= size, "k: expected 0 <= k <= ", size, ", got ", k);
 }
 
 std::tuple<Tensor, Tensor> select_smallest(const Tensor& scores, int64_t k) {
-  STD_TORCH_CHECK(scores.dim() == 1, "scores: expected shape [N], got ", scores.dim(), "-d");
+  check_dim("scores", scores, 1, "[N]");
   check_k(k, scores);
   const int64_t size = scores.size(0);
   Tensor chosen = new_tensor({k}, scores.scalar_type());
@@ -68,9 +68,9 @@ std::tuple<Tensor, Tensor> select_classification_margin(const Tensor& logits, co
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
-  m.impl("select_smallest", TORCH_BOX(&select_smallest));
-  m.impl("select_minimal_margin", TORCH_BOX(&select_minimal_margin));
-  m.impl("select_classification_margin", TORCH_BOX(&select_classification_margin));
+  m.impl("select_smallest", MARGINOPS_BOX(&select_smallest));
+  m.impl("select_minimal_margin", MARGINOPS_BOX(&select_minimal_margin));
+  m.impl("select_classification_margin", MARGINOPS_BOX(&select_classification_margin));
 }
 
 }  // namespace

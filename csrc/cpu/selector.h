@@ -8,10 +8,9 @@
 #pragma once
 
 #include <array>
-#include <memory>
-#include <vector>
 
 #include "../common/order.h"
+#include "memory.h"
 #include "tensor.h"
 
 namespace marginops::cpu {
@@ -31,12 +30,6 @@ struct Entry {
     return key < other.key || (key == other.key && index < other.index);
   }
 };
-
-// Memory that nothing has written: a vector would write zeros.
-template <class T>
-std::unique_ptr<T[]> uninitialized(int64_t size) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
-}
 
 template <class Score, class Index>
 class Selector {
@@ -91,7 +84,7 @@ class Selector {
       count_ = collect(0, size_, bound, entries_.get());
       return;
     }
-    std::vector<int64_t> counts(static_cast<size_t>(parts));
+    Array<int64_t> counts(static_cast<size_t>(parts));
     parallel(parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         counts[part] =

@@ -10,13 +10,14 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import jit, recipe, toolchain
+from . import architectures, jit, recipe
 from .cache import Cache
 from .plan import UnavailableError, csrc_folder, make_plan, torch_release
 
@@ -160,7 +161,8 @@ class Loader:
             since = time.time()
             with cache.lock():
                 if not try_cached():
-                    outcome.accept("built now", plan.name, jit.build(plan, cache, since))
+                    load = partial(outcome.accept, "built now", plan.name)
+                    outcome.library = jit.build(plan, cache, since, load)
         except OSError as error:
             raise UnavailableError(
                 f"the cache folder {cache.folder} cannot be used ({error}); "
@@ -185,8 +187,8 @@ def _obstacle(library: Path, device_type: str, csrc: Path) -> str | None:
         return f"built from other sources than those in {csrc}"
     archs = [arch for arch in archs_text.split(",") if arch]
     if archs:
-        for capability in toolchain.visible_capabilities():
-            if not toolchain.runs_on(archs, capability):
+        for capability in architectures.visible_capabilities():
+            if not architectures.runs_on(archs, capability):
                 gpu = "{}.{}".format(*capability)
                 return f"built for GPU architecture {', '.join(archs)}, running with {gpu}"
     return None

@@ -205,14 +205,7 @@ def test_compile_error_is_the_reason(tiny: Path, monkeypatch: pytest.MonkeyPatch
     # A process that waited for this build gets the same error without another attempt.
     monkeypatch.setattr(jit, "_run", None)
     with pytest.raises(plan.UnavailableError, match="this cannot compile"):
-        jit.build(the_plan, Cache(), since)
-
-
-def test_python_that_does_not_start_is_the_reason(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    expect_reference(new_loader(tiny), "; /nonexistent/python cannot run the build: ")
+        jit.build(the_plan, Cache(), since, load=lambda library: None)
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -228,7 +221,9 @@ def test_build_needs_no_standard_error(
 
 def test_library_that_does_not_load_is_a_failed_build(tiny: Path) -> None:
     write_tiny(tiny, kernel="int absent(); int tiny = absent();")
-    expect_reference(new_loader(tiny), "the build failed: ImportError: .*undefined symbol.*absent")
+    expect_reference(
+        new_loader(tiny), "the build failed: the library does not load: .*undefined symbol.*absent"
+    )
 
 
 def test_threads_share_one_attempt(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +285,7 @@ def test_op_without_a_compiler_gives_the_reference_and_one_warning() -> None:
     output, errors = process.communicate(timeout=PATIENCE)
     assert output == "[1, 3, 0];[1, 3, 0];reference\n", errors
     assert errors.count("NativeUnavailableWarning") == 1
-    assert "CXX=/nonexistent" in errors
+    assert "CXX: expected" in errors
 
 
 @pytest.mark.slow
