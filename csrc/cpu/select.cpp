@@ -241,11 +241,12 @@ std::tuple<Tensor, Tensor> select_smallest(const Tensor& scores, int64_t k) {
   return {chosen, indices};
 }
 
-std::tuple<Tensor, Tensor> select_minimal_margin(const Tensor& logits, const Tensor& weight,
+std::tuple<Tensor, Tensor> select_minimal_margin(const Tensor& logits,
+                                                 const std::optional<Tensor>& weight,
                                                  const std::optional<Tensor>& bias, int64_t k,
-                                                 bool nearest) {
+                                                 bool nearest, bool softmax) {
   check_k(k, logits);
-  return select_smallest(minimal_margin_score(logits, weight, bias, nearest), k);
+  return select_smallest(minimal_margin_score(logits, weight, bias, nearest, softmax), k);
 }
 
 std::tuple<Tensor, Tensor> select_classification_margin(const Tensor& logits, const Tensor& target,

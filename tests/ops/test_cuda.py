@@ -49,7 +49,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
     "unit moments": lambda f, w, y, n: moments(f, y, True),
     "select": lambda f, w, y, n: marginops.select_smallest(f[:, 0], len(f) // 10),
     "select margin": lambda f, w, y, n: marginops.select_classification_margin(f, y, len(f) // 10),
-    "select score": lambda f, w, y, n: marginops.select_minimal_margin(f, w, len(f) // 10),
+    "select score": lambda f, w, y, n: marginops.select_minimal_margin(f, w, k=len(f) // 10),
 }
 
 

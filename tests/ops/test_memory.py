@@ -25,7 +25,7 @@ CALLS = {
     "nearest": "marginops.minimal_margin_score(logits[:n], weight, rival='nearest')",
     "classification_margin": "marginops.classification_margin(logits[:n], target[:n])",
     "select_smallest": "marginops.select_smallest(logits[:n, 0], n // 10)",
-    "select_minimal_margin": "marginops.select_minimal_margin(logits[:n], weight, n // 10)",
+    "select_minimal_margin": "marginops.select_minimal_margin(logits[:n], weight, k=n // 10)",
     "select_classification_margin": (
         "marginops.select_classification_margin(logits[:n], target[:n], n // 10)"
     ),
