@@ -129,7 +129,7 @@ def minimal_margin_score(
     The margin of the probabilities is the margin sampling of Scheffer et al. (2001), which Luo et
     al. (2005) call breaking ties. **The three scores rank samples differently.** Logits (5, 4, -9)
     and (5, 4, 3.9) have the same margin of the logits, but the margins of their probabilities are
-    0.46 and 0.34.
+    0.46 and 0.37.
 
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
