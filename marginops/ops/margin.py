@@ -170,7 +170,7 @@ def minimal_margin_score(
         >>> marginops.minimal_margin_score(logits)
         tensor([1., 1.])
         >>> marginops.minimal_margin_score(logits, softmax=True)
-        tensor([0.3969, 0.4555])
+        tensor([0.3973, 0.4560])
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
         >>> marginops.minimal_margin_score(logits, weight)
         tensor([1., 1.])

@@ -114,9 +114,8 @@ class KnownProbabilities:
 
 def modal_query(probabilities, k):
     uncertainty = pytest.importorskip("modAL.uncertainty")
-    chosen = uncertainty.margin_sampling(KnownProbabilities, probabilities, n_instances=k)
-    margin = uncertainty.classifier_margin(KnownProbabilities, probabilities)
-    return margin, chosen[0] if isinstance(chosen, tuple) else chosen
+    chosen, _ = uncertainty.margin_sampling(KnownProbabilities, probabilities, n_instances=k)
+    return uncertainty.classifier_margin(KnownProbabilities, probabilities), chosen
 
 
 def small_text_query(probabilities, k):
