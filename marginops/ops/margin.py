@@ -111,32 +111,31 @@ def minimal_margin_score(
     bias_in_norm: bool = False,
     softmax: bool = False,
 ) -> Tensor:
-    r"""How far every sample is from the boundary of its two most likely classes.
+    r"""How far every sample is from the boundary between its two most likely classes.
 
-    Let :math:`i_1, i_2` be the classes of the two largest logits, :math:`p` the softmax of the
-    logits, and :math:`w_c` the rows of the last layer's weight. There are three scores:
+    For one sample, let :math:`f` be its logits, :math:`p` their softmax, :math:`i_1, i_2` the
+    classes of the two largest logits, and :math:`w_c` the rows of the last layer's weight:
 
-    .. math::
-
-        s_n = (f_{n, i_1} - f_{n, i_2}) / \lVert w_{i_1} - w_{i_2} \rVert_2 &
-            \quad \text{with a weight: the distance of the features} \\
-        s_n = f_{n, i_1} - f_{n, i_2} \hphantom{ / \lVert w_{i_1} - w_{i_2} \rVert_2} &
-            \quad \text{without a weight: the margin of the logits} \\
-        s_n = p_{n, i_1} - p_{n, i_2} \hphantom{ / \lVert w_{i_1} - w_{i_2} \rVert_2} &
-            \quad \text{without a weight, softmax=True: the margin of the probabilities}
+    ================================= ==========================================================
+    with ``weight``                   the distance of the features to the boundary,
+                                      :math:`(f_{i_1} - f_{i_2}) / \lVert w_{i_1} - w_{i_2}
+                                      \rVert_2`
+    without ``weight``                the margin of the logits, :math:`f_{i_1} - f_{i_2}`
+    without ``weight``, ``softmax``   the margin of the probabilities, :math:`p_{i_1} - p_{i_2}`
+    ================================= ==========================================================
 
     The scores need no label. The distance is the minimal margin score of Weinstein et al. (2020).
-    The margin of the probabilities is the margin sampling of Scheffer et al. (2001), which Luo et
-    al. (2005) call breaking ties. **The three scores rank samples differently.** Logits (5, 4, -9)
-    and (5, 4, 3.9) have the same margin of the logits, but the margins of their probabilities are
-    0.46 and 0.37.
+    The margin of the probabilities is that of Scheffer et al. (2001). Selection by it is called
+    margin sampling or breaking ties. **The three scores rank samples differently.** Logits
+    (5, 4, -9) and (5, 4, 3.9) have the same margin of the logits, but the margins of their
+    probabilities are 0.46 and 0.37.
 
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
         weight: ``[C, D]``, the last layer's weight, in the dtype of ``logits``. For bfloat16 and
             float16 logits it may also be float32, as it is under autocast.
         bias: ``[C]`` in the dtype of ``weight``; read only with ``bias_in_norm``.
-        rival: ``"top2"`` for the formula above, or ``"nearest"`` for the exact nearest boundary,
+        rival: ``"top2"`` for the formulas above, or ``"nearest"`` for the exact nearest boundary,
             ``min over j != i1 of (f_i1 - f_j) / ||w_i1 - w_j||``, which needs a weight.
         bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
         softmax: Compare probabilities instead of logits. Only without a weight.
