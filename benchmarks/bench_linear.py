@@ -144,7 +144,7 @@ def bench_linear_selection(time_call, shape, dtype, provider):
     k = shape[0] // 10
 
     def unfused() -> marginops.Selection:
-        return marginops.select_minimal_margin(functional.linear(features, weight), weight, k)
+        return marginops.select_minimal_margin(functional.linear(features, weight), weight, k=k)
 
     def check(result):
         if provider == "product":

@@ -32,7 +32,7 @@ def eager_score(logits: Tensor, weight: Tensor) -> Tensor:
     return (values[:, 0] - values[:, 1]) / distance
 
 
-def eager_select(logits: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def eager_select(logits: Tensor, weight: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     return eager_score(logits, weight).topk(k, largest=False)
 
 
@@ -58,7 +58,7 @@ def make_logits(rows: int, classes: int, dtype: torch.dtype, values: str = "rand
     return make_values(values, torch.randn(rows, classes, device=DEVICE)).to(dtype)
 
 
-def eager_select_margin(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def eager_select_margin(logits: Tensor, target: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     return eager_margin(logits, target).topk(k, largest=False)
 
 
@@ -127,7 +127,7 @@ def bench_margin(time_call, op, shape, values, dtype, provider):
         exact = eager_margin(logits.double(), other)
         decided = torch.ones(rows, dtype=torch.bool, device=DEVICE)
     selected = rows // 10 if op.startswith("select") else 0
-    arguments = (logits, other, selected) if selected else (logits, other)
+    options = {"k": selected} if selected else {}
     rounding = 1e-4 if dtype == torch.float32 else 2e-2
 
     def close(scores, expected):
@@ -148,7 +148,7 @@ def bench_margin(time_call, op, shape, values, dtype, provider):
 
     call = provided(provider, op)
     time_call(
-        lambda: call(*arguments),
+        lambda: call(logits, other, **options),
         check,
         op=op,
         shape=" x ".join(map(str, shape)) + ("" if values == "random" else f", {values}"),

@@ -61,7 +61,7 @@ class Goal:
         return value <= self.bound if self.at_most else value >= self.bound
 
 
-READERS = "minimal_margin_score|classification_margin|sample_statistics"
+READERS = r"minimal_margin_score( of \w+)?|classification_margin|sample_statistics"
 COLUMNS = r"( x 64)?(, \w+)?"
 SELECTION = ("select_smallest", ".*")
 SELECTION_OF_FEW = ("select_smallest", "10{3,5}, .*")

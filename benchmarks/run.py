@@ -37,7 +37,7 @@ PAGES = {
 # The result file that a page shows. A page that is not named here shows all of them.
 SHOWN = {"README.md": "amd-epyc-avx512.csv"}
 # Other libraries run in a process of their own: a fault there must not end ours.
-OTHER_LIBRARIES = "flashinfer or liger or cut_cross_entropy"
+OTHER_LIBRARIES = "flashinfer or liger or cut_cross_entropy or modal or small_text or cleanlab"
 CASE = ("op", "shape", "dtype", "provider")
 FIELDS = [
     *("device", "threads", "torch", "marginops", "commit", "date", "runs"),

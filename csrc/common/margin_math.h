@@ -46,6 +46,12 @@ struct Top2 {
   }
 };
 
+// The difference of the two largest logits of a row.
+template <class Value>
+MARGINOPS_FUNCTION Value top2_margin(const Top2<Value>& top) {
+  return top.nan ? std::numeric_limits<Value>::quiet_NaN() : top.first_value - top.second_value;
+}
+
 // normalize() returns margin * exp(-log_norm). It multiplies the margin twice by half_scale(),
 // which is exp(-log_norm / 2) or, where that overflows, the largest finite number. So a margin of 0
 // stays 0, and unless the margin is subnormal, the result over- or underflows only where the exact

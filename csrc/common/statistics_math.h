@@ -56,6 +56,14 @@ struct ExponentialSums {
   }
 };
 
+// The difference of the probabilities of the two largest logits of a row. Two close numbers are
+// subtracted only as logits, so the result is accurate relative to its value. A tie gives +0.0.
+template <class Value>
+MARGINOPS_FUNCTION Value top2_margin(const Top2<Value>& top, const ExponentialSums<Value>& sums) {
+  const Value step = -top2_margin(top);
+  return (0 - std::expm1(step)) / (1 + sums.plain);
+}
+
 // log(1 + x) for x >= 0, as accurate as std::log1p and twice as fast on the CPU. The last factor
 // corrects the rounding of 1 + x.
 template <class Value>

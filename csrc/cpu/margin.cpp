@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "distance.h"
-#include "rows.h"
+#include "row_sums.h"
 
 namespace marginops::cpu {
 namespace {
@@ -47,6 +47,27 @@ std::tuple<Tensor, Tensor> classification_margin_rival(const Tensor& logits, con
   Tensor rival = new_tensor({rows.count}, ScalarType::Long);
   auto* classes = static_cast<int64_t*>(rival.mutable_data_ptr());
   return {margins<true>(logits, target, log_norm, rows, ignore_index, classes), rival};
+}
+
+// The difference of the two largest logits of each row or, with `softmax`, of their probabilities.
+Tensor top2_margins(const Tensor& logits, bool softmax) {
+  check_logits(logits);
+  Tensor margin = new_tensor({logits.size(0)}, result_type(logits));
+  for_dtype("logits", logits, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Value = ValueOf<T>;
+    auto* result = static_cast<Value*>(margin.mutable_data_ptr());
+    if (softmax) {
+      for_each_sums<T>(logits, [&](int64_t r, const RowSums<Value>& row) {
+        result[r] = top2_margin(row.top, row.sums);
+      });
+    } else {
+      for_each_top2<false>(
+          matrix<T>(logits), Rows(logits, std::nullopt),
+          [&](int64_t r, int64_t, const Top2<Value>& top) { result[r] = top2_margin(top); });
+    }
+  });
+  return margin;
 }
 
 // The class whose boundary with class top.first is nearest, and the distance between the weights of
@@ -167,14 +188,15 @@ Tensor classification_margin(const Tensor& logits, const Tensor& target,
                         nullptr);
 }
 
-Tensor minimal_margin_score(const Tensor& logits, const Tensor& weight,
-                            const std::optional<Tensor>& bias, bool nearest) {
-  check_head(logits, weight, bias);
+Tensor minimal_margin_score(const Tensor& logits, const std::optional<Tensor>& weight,
+                            const std::optional<Tensor>& bias, bool nearest, bool softmax) {
+  if (!weight) return top2_margins(logits, softmax);
+  check_head(logits, *weight, bias);
   Tensor score = new_tensor({logits.size(0)}, result_type(logits));
   for_dtype("logits", logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     auto* result = static_cast<ValueOf<T>*>(score.mutable_data_ptr());
-    for_each_boundary<T>(logits, weight, bias, Rows(logits, std::nullopt), nearest,
+    for_each_boundary<T>(logits, *weight, bias, Rows(logits, std::nullopt), nearest,
                          [&](int64_t r, int64_t, int64_t, auto distance, auto difference) {
                            result[r] = boundary_distance(difference, distance);
                          });

@@ -39,20 +39,21 @@ std::tuple<Tensor, Tensor> select_smallest(const Tensor& scores, int64_t k) {
   return {chosen, indices};
 }
 
-std::tuple<Tensor, Tensor> select_minimal_margin(const Tensor& logits, const Tensor& weight,
+std::tuple<Tensor, Tensor> select_minimal_margin(const Tensor& logits,
+                                                 const std::optional<Tensor>& weight,
                                                  const std::optional<Tensor>& bias, int64_t k,
-                                                 bool nearest) {
+                                                 bool nearest, bool softmax) {
   check_k(k, logits);
-  check_head(logits, weight, bias);
-  if (nearest || !bounds_pay_off(logits, weight, k)) {
-    return select_smallest(minimal_margin_score(logits, weight, bias, nearest), k);
+  if (weight) check_head(logits, *weight, bias);
+  if (!weight || nearest || !bounds_pay_off(logits, *weight, k)) {
+    return select_smallest(minimal_margin_score(logits, weight, bias, nearest, softmax), k);
   }
   Tensor chosen = new_tensor({k}, result_type(logits));
   Tensor indices = new_tensor({k}, ScalarType::Long);
   for_dtype("logits", logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Value = ValueOf<T>;
-    const auto distances = weight_distances<Value>(weight, bias);
+    const auto distances = weight_distances<Value>(*weight, bias);
     select_nearest_to_boundary(matrix<T>(logits), *distances, k,
                                static_cast<Value*>(chosen.mutable_data_ptr()),
                                static_cast<int64_t*>(indices.mutable_data_ptr()));

@@ -10,7 +10,6 @@
 #include <array>
 
 #include "../common/order.h"
-#include "memory.h"
 #include "tensor.h"
 
 namespace marginops::cpu {

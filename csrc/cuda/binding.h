@@ -184,7 +184,8 @@ inline Tensor new_workspace(const Tensor& like, size_t bytes) {
 
 Tensor classification_margin_op(const Tensor& logits, const Tensor& target,
                                 const std::optional<Tensor>& log_norm, int64_t ignore_index);
-Tensor minimal_margin_score_op(const Tensor& logits, const Tensor& weight,
-                               const std::optional<Tensor>& bias, bool nearest);
+// Without a weight, `bias` and `nearest` do not count, and with it `softmax` does not.
+Tensor minimal_margin_score_op(const Tensor& logits, const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& bias, bool nearest, bool softmax);
 
 }  // namespace marginops::cuda

@@ -4,6 +4,7 @@
 #include "minimal_margin.cuh"
 #include "pair_gradient.cuh"
 #include "plan.cuh"
+#include "top2_margin.cuh"
 
 namespace marginops::cuda {
 namespace {
@@ -39,6 +40,12 @@ cudaError_t write_target(const Matrix& logits, const Rows& rows, const Target& t
     return write_rows(plan, view<decltype(scalar)>(logits, rows),
                       static_cast<TopAccumulator<Number>*>(workspace), output, stream);
   });
+}
+
+// Calls body with an empty accumulator for the margins of logits or of probabilities.
+template <class Number, class Body>
+auto with_top2_accumulator(bool softmax, Body body) {
+  return softmax ? body(StatisticsAccumulator<Number>{}) : body(TopAccumulator<Number>{});
 }
 
 bool use_table(const Matrix& logits, int64_t rows) {
@@ -129,6 +136,13 @@ size_t classification_margin_workspace_bytes(const Matrix& logits, const Rows& r
                                                   : sizeof(TopAccumulator<float>));
 }
 
+size_t top2_margin_workspace_bytes(const Matrix& logits, bool softmax) {
+  const auto size = [](auto found) { return sizeof found; };
+  const int64_t parts = plan_rows(logits, logits.rows, false, false).parts(logits.rows);
+  return parts * (logits.dtype == Dtype::kFloat64 ? with_top2_accumulator<double>(softmax, size)
+                                                  : with_top2_accumulator<float>(softmax, size));
+}
+
 size_t minimal_margin_workspace_bytes(const Matrix& logits, const Head& head, const Rows& rows,
                                       bool nearest) {
   if (logits.dtype == Dtype::kFloat64)
@@ -147,6 +161,20 @@ cudaError_t classification_margin_rival(const Matrix& logits, const Target& targ
                                         const LogNorm& log_norm, const Rows& rows, void* margin,
                                         int64_t* rival, void* workspace, cudaStream_t stream) {
   return write_target(logits, rows, target, log_norm, margin, rival, workspace, stream);
+}
+
+cudaError_t top2_margin(const Matrix& logits, bool softmax, void* margin, void* workspace,
+                        cudaStream_t stream) {
+  const Plan plan = plan_rows(logits, logits.rows, false, false);
+  return with_scalar(logits.dtype, [&](auto scalar) {
+    using Number = Value<decltype(scalar)>;
+    return with_top2_accumulator<Number>(softmax, [&](auto found) {
+      using Found = decltype(found);
+      return write_rows(plan, view<decltype(scalar)>(logits, all_rows(logits)),
+                        static_cast<Found*>(workspace),
+                        Top2MarginOutput<Number, Found>{static_cast<Number*>(margin)}, stream);
+    });
+  });
 }
 
 cudaError_t minimal_margin_score(const Matrix& logits, const Head& head, bool nearest, void* score,

@@ -34,6 +34,7 @@ struct Head {
 };
 
 size_t classification_margin_workspace_bytes(const Matrix& logits, const Rows& rows);
+size_t top2_margin_workspace_bytes(const Matrix& logits, bool softmax);
 size_t minimal_margin_workspace_bytes(const Matrix& logits, const Head& head, const Rows& rows,
                                       bool nearest);
 
@@ -46,6 +47,11 @@ cudaError_t classification_margin(const Matrix& logits, const Target& target,
 cudaError_t classification_margin_rival(const Matrix& logits, const Target& target,
                                         const LogNorm& log_norm, const Rows& rows, void* margin,
                                         int64_t* rival, void* workspace, cudaStream_t stream);
+
+// margin [N] of the result type: the difference of the two largest logits of each row or, with
+// `softmax`, of their probabilities.
+cudaError_t top2_margin(const Matrix& logits, bool softmax, void* margin, void* workspace,
+                        cudaStream_t stream);
 
 // score [N] of the result type.
 cudaError_t minimal_margin_score(const Matrix& logits, const Head& head, bool nearest, void* score,

@@ -19,13 +19,19 @@ Tensor classification_margin_op(const Tensor& logits, const Tensor& target,
   return margin;
 }
 
-Tensor minimal_margin_score_op(const Tensor& logits, const Tensor& weight,
-                               const std::optional<Tensor>& bias, bool nearest) {
+Tensor minimal_margin_score_op(const Tensor& logits, const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& bias, bool nearest, bool softmax) {
   const Matrix matrix = logits_of(logits);
-  const HeadArguments arguments(weight, bias, logits);
-  const Head& head = arguments.head_for(matrix);
   const Launch launch(logits);
   Tensor score = new_tensor(logits, {matrix.rows}, result_type(matrix.dtype));
+  if (!weight.has_value()) {
+    Tensor workspace = new_workspace(logits, top2_margin_workspace_bytes(matrix, softmax));
+    check_launch(top2_margin(matrix, softmax, score.mutable_data_ptr(),
+                             workspace.mutable_data_ptr(), launch.stream()));
+    return score;
+  }
+  const HeadArguments arguments(*weight, bias, logits);
+  const Head& head = arguments.head_for(matrix);
   Tensor workspace = new_workspace(
       logits, minimal_margin_workspace_bytes(matrix, head, {nullptr, matrix.rows, 0}, nearest));
   check_launch(minimal_margin_score(matrix, head, nearest, score.mutable_data_ptr(),

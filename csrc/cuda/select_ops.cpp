@@ -55,13 +55,14 @@ std::tuple<Tensor, Tensor> select_smallest_op(const Tensor& scores, int64_t k) {
   return {index_select(scores, index), index};
 }
 
-std::tuple<Tensor, Tensor> select_minimal_margin_op(const Tensor& logits, const Tensor& weight,
+std::tuple<Tensor, Tensor> select_minimal_margin_op(const Tensor& logits,
+                                                    const std::optional<Tensor>& weight,
                                                     const std::optional<Tensor>& bias, int64_t k,
-                                                    bool nearest) {
+                                                    bool nearest, bool softmax) {
   const Matrix matrix = logits_of(logits);
   check_k(k, matrix.rows);
   if (k == 0) return empty_selection(logits, result_type(matrix.dtype));
-  return select_smallest_op(minimal_margin_score_op(logits, weight, bias, nearest), k);
+  return select_smallest_op(minimal_margin_score_op(logits, weight, bias, nearest, softmax), k);
 }
 
 std::tuple<Tensor, Tensor> select_classification_margin_op(const Tensor& logits,

@@ -9,6 +9,7 @@ from .._checks import result_dtype
 from . import margin_pair as pairs
 from ._library import Op
 from .margin_gradient import margin_gradient, score_gradient
+from .top2_margin import top2_margin_gradient, top2_margin_reference
 
 Rival = Literal["top2", "nearest"]
 RIVALS = get_args(Rival)
@@ -103,42 +104,60 @@ classification_margin_op = ClassificationMarginOp()
 
 def minimal_margin_score(
     logits: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
     rival: Rival = "top2",
     bias_in_norm: bool = False,
+    softmax: bool = False,
 ) -> Tensor:
-    r"""Distance of every sample's features to the boundary of its two most likely classes.
+    r"""How far every sample is from the boundary between its two most likely classes.
 
-    Let :math:`i_1, i_2` be the classes of the two largest logits and :math:`w_c` the rows of
-    the last layer's weight:
+    For one sample, let :math:`f` be its logits, :math:`p` their softmax, :math:`i_1, i_2` the
+    classes of the two largest logits, and :math:`w_c` the rows of the last layer's weight:
 
-    .. math:: s_n = (f_{n, i_1} - f_{n, i_2}) / \lVert w_{i_1} - w_{i_2} \rVert_2 \ge 0
+    ================================= ==========================================================
+    with ``weight``                   the distance of the features to the boundary,
+                                      :math:`(f_{i_1} - f_{i_2}) / \lVert w_{i_1} - w_{i_2}
+                                      \rVert_2`
+    without ``weight``                the margin of the logits, :math:`f_{i_1} - f_{i_2}`
+    without ``weight``, ``softmax``   the margin of the probabilities, :math:`p_{i_1} - p_{i_2}`
+    ================================= ==========================================================
 
-    The score needs no label. It is the minimal margin score of Weinstein et al. (2020).
+    The scores need no label. The distance is the minimal margin score of Weinstein et al. (2020).
+    The margin of the probabilities is that of Scheffer et al. (2001). Selection by it is called
+    margin sampling or breaking ties. **The three scores rank samples differently.** Logits
+    (5, 4, -9) and (5, 4, 3.9) have the same margin of the logits, but the margins of their
+    probabilities are 0.46 and 0.37.
 
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
         weight: ``[C, D]``, the last layer's weight, in the dtype of ``logits``. For bfloat16 and
             float16 logits it may also be float32, as it is under autocast.
         bias: ``[C]`` in the dtype of ``weight``; read only with ``bias_in_norm``.
-        rival: ``"top2"`` for the formula above, or ``"nearest"`` for the exact nearest boundary,
-            ``min over j != i1 of (f_i1 - f_j) / ||w_i1 - w_j||``.
+        rival: ``"top2"`` for the formulas above, or ``"nearest"`` for the exact nearest boundary,
+            ``min over j != i1 of (f_i1 - f_j) / ||w_i1 - w_j||``, which needs a weight.
         bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
+        softmax: Compare probabilities instead of logits. Only without a weight.
 
     Returns:
-        ``[N]``, float64 for float64 logits, else float32, in units of the features. If two rows
-        of ``weight`` are equal, their distance is 0: then 0 / 0 is 0 and positive / 0 is ``+inf``.
-        A NaN in a row of logits makes its score NaN.
+        ``[N]``, float64 for float64 logits, else float32, at least 0. The unit is that of the
+        features with a weight and that of the logits without. The margin of probabilities is at
+        most 1. It is accurate relative to its value, however small. If two rows of ``weight`` are
+        equal, their distance is 0: then 0 / 0 is 0 and positive / 0 is ``+inf``. A NaN in a row
+        of logits makes its score NaN, and so does a second infinity of the same sign where the
+        two largest logits are infinite. If only the largest logit is ``+inf``, the score is
+        ``+inf``, and the margin of the probabilities is 1.
 
     Raises:
-        TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value; ``weight`` is missing with
+            ``bias``, ``rival="nearest"`` or ``bias_in_norm``; or it is given with ``softmax``.
 
     The scores are differentiable in ``logits``, ``weight`` and, with ``bias_in_norm``, ``bias``.
     The classes i1 and i2 are constants; among ties the lowest class counts. Where the distance of
-    two rows is 0 the gradient is 0. Second derivatives exist for ``logits`` only. The result is
-    deterministic.
+    two rows is 0 the gradient is 0. Second derivatives exist for ``logits`` only, and not with
+    ``softmax``. The result is deterministic.
 
     The op reads the logits once and two rows of ``weight`` per sample. Where it is cheaper, the op
     computes a table of all distances instead. With ``"nearest"`` it reads further rows only where
@@ -147,16 +166,20 @@ def minimal_margin_score(
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
+        >>> marginops.minimal_margin_score(logits)
+        tensor([1., 1.])
+        >>> marginops.minimal_margin_score(logits, softmax=True)
+        tensor([0.3973, 0.4560])
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
         >>> marginops.minimal_margin_score(logits, weight)
         tensor([1., 1.])
     """
-    bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm)
-    return minimal_margin_score_op(logits, weight, bias, nearest)
+    bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm, softmax)
+    return minimal_margin_score_op(logits, weight, bias, nearest, softmax)
 
 
 def checked_head(
-    logits: Any, weight: Any, bias: Any, rival: Any, bias_in_norm: Any
+    logits: Any, weight: Any, bias: Any, rival: Any, bias_in_norm: Any, softmax: Any
 ) -> tuple[Tensor | None, bool]:
     """Check the arguments of a minimal margin score.
 
@@ -164,26 +187,48 @@ def checked_head(
         The bias if it is part of the norm, else None; and whether ``rival`` is ``"nearest"``.
     """
     checks.check_logits(logits)
+    checks.check_choice("rival", rival, RIVALS)
+    if not isinstance(softmax, bool):
+        raise TypeError(f"softmax: expected a bool, got {type(softmax).__name__}")
+    if weight is None:
+        needs = {"bias": bias is not None, 'rival="nearest"': rival == "nearest"}
+        needs["bias_in_norm=True"] = bool(bias_in_norm)
+        for option in (option for option, given in needs.items() if given):
+            raise ValueError(
+                f"weight: expected a tensor [C, D] for {option}, got None; "
+                f"pass the last layer's weight or leave out {option}"
+            )
+        return None, False
     checks.check_weight(weight, logits)
+    if softmax:
+        raise ValueError(
+            "softmax: expected False with a weight, got True; leave out the weight for the "
+            "margin of the probabilities"
+        )
     if bias is not None:
         checks.check_bias(bias, weight)
     checks.check_bias_in_norm(bias, bias_in_norm)
-    checks.check_choice("rival", rival, RIVALS)
     return (bias if bias_in_norm else None), rival == "nearest"
 
 
 class MinimalMarginScoreOp(Op):
     """The op behind :func:`marginops.minimal_margin_score`.
 
-    ``bias`` is None unless it is part of the norm.
+    ``bias`` is None unless it is part of the norm. Without ``weight``, ``bias`` and ``nearest`` do
+    not count, and with it ``softmax`` does not.
     """
 
     schema = (
-        "minimal_margin_score(Tensor logits, Tensor weight, Tensor? bias, bool nearest) -> Tensor"
+        "minimal_margin_score(Tensor logits, Tensor? weight, Tensor? bias, bool nearest,"
+        " bool softmax) -> Tensor"
     )
 
     @staticmethod
-    def reference(logits: Tensor, weight: Tensor, bias: Tensor | None, nearest: bool) -> Tensor:
+    def reference(
+        logits: Tensor, weight: Tensor | None, bias: Tensor | None, nearest: bool, softmax: bool
+    ) -> Tensor:
+        if weight is None:
+            return top2_margin_reference(logits, softmax)
         pair, distance = pairs.minimal_margin_pair_op.reference(logits, weight, bias, None, nearest)
         first, second = logits.gather(1, pair).to(distance.dtype).unbind(1)
         return pairs.boundary_distance(first - second, distance)
@@ -194,17 +239,20 @@ class MinimalMarginScoreOp(Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.nearest = inputs
+        *tensors, ctx.nearest, ctx.softmax = inputs
         needs_score = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(*tensors, output if needs_score else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, score = ctx.saved_tensors
+        logits, weight, bias, score = ctx.saved_tensors
+        if weight is None:
+            gradient = top2_margin_gradient(grad, logits, None, ctx.softmax)
+            return gradient, None, None, None, None
         gradients = score_gradient(
-            grad, score, tuple(inputs), None, ctx.nearest, ctx.needs_input_grad[:3]
+            grad, score, (logits, weight, bias), None, ctx.nearest, ctx.needs_input_grad[:3]
         )
-        return *gradients, None
+        return *gradients, None, None
 
 
 minimal_margin_score_op = MinimalMarginScoreOp()

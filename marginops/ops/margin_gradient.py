@@ -63,7 +63,7 @@ def distance_gradient(
     return gradients
 
 
-def _scatter_pair(value: Tensor, pair: Tensor, rows: Tensor | None, logits: Tensor) -> Tensor:
+def scatter_pair(value: Tensor, pair: Tensor, rows: Tensor | None, logits: Tensor) -> Tensor:
     """Zeros like ``logits``, with +value and -value at the two classes of each of ``rows``."""
     values = torch.stack((value, 0 - value), 1).to(logits.dtype)
     zeros = values.new_zeros(logits.shape)
@@ -94,7 +94,7 @@ def margin_gradient(
         # The rival of an ignored row is class 0. With class 1 as its label, the two entries that
         # are written differ.
         pair = torch.stack((torch.where(ignored, 1, label), rival), 1)
-        grad_logits = _scatter_pair(pairs.normalize(grad, log_norm), pair, rows, logits)
+        grad_logits = scatter_pair(pairs.normalize(grad, log_norm), pair, rows, logits)
     if needs_grad[1]:
         grad_log_norm = log_norm_gradient(grad, margin, label, ignore_index)
     return grad_logits, grad_log_norm
@@ -139,7 +139,7 @@ def score_gradient(
     slope, coefficient = boundary_gradient(grad, score, distance)
     grad_logits = grad_weight = grad_bias = None
     if needs_grad[0]:
-        grad_logits = _scatter_pair(slope, pair, rows, logits)
+        grad_logits = scatter_pair(slope, pair, rows, logits)
     if (needs_grad[1] or needs_grad[2]) and coefficient is not None:
         grad_weight, grad_bias = distance_gradient(coefficient, pair, weight, bias)
     return grad_logits, grad_weight, grad_bias if needs_grad[2] else None

@@ -10,6 +10,7 @@ from .._checks import result_dtype
 from ._library import Op
 from .margin import Rival, checked_head, classification_margin_op, minimal_margin_score_op
 from .margin_gradient import margin_gradient, score_gradient
+from .top2_margin import top2_margin_gradient
 
 
 class Selection(NamedTuple):
@@ -92,34 +93,38 @@ def _empty_selection(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def select_minimal_margin(
     logits: Tensor,
-    weight: Tensor,
-    k: int,
+    weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    k: int,
     rival: Rival = "top2",
     bias_in_norm: bool = False,
+    softmax: bool = False,
 ) -> Selection:
     """The k samples with the smallest minimal margin score: score and selection in one call.
 
     The result equals ``select_smallest(minimal_margin_score(logits, weight, bias, ...), k)``. With
-    the logits of B candidates and k = B / 10 this is the batch selection of Weinstein et al.
-    (2020).
+    a weight, the logits of B candidates and k = B / 10, this is the batch selection of Weinstein
+    et al. (2020). With ``softmax`` it is the margin sampling of Scheffer et al. (2001).
 
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
-        weight: ``[C, D]``, see :func:`marginops.minimal_margin_score`.
-        k: How many samples to select, 0 <= k <= N.
+        weight: ``[C, D]`` or None, see :func:`marginops.minimal_margin_score`.
         bias: ``[C]`` in the dtype of ``weight``; read only with ``bias_in_norm``.
+        k: How many samples to select, 0 <= k <= N.
         rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`.
         bias_in_norm: Count the bias as one more column of ``weight`` in the norm.
+        softmax: Compare probabilities instead of logits. Only without a weight.
 
     Returns:
         :class:`marginops.Selection`: ``scores`` ``[k]``, float64 for float64 logits, else float32,
-        ascending and in units of the features; and ``indices`` ``[k]`` int64, rows of ``logits``.
-        Among equal scores the lowest index comes first. NaN comes last.
+        ascending and in units of the features, without a weight in units of the logits, or with
+        ``softmax`` in [0, 1]; and ``indices`` ``[k]`` int64, rows of ``logits``. Among equal
+        scores the lowest index comes first. NaN comes last.
 
     Raises:
-        TypeError, ValueError: An argument has the wrong type, dtype, shape, device or range.
+        TypeError, ValueError: An argument has the wrong type, dtype, shape, device or range, or
+            does not go with another one, see :func:`marginops.minimal_margin_score`.
 
     The selected scores are differentiable in ``logits``, ``weight`` and, with ``bias_in_norm``,
     ``bias``. The result is deterministic. The op reads the logits once. On the CPU it leaves out
@@ -128,51 +133,61 @@ def select_minimal_margin(
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5], [0.1, 0.0], [3.0, 2.0]])
+        >>> marginops.select_minimal_margin(logits, k=2).indices
+        tensor([1, 2])
         >>> marginops.select_minimal_margin(logits, torch.eye(2), k=2).indices
         tensor([1, 2])
     """
-    bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm)
+    bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm, softmax)
     k = checks.check_k(k, logits.size(0), "rows of logits")
-    return Selection(*select_minimal_margin_op(logits, weight, bias, k, nearest))
+    return Selection(*select_minimal_margin_op(logits, weight, bias, k, nearest, softmax))
 
 
 class SelectMinimalMarginOp(Op):
     """The op behind :func:`marginops.select_minimal_margin`.
 
-    ``bias`` is None unless it is part of the norm.
+    The other arguments are those of :class:`marginops.ops.margin.MinimalMarginScoreOp`.
     """
 
     schema = (
-        "select_minimal_margin(Tensor logits, Tensor weight, Tensor? bias, SymInt k, bool nearest)"
-        " -> (Tensor, Tensor)"
+        "select_minimal_margin(Tensor logits, Tensor? weight, Tensor? bias, SymInt k,"
+        " bool nearest, bool softmax) -> (Tensor, Tensor)"
     )
 
     @staticmethod
     def reference(
-        logits: Tensor, weight: Tensor, bias: Tensor | None, k: int, nearest: bool
+        logits: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        k: int,
+        nearest: bool,
+        softmax: bool,
     ) -> tuple[Tensor, Tensor]:
-        scores = minimal_margin_score_op.reference(logits, weight, bias, nearest)
+        scores = minimal_margin_score_op.reference(logits, weight, bias, nearest, softmax)
         return SelectSmallestOp.reference(scores, k)
 
     @staticmethod
     def fake(
-        logits: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_: Any
+        logits: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, *_: Any
     ) -> tuple[Tensor, Tensor]:
         return _empty_selection(logits, k)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, _, ctx.nearest = inputs
+        *tensors, _, ctx.nearest, ctx.softmax = inputs
         needs_scores = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(*tensors, output[0] if needs_scores else None, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, scores, indices = ctx.saved_tensors
+        logits, weight, bias, scores, indices = ctx.saved_tensors
+        if weight is None:
+            gradient = top2_margin_gradient(grad, logits, indices, ctx.softmax)
+            return gradient, None, None, None, None, None
         gradients = score_gradient(
-            grad, scores, tuple(inputs), indices, ctx.nearest, ctx.needs_input_grad[:3]
+            grad, scores, (logits, weight, bias), indices, ctx.nearest, ctx.needs_input_grad[:3]
         )
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 select_minimal_margin_op = SelectMinimalMarginOp()

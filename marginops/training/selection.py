@@ -80,7 +80,7 @@ def select_batch(
         head = head or last_linear(network, logits.shape[1])
         bias = head.bias if bias_in_norm else None
         return select_minimal_margin(
-            logits, head.weight, k, bias, rival=rival, bias_in_norm=bias_in_norm
+            logits, head.weight, bias, k=k, rival=rival, bias_in_norm=bias_in_norm
         ).indices
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal, localcontext
 
 import numpy as np
 
@@ -153,6 +154,25 @@ def minimal_margin_pair(logits, weight, bias=None, rival="top2") -> tuple[list, 
         pairs.append((first, second))
         scores.append(quotient(row[first] - row[second], distance(first, second)))
     return pairs, np.array(scores, dtype=np.float64)
+
+
+def top2_margin(logits, softmax=False) -> np.ndarray:
+    """The difference of the two largest logits, or of their probabilities in 60 digits."""
+    margins = []
+    for row in logits.double().tolist():
+        first, second = largest_two(row)
+        margin = row[first] - row[second]
+        if any(math.isnan(value) for value in row) or math.isnan(margin):
+            margin = math.nan
+        elif softmax and row[first] == math.inf:
+            margin = 1.0
+        elif softmax:
+            with localcontext() as context:
+                context.prec = 60
+                powers = [(Decimal(value) - Decimal(row[first])).exp() for value in row]
+                margin = float((powers[first] - powers[second]) / sum(powers))
+        margins.append(margin)
+    return np.array(margins, dtype=np.float64)
 
 
 def select_smallest(scores: Sequence[float], k: int) -> list[int]:

@@ -43,13 +43,18 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
     "margin": lambda f, w, y, n: (marginops.classification_margin(f, y, log_norm=n),),
     "score": lambda f, w, y, n: (marginops.minimal_margin_score(f, w),),
     "nearest": lambda f, w, y, n: (marginops.minimal_margin_score(f, w, rival="nearest"),),
+    "logits": lambda f, w, y, n: (marginops.minimal_margin_score(f),),
+    "probabilities": lambda f, w, y, n: (marginops.minimal_margin_score(f, softmax=True),),
     "statistics": lambda f, w, y, n: softmax_statistics(f, y, n),
     "shard": lambda f, w, y, n: OPS.row_sums(f, y, True),
     "moments": lambda f, w, y, n: moments(f, y, False),
     "unit moments": lambda f, w, y, n: moments(f, y, True),
     "select": lambda f, w, y, n: marginops.select_smallest(f[:, 0], len(f) // 10),
     "select margin": lambda f, w, y, n: marginops.select_classification_margin(f, y, len(f) // 10),
-    "select score": lambda f, w, y, n: marginops.select_minimal_margin(f, w, len(f) // 10),
+    "select score": lambda f, w, y, n: marginops.select_minimal_margin(f, w, k=len(f) // 10),
+    "select probabilities": lambda f, w, y, n: marginops.select_minimal_margin(
+        f, k=len(f) // 10, softmax=True
+    ),
 }
 
 
@@ -251,7 +256,7 @@ def test_no_host_synchronisation(name, rows):
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000])
-@pytest.mark.parametrize("name", ["shard", "select margin", "select score"])
+@pytest.mark.parametrize("name", ["shard", "select margin", "select score", "select probabilities"])
 def test_at_most_two_launches_for_a_batch(name, classes):
     inputs = make_inputs(1280, classes)
     CALLS[name](*inputs)

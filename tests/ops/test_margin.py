@@ -209,7 +209,7 @@ def test_opcheck(device):
     opcheck("classification_margin_rival", logits.detach(), target, None, rows, -1)
     for nearest in (False, True):
         for norm_bias in (None, bias):
-            opcheck("minimal_margin_score", logits, weight, norm_bias, nearest)
+            opcheck("minimal_margin_score", logits, weight, norm_bias, nearest, False)
             for listed in (None, rows):
                 detached = [a if a is None else a.detach() for a in (logits, weight, norm_bias)]
                 opcheck("minimal_margin_pair", *detached, listed, nearest)
@@ -315,7 +315,7 @@ def test_wrong_ignore_index(ignore_index):
 def test_direct_calls_with_wrong_shapes_are_errors_too(op):
     wrong = (LOGITS, TARGET[:2], None, -100)
     if op == "minimal_margin_score":
-        wrong = (LOGITS, WEIGHT[:2], None, False)
+        wrong = (LOGITS, WEIGHT[:2], None, False, False)
     with pytest.raises((RuntimeError, ValueError), match="expected"):
         getattr(OPS, op)(*wrong)
 

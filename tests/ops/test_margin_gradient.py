@@ -159,7 +159,7 @@ def test_results_may_be_changed_in_place(device):
     weight = weight.detach()
     marginops.minimal_margin_score(logits, weight).clamp_(max=1).sum().backward()
     marginops.classification_margin(logits, target).mul_(2).sum().backward()
-    marginops.select_minimal_margin(logits, weight, 3).scores.mul_(2).sum().backward()
+    marginops.select_minimal_margin(logits, weight, k=3).scores.mul_(2).sum().backward()
     marginops.select_classification_margin(logits, target, 3).scores.mul_(2).sum().backward()
     assert logits.grad.any()
 

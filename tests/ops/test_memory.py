@@ -23,9 +23,11 @@ print(peak() - before)
 CALLS = {
     "minimal_margin_score": "marginops.minimal_margin_score(logits[:n], weight)",
     "nearest": "marginops.minimal_margin_score(logits[:n], weight, rival='nearest')",
+    "logits": "marginops.minimal_margin_score(logits[:n])",
+    "probabilities": "marginops.minimal_margin_score(logits[:n], softmax=True)",
     "classification_margin": "marginops.classification_margin(logits[:n], target[:n])",
     "select_smallest": "marginops.select_smallest(logits[:n, 0], n // 10)",
-    "select_minimal_margin": "marginops.select_minimal_margin(logits[:n], weight, n // 10)",
+    "select_minimal_margin": "marginops.select_minimal_margin(logits[:n], weight, k=n // 10)",
     "select_classification_margin": (
         "marginops.select_classification_margin(logits[:n], target[:n], n // 10)"
     ),
@@ -42,7 +44,7 @@ def test_peak_extra_memory(call, rows, classes):
     # O(N): 4 bytes for each score, 4 for each copied score or table entry, 8 for each candidate.
     # A tenth of the rows take 8 more to be sorted and 12 as results. Besides that there are 1 MiB
     # of scratch and what the heap and the threads keep.
-    per_row = 4 if call in ("minimal_margin_score", "nearest", "classification_margin") else 18
+    per_row = 18 if call.startswith("select") else 4
     table = 4 * rows if classes == 20 else 0
     assert int(run.stdout) <= (1 << 20) + per_row * rows + table + (3 << 20)
 

@@ -109,7 +109,7 @@ def test_fused_minimal_margin_equals_score_and_selection(device, which, rival, c
     k = data.draw(st.integers(0, len(logits)))
     options = {"rival": rival, "bias_in_norm": bias is not None}
     with implementation(which):
-        fused = marginops.select_minimal_margin(logits, weight, k, bias, **options)
+        fused = marginops.select_minimal_margin(logits, weight, bias, k=k, **options)
         scores = marginops.minimal_margin_score(logits, weight, bias, **options)
     expected = brute_force.select_smallest(scores.tolist(), k)
     assert fused.indices.tolist() == expected
@@ -142,7 +142,7 @@ def test_ignored_samples_are_chosen_last(device):
 def test_gradient_of_chosen_scores(device, rival, bias_in_norm):
     def scores(logits, weight, bias):
         options = {"rival": rival, "bias_in_norm": bias_in_norm}
-        return marginops.select_minimal_margin(logits, weight, 5, bias, **options).scores
+        return marginops.select_minimal_margin(logits, weight, bias, k=5, **options).scores
 
     assert gradcheck(scores, head(device))
 
@@ -180,7 +180,7 @@ def test_opcheck(device):
         opcheck("select_smallest", logits[:, 0], k)
         for nearest in (False, True):
             for norm_bias in (None, bias):
-                opcheck("select_minimal_margin", logits, weight, norm_bias, k, nearest)
+                opcheck("select_minimal_margin", logits, weight, norm_bias, k, nearest, False)
         for norm in (None, log_norm):
             opcheck("select_classification_margin", logits, target, norm, k, -100)
 
@@ -188,7 +188,7 @@ def test_opcheck(device):
 def test_compile_full_graph_with_dynamic_rows(device):
     def step(logits, weight, target):
         k = logits.shape[0] // 3
-        minimal = marginops.select_minimal_margin(logits, weight, k)
+        minimal = marginops.select_minimal_margin(logits, weight, k=k)
         smallest = marginops.select_classification_margin(logits, target, k, log_norm=0.25)
         plain = marginops.select_smallest(logits[:, 0], k)
         return minimal, smallest, plain
@@ -219,7 +219,7 @@ def test_fused_selections_check_the_arguments_of_their_scores(select):
     if select == "minimal":
         for wrong in ((logits[0], weight), (logits, weight.T), (logits, weight.double())):
             with pytest.raises((TypeError, ValueError), match=r"^(logits|weight): expected"):
-                marginops.select_minimal_margin(*wrong, 2)
+                marginops.select_minimal_margin(*wrong, k=2)
     else:
         for wrong in ((logits[:, :1], target), (logits, target[:2]), (logits, target.int())):
             with pytest.raises((TypeError, ValueError), match=r"^(logits|target): expected"):
@@ -251,7 +251,7 @@ def test_wrong_arguments(scores, k, error, message):
 def test_wrong_k_of_fused_selections(k):
     logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     with pytest.raises(ValueError, match=rf"k: expected 0 <= k <= 4 .* got {k}"):
-        marginops.select_minimal_margin(logits, torch.randn(3, 2), k)
+        marginops.select_minimal_margin(logits, torch.randn(3, 2), k=k)
     with pytest.raises(ValueError, match=rf"k: expected 0 <= k <= 4 .* got {k}"):
         marginops.select_classification_margin(logits, target, k)
     with pytest.raises(RuntimeError, match="k: expected"):
@@ -269,5 +269,5 @@ def test_selection_from_no_scores(device, dtype):
     target = torch.empty(0, dtype=torch.int64, device=device)
     weight = torch.randn(3, 2, device=device).to(dtype)
     assert marginops.select_smallest(empty[:, 0], 0).indices.shape == (0,)
-    assert marginops.select_minimal_margin(empty, weight, 0).scores.shape == (0,)
+    assert marginops.select_minimal_margin(empty, weight, k=0).scores.shape == (0,)
     assert marginops.select_classification_margin(empty, target, 0).scores.shape == (0,)

@@ -110,6 +110,7 @@ def _values(case: Case) -> dict[str, Any]:
     target = below(classes, rows)
     target[torch.rand(rows, generator=generator) < 0.2] = IGNORE
     logits = numbers(rows, classes, of=dtype, values=case.values)
+    weight = numbers(classes, case.features, of=head, values=VALUES[case.seed % 5])
     size = (0, 1, 31, 257, 600)[case.seed % 5]
     # Labels are sorted as numbers of 1, 2 or 4 bytes.
     many = 33_000 // case.features if case.layout == "contiguous" else 0
@@ -118,7 +119,8 @@ def _values(case: Case) -> dict[str, Any]:
         "logits": logits,
         "target": target,
         "input": numbers(rows, case.features, of=dtype, values=case.values),
-        "weight": numbers(classes, case.features, of=head, values=VALUES[case.seed % 5]),
+        "weight": weight,
+        "weight?": weight,
         "bias?": numbers(classes, of=head),
         "rows?": below(rows, rows),
         "rows": numbers(classes, case.features, of=head),
