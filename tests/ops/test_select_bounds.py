@@ -89,7 +89,7 @@ def test_the_selection_is_that_of_all_scores(device, dtype, logits_kind, weight_
         scores = marginops.minimal_margin_score(logits, weight, bias, bias_in_norm=bias_in_norm)
         for k in (1, 7, 60, 142, 143):  # the last is too many for bounds
             chosen = marginops.select_minimal_margin(
-                logits, weight, k, bias, bias_in_norm=bias_in_norm
+                logits, weight, bias, k=k, bias_in_norm=bias_in_norm
             )
             expected = marginops.select_smallest(scores, k)
             assert torch.equal(chosen.indices, expected.indices), (k, bias_in_norm)
@@ -103,15 +103,15 @@ def test_sizes_that_are_no_multiple_of_a_vector(device, dtype, columns):
     logits, weight, _ = head(device, dtype, 2000, 50, columns)
     expected = marginops.select_smallest(marginops.minimal_margin_score(logits, weight), 300)
     assert torch.equal(
-        marginops.select_minimal_margin(logits, weight, 300).indices, expected.indices
+        marginops.select_minimal_margin(logits, weight, k=300).indices, expected.indices
     )
 
 
 def test_other_layouts(device, dtype):
     logits, weight, _ = head(device, dtype, ROWS, CLASSES, COLUMNS)
-    expected = marginops.select_minimal_margin(logits, weight, 40).indices
+    expected = marginops.select_minimal_margin(logits, weight, k=40).indices
     transposed = logits.t().contiguous().t(), weight.t().contiguous().t()
     every_other = logits.repeat_interleave(2, 1)[:, ::2], weight.repeat_interleave(2, 0)[::2]
     for other_logits, other_weight in (transposed, every_other):
-        chosen = marginops.select_minimal_margin(other_logits, other_weight, 40)
+        chosen = marginops.select_minimal_margin(other_logits, other_weight, k=40)
         assert torch.equal(chosen.indices, expected)
