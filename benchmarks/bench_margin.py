@@ -77,7 +77,7 @@ def provided(provider: str, op: str) -> Callable[..., Any]:
 
         return triton_score
     if provider == "floor":
-        return lambda logits, *_: logits.amax(1)
+        return lambda logits, *_, **__: logits.amax(1)
     if provider == "marginops":
         return getattr(marginops, op)
     return compiled(EAGER[op]) if provider == "compile" else EAGER[op]

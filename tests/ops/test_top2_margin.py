@@ -68,14 +68,16 @@ def test_sizes_around_every_boundary(device, dtype, classes, layout):
     torch.testing.assert_close(margin, first - second, rtol=0, atol=0)
     margin = marginops.minimal_margin_score(logits.to(device), softmax=True).double().cpu()
     expected = probability_margin(logits.double())
-    torch.testing.assert_close(margin, expected, rtol=max(tolerance(dtype), 1e-11), atol=1e-16)
+    # A thread may add all 20001 terms of a row, each rounded.
+    rounding = 1e-11 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(margin, expected, rtol=rounding, atol=1e-16)
 
 
 @WHICH
 @pytest.mark.parametrize("classes", [2, 20, 300])
 def test_tiny_margins_of_probabilities_are_accurate(device, which, classes):
-    logits = torch.randn(50, classes).clamp(max=0.5)
-    logits[:, 0] = torch.rand(50) + 1
+    logits = torch.randn(50, classes).clamp(max=0)
+    logits[:, 0] = torch.rand(50) / 100 + 0.01  # e to the power of the difference rounds to 1
     logits[:, -1] = torch.nextafter(logits[:, 0], torch.zeros(50))
     with implementation(which):
         margin = marginops.minimal_margin_score(logits.to(device), softmax=True).cpu()
