@@ -102,6 +102,7 @@ class LinearSampleStatisticsOp(Op):
         " Tensor? log_norm, int ignore_index, ScalarType? dtype, int? chunk_bytes)"
         f" -> {statistics.FIELDS}"
     )
+    constants = statistics.CONSTANTS
     has_kernels = False
 
     @staticmethod
@@ -142,7 +143,6 @@ class LinearSampleStatisticsOp(Op):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         *tensors, ctx.ignore_index, ctx.dtype, ctx.chunk_bytes = inputs
         fields = StatisticsFields._make(output)
-        statistics.mark_differentiable(ctx, fields)
         ctx.save_for_backward(
             *tensors,
             fields.rival,

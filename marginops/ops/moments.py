@@ -215,7 +215,6 @@ class ClassMomentsOp(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, target, _, ctx.normalize, ctx.ignore_index = inputs
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target, *output)
 
     @staticmethod
@@ -227,8 +226,6 @@ class ClassMomentsOp(Op):
         The NaN of empty classes and of ignored samples must not reach the gradient of others.
         """
         input, target, count, mean, radius = ctx.saved_tensors
-        if grad_mean is None and grad_radius is None:
-            return (None,) * 5
         kept = (target != ctx.ignore_index).unsqueeze(1)
         label = torch.where(kept.squeeze(1), target, 0)
         rows = torch.where(kept, input.to(mean.dtype), 0)

@@ -144,6 +144,7 @@ class MultiMarginRegularizationOp(Op):
         " Tensor margin, bool mean_of_square, int ignore_index)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
+    constants = (("radius", 1), ("share", 3), ("distance", 4))
     has_kernels = False
 
     @staticmethod
@@ -183,7 +184,6 @@ class MultiMarginRegularizationOp(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, weight, target, rival, _, ctx.mean_of_square, ctx.ignore_index = inputs
-        ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(input, weight, target, rival, *output[1:])
 
     @staticmethod

@@ -122,16 +122,12 @@ def empty_fields(logits: Tensor, rows: int | torch.SymInt, has_input: bool) -> S
 
 
 _DIFFERENTIABLE = ("margin", "loss", "confidence", "entropy")
-_NOT_DIFFERENTIABLE = tuple(
-    index for index, name in enumerate(StatisticsFields._fields) if name not in _DIFFERENTIABLE
+# Names and positions of the fields without a gradient.
+CONSTANTS = tuple(
+    (name, index)
+    for index, name in enumerate(StatisticsFields._fields)
+    if name not in _DIFFERENTIABLE
 )
-
-
-def mark_differentiable(ctx: Any, fields: StatisticsFields) -> None:
-    """Say which fields have a gradient, and pass None instead of zeros for unused gradients."""
-    ctx.mark_non_differentiable(*(fields[index] for index in _NOT_DIFFERENTIABLE))
-    ctx.set_materialize_grads(False)
-
 
 FIELDS = "(" + ", ".join(["Tensor"] * len(StatisticsFields._fields)) + ")"
 
@@ -143,6 +139,7 @@ class SampleStatisticsOp(Op):
         "sample_statistics(Tensor logits, Tensor target, Tensor? input_norm, Tensor? log_norm,"
         f" int ignore_index) -> {FIELDS}"
     )
+    constants = CONSTANTS
 
     @staticmethod
     def reference(
@@ -166,7 +163,6 @@ class SampleStatisticsOp(Op):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, target, _, log_norm, ctx.ignore_index = inputs
         fields = StatisticsFields._make(output)
-        mark_differentiable(ctx, fields)
         ctx.save_for_backward(
             logits,
             target,
