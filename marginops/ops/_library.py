@@ -189,11 +189,10 @@ class Op:
         for value, argument in zip(arguments, names, strict=True):
             if not isinstance(value, torch.Tensor):
                 continue
-            if value.layout != torch.strided or value.is_nested or value.is_quantized:
-                kind = "nested" if value.is_nested else f"{value.dtype}, {value.layout}"
+            if value.layout != torch.strided or value.is_quantized:
                 raise RuntimeError(
-                    f"{argument.name}: expected a dense (strided) tensor, got a tensor that is "
-                    f"{kind}"
+                    f"{argument.name}: expected a dense (strided) tensor, "
+                    f"got layout {value.layout} and dtype {value.dtype}"
                 )
             is_number = value.dim() == 0 and value.is_cpu and not argument.is_write
             if value.device != first.device and not is_number:

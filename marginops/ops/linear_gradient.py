@@ -14,7 +14,7 @@ from .linear_head import Tensors
 from .margin_gradient import write
 from .row_sums import IGNORED, classes_in_piece
 from .statistics import sample_statistics_gradient_op
-from .tiles import default_chunk_bytes, logit_tiles, tile_shape
+from .tiles import check_rows, default_chunk_bytes, logit_tiles, tile_shape
 
 
 class HeadLayout(Protocol):
@@ -177,6 +177,15 @@ class LinearSampleStatisticsGradientOp(Op):
         needs_grad_input: bool,
         needs_grad_weight: bool,
     ) -> Tensors:
+        check_rows(input, target=target, rival=rival)
+        check_rows(input, confidence=confidence, entropy=entropy, maximum=maximum, log_sum=log_sum)
+        check_rows(
+            input,
+            grad_margin=grad_margin,
+            grad_loss=grad_loss,
+            grad_confidence=grad_confidence,
+            grad_entropy=grad_entropy,
+        )
         saved = confidence, entropy, maximum, log_sum
         grads = grad_margin, grad_loss, grad_confidence, grad_entropy
         target = torch.where(target == ignore_index, IGNORED, target)

@@ -24,7 +24,7 @@ from .linear_gradient import label_pair, margin_head_gradient, saved_distance_op
 from .linear_head import Tensors, checked_linear, empty_results, head_sums, join, norm_parameters
 from .margin import RIVALS, Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
-from .tiles import logit_tiles, tile_shape
+from .tiles import check_rows, logit_tiles, tile_shape
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,6 +121,7 @@ class LinearClassificationMarginOp(Op):
         dtype: torch.dtype | None,
         chunk_bytes: int | None,
     ) -> Tensors:
+        check_rows(input, target=target)
         shape = tile_shape(input, weight, dtype, chunk_bytes)
         if shape[1] < len(weight):
             ignored, label = checked_target(target, len(weight), ignore_index)
@@ -265,7 +266,7 @@ class LinearMinimalMarginScoreOp(Op):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         input, weight, bias, score, pair, distance = ctx.saved_tensors
         slope, distance_coefficient = boundary_gradient(
-            grad, score, saved_distance_op(distance, weight, bias)
+            grad, score, saved_distance_op(distance.detach(), weight, bias)
         )
         gradients = margin_head_gradient(
             slope,

@@ -119,7 +119,7 @@ class LinearSelectMinimalMarginOp(Op):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         input, weight, bias, scores, indices, pair, distance = ctx.saved_tensors
         slope, distance_coefficient = boundary_gradient(
-            grad, scores, saved_distance_op(distance, weight, bias)
+            grad, scores, saved_distance_op(distance.detach(), weight, bias)
         )
         grad_input, *gradients = margin_head_gradient(
             slope,

@@ -11,6 +11,7 @@ from . import margin_pair as pairs
 from ._library import Op
 from .linear_margin import linear_classification_margin_op
 from .margin_gradient import distance_gradient
+from .tiles import check_rows
 
 Reduction = Literal["square_of_mean", "mean_of_square"]
 
@@ -157,6 +158,7 @@ class MultiMarginRegularizationOp(Op):
         mean_of_square: bool,
         ignore_index: int,
     ) -> tuple[Tensor, ...]:
+        check_rows(input, target=target, rival=rival, margin=margin)
         dtype = result_dtype(weight.dtype)
         if input.shape[0] == 0:
             nothing = input.new_full((), torch.nan, dtype=dtype)
@@ -226,6 +228,7 @@ class MultiMarginRegularizationGradientOp(Op):
         needs_grad_input: bool,
         needs_grad_weight: bool,
     ) -> tuple[Tensor, Tensor]:
+        check_rows(input, target=target, rival=rival, distance=distance)
         # In float64, because a product may be in the range of float32 although its parts are not.
         wide, distance, radius = grad.double(), distance.double(), radius.double()
         mean = distance.sum() * share
