@@ -11,7 +11,8 @@ from marginops import _native
 
 _ops = torch.library.Library("marginops", "DEF")
 # A call of an op with a gradient passes through Python, which costs several microseconds. So each
-# op has a twin of the same name in this namespace. The twin has the kernels and no gradient.
+# op has a twin of the same name in this namespace. The twin has the kernels and no gradient. It is
+# private: after a direct call of a twin, torch only warns in backward() that there is no gradient.
 _kernels = torch.library.Library("marginops_kernels", "DEF")
 _loading = threading.local()
 
