@@ -172,7 +172,7 @@ def bench_linear_training(time_call, shape, dtype, provider):
     """The mean loss and its gradients for features and weight."""
     features, weight, target = make_head(*shape, dtype)
     losses = {
-        "marginops": lambda f, w: marginops.linear_sample_statistics(f, w, target).loss.mean(),
+        "marginops": lambda f, w: marginops.linear_sample_statistics(f, w, target).mean_loss(),
         "unfused": lambda f, w: functional.cross_entropy(functional.linear(f, w), target),
         "linear_cross_entropy": lambda f, w: chunked_cross_entropy(f, w, target, "mean"),
     }

@@ -11,7 +11,8 @@ from marginops import _native
 
 _ops = torch.library.Library("marginops", "DEF")
 # A call of an op with a gradient passes through Python, which costs several microseconds. So each
-# op has a twin of the same name in this namespace. The twin has the kernels and no gradient.
+# op has a twin of the same name in this namespace. The twin has the kernels and no gradient. It is
+# private: after a direct call of a twin, torch only warns in backward() that there is no gradient.
 _kernels = torch.library.Library("marginops_kernels", "DEF")
 _loading = threading.local()
 
@@ -30,9 +31,11 @@ class Op:
         Returns empty tensors with the shapes and dtypes of the results, for tracing.
     ``setup_context``, ``backward``
         The first saves what the gradient needs, the second computes the gradient with
-        differentiable PyTorch and with other ops. See
-        :func:`torch.library.register_autograd`. If a gradient must flow through an
-        op without ``backward``, that op raises NotImplementedError.
+        differentiable PyTorch and with other ops. It gets None for results that are not used, but
+        is not called if none is used. If a gradient must flow through an op without
+        ``backward``, that op raises NotImplementedError.
+    ``constants``
+        Names and positions of the floating-point results that have no gradient.
     ``has_kernels``
         Whether the native libraries may have kernels for the op.
     """
@@ -42,34 +45,110 @@ class Op:
     fake: ClassVar[Callable[..., Any]]
     setup_context: ClassVar[Callable[..., None] | None] = None
     backward: ClassVar[Callable[..., Any] | None] = None
+    constants: ClassVar[tuple[tuple[str, int], ...]] = ()
     has_kernels: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.name = self.schema.partition("(")[0]
-        self._kernel_op = _define(_kernels, self.schema, self._make_fallback, self.fake)
-        self._autograd_op = _define(_ops, self.schema, lambda _: self._kernel_op, self.fake)
-        self._is_mutable = self._autograd_op._schema.is_mutable
-        if self._is_mutable:
-            return  # torch has no gradients for ops that change their arguments
-        torch.library.register_autograd(
-            f"marginops::{self.name}",
-            self.backward or self._refuse_gradient,
-            setup_context=self.setup_context,
-            lib=_ops,
+        self._kernel_op = _define(_kernels, self.schema, self._make_fallback, self._checked_fake)
+        self._autograd_op = _define(
+            _ops, self.schema, lambda _: self._kernel_op, self._checked_fake
         )
+        if self._autograd_op._schema.is_mutable:
+            _ops.impl(self.name, self._call_without_gradient, "Autograd")
+            return
+        function, transformed_function = self._make_functions()
+        _ops.impl(self.name, function.apply, "Autograd")
+        _ops.impl(self.name, transformed_function.apply, "FuncTorchDynamicLayerFrontMode")
 
     def __call__(self, *arguments: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            self._refuse_tangents(arguments)
+        # Inside the transforms of torch.func and in forward mode, requires_grad does not tell
+        # whether a derivative is needed.
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return self._autograd_op(*arguments)
         if torch.is_grad_enabled():
             for argument in arguments:
                 if isinstance(argument, torch.Tensor) and argument.requires_grad:
-                    if self._is_mutable:
-                        raise NotImplementedError(
-                            f"{self.name}: expected arguments that do not require a gradient, "
-                            "because this op changes them; pass them with .detach()"
-                        )
                     return self._autograd_op(*arguments)
+        return self._kernel_op(*arguments)
+
+    def _make_functions(self) -> tuple[Any, Any]:
+        """Make the autograd functions of the op: for autograd alone, and for torch.func.
+
+        torch.func needs a forward without ``ctx``, which takes several microseconds more.
+        """
+        kernel_op, constants = self._kernel_op, self.constants
+        save = self.setup_context or (lambda *_: None)
+        differentiate = self.backward or self._refuse_gradient
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = kernel_op(*arguments)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(output[index] for _, index in constants))
+            save(ctx, arguments, output)
+            return output
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
+
+        # torch.func would take the gradient of a result that is marked as not differentiable as 0.
+        # So its function marks none, and an unexpected gradient is an error here.
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+            for name, index in constants:
+                if grads[index] is not None:
+                    raise NotImplementedError(
+                        f"{self.name}: expected no use of {name} in what is differentiated, "
+                        f"because it has no gradient; use {name}.detach()"
+                    )
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            return differentiate(ctx, *grads)
+
+        def make(**methods: Callable[..., Any]) -> Any:
+            methods |= {"backward": backward, "jvp": self._refuse_tangents}
+            static = {name: staticmethod(method) for name, method in methods.items()}
+            return type(type(self).__name__, (torch.autograd.Function,), static)
+
+        transformed_function = make(
+            forward=lambda *arguments: kernel_op(*arguments),
+            setup_context=setup_context,
+            vmap=self._map_over_batch,
+        )
+        return make(forward=forward), transformed_function
+
+    def _map_over_batch(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        """Call the op once for each element of the batch of ``torch.vmap``."""
+        if info.batch_size == 0:
+            raise NotImplementedError(f"{self.name}: expected a batch for vmap, got a size of 0")
+        results = [
+            self(
+                *(
+                    value if dim is None else value.select(dim, index).contiguous()
+                    for value, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return stacked, (0,) * len(stacked)
+
+    def _call_without_gradient(self, *arguments: Any) -> Any:
+        """Call an op that changes its arguments, for which autograd has no gradient."""
+        if torch.is_grad_enabled() and any(
+            isinstance(value, torch.Tensor) and value.requires_grad for value in arguments
+        ):
+            raise NotImplementedError(
+                f"{self.name}: expected arguments that do not require a gradient, "
+                "because this op changes them; pass them with .detach()"
+            )
+        if forward_ad._current_level >= 0 and any(
+            isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
+            for value in arguments
+        ):
+            self._refuse_tangents(None)
         return self._kernel_op(*arguments)
 
     def _make_fallback(self, op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -78,13 +157,13 @@ class Op:
         The fallback loads the native library. From then on the dispatcher calls the native kernel,
         from Python and from compiled graphs. Where there is none, the fallback runs the reference.
         """
-        if not self.has_kernels:
-            return self.reference
 
         def fallback(*arguments: Any) -> Any:
-            # True inside the call of ``op`` below. With a native kernel the dispatcher would not
-            # come here again, so there is none for this op or for this kind of tensor.
-            if getattr(_loading, "op", None) is op:
+            self._check_tensors(arguments)
+            # ``_loading.op`` is ``op`` inside the call of ``op`` below. With a native kernel the
+            # dispatcher would not come here again, so there is none for this op or for this kind
+            # of tensor.
+            if not self.has_kernels or getattr(_loading, "op", None) is op:
                 return self.reference(*arguments)
             if not _native.load(arguments[0].device.type):
                 return self.reference(*arguments)
@@ -96,19 +175,43 @@ class Op:
 
         return fallback
 
-    def _refuse_gradient(self, ctx: Any, *grads: torch.Tensor) -> Any:
+    def _checked_fake(self, *arguments: Any) -> Any:
+        # The dispatcher also comes here if some tensors are on the meta device and others are not.
+        self._check_tensors(arguments)
+        return self.fake(*arguments)
+
+    def _check_tensors(self, arguments: tuple[Any, ...]) -> None:
+        """Check the kind and the device of all tensors; native kernels only see dense ones.
+
+        Numbers in 0-d tensors may be on the CPU.
+        """
+        first = arguments[0]
+        names = self._kernel_op._schema.arguments
+        for value, argument in zip(arguments, names, strict=True):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.layout != torch.strided or value.is_quantized:
+                raise RuntimeError(
+                    f"{argument.name}: expected a dense (strided) tensor, "
+                    f"got layout {value.layout} and dtype {value.dtype}"
+                )
+            is_number = value.dim() == 0 and value.is_cpu and not argument.is_write
+            if value.device != first.device and not is_number:
+                raise RuntimeError(
+                    f"{argument.name}: expected device {first.device} as {names[0].name}, "
+                    f"got {value.device}"
+                )
+
+    def _refuse_gradient(self, ctx: Any, *grads: torch.Tensor | None) -> Any:
         raise NotImplementedError(
             "marginops: second derivatives are not implemented, "
             f"and the op {self.name} has no gradient"
         )
 
-    def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
-        """Raise an error for forward-mode derivatives, which PyTorch would silently take as 0."""
-        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
-        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            raise NotImplementedError(
-                f"{self.name}: no forward-mode derivatives are implemented, only backward()"
-            )
+    def _refuse_tangents(self, ctx: Any, *tangents: torch.Tensor | None) -> Any:
+        raise NotImplementedError(
+            f"{self.name}: no forward-mode derivatives are implemented, only backward()"
+        )
 
 
 def _define(

@@ -11,9 +11,10 @@ from . import margin_pair as pairs
 from ._library import Op
 from .class_sum import sum_pairs
 from .linear_head import Tensors
+from .margin_gradient import write
 from .row_sums import IGNORED, classes_in_piece
 from .statistics import sample_statistics_gradient_op
-from .tiles import default_chunk_bytes, logit_tiles, tile_shape
+from .tiles import check_rows, default_chunk_bytes, logit_tiles, tile_shape
 
 
 class HeadLayout(Protocol):
@@ -110,30 +111,35 @@ def scatter_rows(rows: Tensor | None, indices: Tensor, count: int) -> Tensor | N
     if rows is None:
         return None
     # In place, because autocast fails on mixed dtypes in index_copy, but not in index_copy_.
-    return rows.new_zeros(count, rows.shape[1]).index_copy_(0, indices, rows)
+    return write("index_copy_", rows.new_zeros(count, rows.shape[1]), 0, indices, rows)
 
 
-class _SavedDistance(torch.autograd.Function):
-    """Returns the distance that the forward pass saved. Its backward pass raises an error."""
+class SavedDistanceOp(Op):
+    """Returns the distance that the forward pass saved. It has no gradient on purpose.
+
+    Without this op, a second derivative would take the distance as a constant and be wrong.
+    """
+
+    schema = "saved_distance(Tensor distance, Tensor weight, Tensor? bias) -> Tensor"
+    has_kernels = False
 
     @staticmethod
-    def forward(ctx: Any, distance: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return distance.view_as(distance)
+    def reference(distance: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return distance.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def fake(distance: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.empty_like(distance)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise NotImplementedError(
             "marginops: second derivatives are not implemented, "
             "and minimal margin scores of a linear head have none"
         )
 
 
-def refuse_second_derivative(distance: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Make a second derivative raise an error.
-
-    Without this, autograd would take the saved distance as a constant and give a wrong result.
-    """
-    return _SavedDistance.apply(distance, weight, bias) if torch.is_grad_enabled() else distance
+saved_distance_op = SavedDistanceOp()
 
 
 class LinearSampleStatisticsGradientOp(Op):
@@ -171,6 +177,15 @@ class LinearSampleStatisticsGradientOp(Op):
         needs_grad_input: bool,
         needs_grad_weight: bool,
     ) -> Tensors:
+        check_rows(input, target=target, rival=rival)
+        check_rows(input, confidence=confidence, entropy=entropy, maximum=maximum, log_sum=log_sum)
+        check_rows(
+            input,
+            grad_margin=grad_margin,
+            grad_loss=grad_loss,
+            grad_confidence=grad_confidence,
+            grad_entropy=grad_entropy,
+        )
         saved = confidence, entropy, maximum, log_sum
         grads = grad_margin, grad_loss, grad_confidence, grad_entropy
         target = torch.where(target == ignore_index, IGNORED, target)

@@ -20,11 +20,11 @@ from . import linear_sharded as sharded
 from . import margin_pair as pairs
 from . import row_sums
 from ._library import Op
-from .linear_gradient import label_pair, margin_head_gradient, refuse_second_derivative
+from .linear_gradient import label_pair, margin_head_gradient, saved_distance_op
 from .linear_head import Tensors, checked_linear, empty_results, head_sums, join, norm_parameters
 from .margin import RIVALS, Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
-from .tiles import logit_tiles, tile_shape
+from .tiles import check_rows, logit_tiles, tile_shape
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,6 +121,7 @@ class LinearClassificationMarginOp(Op):
         dtype: torch.dtype | None,
         chunk_bytes: int | None,
     ) -> Tensors:
+        check_rows(input, target=target)
         shape = tile_shape(input, weight, dtype, chunk_bytes)
         if shape[1] < len(weight):
             ignored, label = checked_target(target, len(weight), ignore_index)
@@ -220,6 +221,7 @@ class LinearMinimalMarginScoreOp(Op):
         "linear_minimal_margin_score(Tensor input, Tensor weight, Tensor? bias, bool bias_in_norm,"
         " bool nearest, ScalarType? dtype, int? chunk_bytes) -> (Tensor, Tensor, Tensor)"
     )
+    constants = (("distance", 2),)
     has_kernels = False
 
     @staticmethod
@@ -258,14 +260,13 @@ class LinearMinimalMarginScoreOp(Op):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         *tensors, ctx.bias_in_norm, _, ctx.dtype, _ = inputs
         score, pair, distance = output
-        ctx.mark_non_differentiable(distance)
         ctx.save_for_backward(*tensors, score, pair, distance)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         input, weight, bias, score, pair, distance = ctx.saved_tensors
         slope, distance_coefficient = boundary_gradient(
-            grad, score, refuse_second_derivative(distance, weight, bias)
+            grad, score, saved_distance_op(distance.detach(), weight, bias)
         )
         gradients = margin_head_gradient(
             slope,

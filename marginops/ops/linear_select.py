@@ -12,7 +12,7 @@ from ._library import Op
 from .linear_gradient import (
     label_pair,
     margin_head_gradient,
-    refuse_second_derivative,
+    saved_distance_op,
     scatter_rows,
 )
 from .linear_head import Tensors, checked_linear, empty_results
@@ -95,6 +95,7 @@ class LinearSelectMinimalMarginOp(Op):
         " bool bias_in_norm, bool nearest, ScalarType? dtype, int? chunk_bytes)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     )
+    constants = (("distance", 3),)
     has_kernels = False
 
     @staticmethod
@@ -112,14 +113,13 @@ class LinearSelectMinimalMarginOp(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         *tensors, _, ctx.bias_in_norm, _, ctx.dtype, _ = inputs
-        ctx.mark_non_differentiable(output[3])
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         input, weight, bias, scores, indices, pair, distance = ctx.saved_tensors
         slope, distance_coefficient = boundary_gradient(
-            grad, scores, refuse_second_derivative(distance, weight, bias)
+            grad, scores, saved_distance_op(distance.detach(), weight, bias)
         )
         grad_input, *gradients = margin_head_gradient(
             slope,

@@ -111,7 +111,8 @@ class _Statistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         norm = torch.linalg.vector_norm(input, dim=1, dtype=result_dtype(input.dtype))
         fields = _fields(shard, (input, weight, bias), target, log_norm, ignore_index, norm)
-        statistics.mark_differentiable(ctx, fields)
+        ctx.mark_non_differentiable(*(fields[index] for _, index in statistics.CONSTANTS))
+        ctx.set_materialize_grads(False)
         ctx.ignore_index, ctx.shard = ignore_index, shard
         ctx.save_for_backward(
             input,

@@ -21,7 +21,7 @@ from .linear_head import Tensors, checked_linear, head_sums, join
 from .margin_gradient import log_norm_gradient
 from .row_sums import StatisticsFields
 from .statistics import SampleStatistics, as_statistics
-from .tiles import logit_tiles, tile_shape
+from .tiles import check_rows, logit_tiles, tile_shape
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,14 +84,14 @@ def linear_sample_statistics(
         fields = sharded.sample_statistics(
             input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
         )
-        return as_statistics(fields, True)
+        return as_statistics(fields, True, target, ignore_index)
     dtype = checked_linear(input, weight, bias, chunk_bytes)
     checks.check_target(target, input, ignore_index, "input")
     log_norm = checks.as_log_norm(log_norm, input)
     fields = linear_sample_statistics_op(
         input, weight, bias, target, log_norm, ignore_index, dtype, chunk_bytes
     )
-    return as_statistics(fields, True)
+    return as_statistics(fields, True, target, ignore_index)
 
 
 class LinearSampleStatisticsOp(Op):
@@ -102,6 +102,7 @@ class LinearSampleStatisticsOp(Op):
         " Tensor? log_norm, int ignore_index, ScalarType? dtype, int? chunk_bytes)"
         f" -> {statistics.FIELDS}"
     )
+    constants = statistics.CONSTANTS
     has_kernels = False
 
     @staticmethod
@@ -115,6 +116,7 @@ class LinearSampleStatisticsOp(Op):
         dtype: torch.dtype | None,
         chunk_bytes: int | None,
     ) -> Tensors:
+        check_rows(input, target=target)
         shape = tile_shape(input, weight, dtype, chunk_bytes)
         norm = torch.cat(
             [
@@ -142,7 +144,6 @@ class LinearSampleStatisticsOp(Op):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         *tensors, ctx.ignore_index, ctx.dtype, ctx.chunk_bytes = inputs
         fields = StatisticsFields._make(output)
-        statistics.mark_differentiable(ctx, fields)
         ctx.save_for_backward(
             *tensors,
             fields.rival,

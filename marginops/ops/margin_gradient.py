@@ -63,13 +63,25 @@ def distance_gradient(
     return gradients
 
 
+def write(method: str, zeros: Tensor, *arguments: Any) -> Tensor:
+    """Write values into zeros by a method such as ``scatter_``. The result may be a copy.
+
+    Under torch.vmap these methods raise errors or give wrong numbers if the zeros are the same for
+    the whole batch. So the copying form of the method is used there.
+    """
+    if torch._C._are_functorch_transforms_active():
+        method = method.removesuffix("_")
+    written: Tensor = getattr(zeros, method)(*arguments)
+    return written
+
+
 def scatter_pair(value: Tensor, pair: Tensor, rows: Tensor | None, logits: Tensor) -> Tensor:
     """Zeros like ``logits``, with +value and -value at the two classes of each of ``rows``."""
     values = torch.stack((value, 0 - value), 1).to(logits.dtype)
     zeros = values.new_zeros(logits.shape)
     if rows is None:
-        return zeros.scatter_(1, pair, values)
-    return zeros.index_put_((rows.unsqueeze(1), pair), values)
+        return write("scatter_", zeros, 1, pair, values)
+    return write("index_put_", zeros, (rows.unsqueeze(1), pair), values)
 
 
 def margin_gradient(

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _checks as checks
 from .._checks import result_dtype
 from ._library import Op
+from ._results import describe
 from .class_sum import add_in_order
 
 
@@ -17,6 +18,9 @@ class ClassMoments(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # replaces tuple.count
     mean: Tensor
     radius: Tensor
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def merge(self, other: "ClassMoments") -> "ClassMoments":
         r"""The moments of the samples of ``self`` and ``other`` together.
@@ -44,8 +48,9 @@ class ClassMoments(NamedTuple):
             >>> target = torch.zeros(2, dtype=torch.int64)
             >>> early = marginops.class_moments(torch.tensor([[0.0], [2.0]]), target, 1)
             >>> late = marginops.class_moments(torch.tensor([[4.0], [6.0]]), target, 1)
-            >>> early.merge(late)
-            ClassMoments(count=tensor([4]), mean=tensor([[3.]]), radius=tensor([2.2361]))
+            >>> count, mean, radius = early.merge(late)
+            >>> count, mean, radius
+            (tensor([4]), tensor([[3.]]), tensor([2.2361]))
         """
         if other.mean.shape != self.mean.shape:
             raise ValueError(
@@ -215,7 +220,6 @@ class ClassMomentsOp(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, target, _, ctx.normalize, ctx.ignore_index = inputs
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target, *output)
 
     @staticmethod
@@ -227,8 +231,6 @@ class ClassMomentsOp(Op):
         The NaN of empty classes and of ignored samples must not reach the gradient of others.
         """
         input, target, count, mean, radius = ctx.saved_tensors
-        if grad_mean is None and grad_radius is None:
-            return (None,) * 5
         kept = (target != ctx.ignore_index).unsqueeze(1)
         label = torch.where(kept.squeeze(1), target, 0)
         rows = torch.where(kept, input.to(mean.dtype), 0)

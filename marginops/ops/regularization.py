@@ -11,6 +11,7 @@ from . import margin_pair as pairs
 from ._library import Op
 from .linear_margin import linear_classification_margin_op
 from .margin_gradient import distance_gradient
+from .tiles import check_rows
 
 Reduction = Literal["square_of_mean", "mean_of_square"]
 
@@ -144,6 +145,7 @@ class MultiMarginRegularizationOp(Op):
         " Tensor margin, bool mean_of_square, int ignore_index)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
+    constants = (("radius", 1), ("share", 3), ("distance", 4))
     has_kernels = False
 
     @staticmethod
@@ -156,6 +158,7 @@ class MultiMarginRegularizationOp(Op):
         mean_of_square: bool,
         ignore_index: int,
     ) -> tuple[Tensor, ...]:
+        check_rows(input, target=target, rival=rival, margin=margin)
         dtype = result_dtype(weight.dtype)
         if input.shape[0] == 0:
             nothing = input.new_full((), torch.nan, dtype=dtype)
@@ -183,7 +186,6 @@ class MultiMarginRegularizationOp(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, weight, target, rival, _, ctx.mean_of_square, ctx.ignore_index = inputs
-        ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(input, weight, target, rival, *output[1:])
 
     @staticmethod
@@ -226,6 +228,7 @@ class MultiMarginRegularizationGradientOp(Op):
         needs_grad_input: bool,
         needs_grad_weight: bool,
     ) -> tuple[Tensor, Tensor]:
+        check_rows(input, target=target, rival=rival, distance=distance)
         # In float64, because a product may be in the range of float32 although its parts are not.
         wide, distance, radius = grad.double(), distance.double(), radius.double()
         mean = distance.sum() * share

@@ -9,7 +9,7 @@ from .. import _checks as checks
 from .._checks import result_dtype
 from ._library import Op
 from .margin import Rival, checked_head, classification_margin_op, minimal_margin_score_op
-from .margin_gradient import margin_gradient, score_gradient
+from .margin_gradient import margin_gradient, score_gradient, write
 from .top2_margin import top2_margin_gradient
 
 
@@ -78,7 +78,7 @@ class SelectSmallestOp(Op):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.count).scatter_(0, indices, grad), None
+        return write("scatter_", grad.new_zeros(ctx.count), 0, indices, grad), None
 
 
 select_smallest_op = SelectSmallestOp()

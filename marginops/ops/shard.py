@@ -115,6 +115,12 @@ def open_shard(
         labels: Targets and ``ignore_index``; None if the function has no targets.
     """
     input, weight, bias = head
+    if torch._C._are_functorch_transforms_active():
+        # Not part of the exchange below, which does not work inside the transforms either.
+        raise NotImplementedError(
+            "group: expected None inside the transforms of torch.func such as grad and vmap, "
+            f"got {group}; use backward()"
+        )
 
     def check_all() -> _RankArguments:
         dtype = checks.check_linear(input, weight, bias)

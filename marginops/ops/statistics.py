@@ -10,6 +10,7 @@ from .._checks import checked_target, result_dtype
 from . import margin_pair as pairs
 from . import row_sums
 from ._library import Op
+from ._results import describe
 from .margin_gradient import log_norm_gradient
 from .row_sums import StatisticsFields
 
@@ -25,6 +26,26 @@ class SampleStatistics(NamedTuple):
     correct: Tensor
     el2n: Tensor
     gradient_norm: Tensor | None
+    counted: Tensor
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    def mean_loss(self) -> Tensor:
+        """The mean loss of the samples that are not ignored, as in ``F.cross_entropy``.
+
+        Returns:
+            0-d, in the dtype of ``loss``: the sum of ``loss`` divided by the number of samples
+            with ``counted``. NaN if there is none.
+
+        The mean is differentiable where ``loss`` is, and does not wait for the GPU.
+
+        Example:
+            >>> logits = torch.tensor([[2.0, 0.5], [0.0, 3.0], [1.0, 1.0]])
+            >>> marginops.sample_statistics(logits, torch.tensor([0, 0, -100])).mean_loss()
+            tensor(1.6250)
+        """
+        return self.loss.sum() / self.counted.sum()
 
 
 def sample_statistics(
@@ -50,6 +71,7 @@ def sample_statistics(
     ``el2n``          :math:`\lVert p - e_y \rVert_2`
     ``gradient_norm`` :math:`\lVert p - e_y \rVert_2 \sqrt{1 + \lVert h \rVert_2^2}`, the norm of
                       the gradient of the loss in weight and bias of the last layer
+    ``counted``       bool, true if the target is not ``ignore_index``
     ================= ===========================================================================
 
     The margin is that of Banburski et al. (2021). EL2N and the gradient norm are those of Paul,
@@ -68,6 +90,7 @@ def sample_statistics(
     Returns:
         :class:`marginops.SampleStatistics` of ``[N]`` tensors. The floating-point fields are
         float64 for float64 logits, else float32. ``gradient_norm`` is None without ``input``.
+        :meth:`marginops.SampleStatistics.mean_loss` is the loss for training.
         Among equal logits the lowest class counts as the largest. A row with a NaN has NaN in
         every floating-point field and is not correct. Where the largest logit of a row is
         infinite, every floating-point field but the margin is NaN. In float32 an EL2N below 1e-19
@@ -88,8 +111,8 @@ def sample_statistics(
         >>> statistics = marginops.sample_statistics(logits, torch.tensor([0, 1]))
         >>> statistics.margin, statistics.rival, statistics.correct
         (tensor([ 1., -1.]), tensor([2, 2]), tensor([ True, False]))
-        >>> statistics.loss
-        tensor([0.4644, 1.3266])
+        >>> statistics.loss, statistics.mean_loss()
+        (tensor([0.4644, 1.3266]), tensor(0.8955))
     """
     checks.check_logits(logits)
     checks.check_target(target, logits, ignore_index)
@@ -101,13 +124,16 @@ def sample_statistics(
         input_norm = torch.linalg.vector_norm(input.detach(), dim=1, dtype=widest).to(dtype)
     log_norm = checks.as_log_norm(log_norm, logits)
     fields = sample_statistics_op(logits, target, input_norm, log_norm, ignore_index)
-    return as_statistics(fields, input is not None)
+    return as_statistics(fields, input is not None, target, ignore_index)
 
 
-def as_statistics(fields: tuple[Tensor, ...], has_gradient_norm: bool) -> SampleStatistics:
-    """The public fields, which come first among the results of the op."""
-    statistics = SampleStatistics._make(fields[: len(SampleStatistics._fields)])
-    return statistics if has_gradient_norm else statistics._replace(gradient_norm=None)
+def as_statistics(
+    fields: tuple[Tensor, ...], has_gradient_norm: bool, target: Tensor, ignore_index: int
+) -> SampleStatistics:
+    """The public fields: the first results of the op, and which samples count."""
+    *values, gradient_norm = fields[: len(SampleStatistics._fields) - 1]
+    last = gradient_norm if has_gradient_norm else None, target != ignore_index
+    return SampleStatistics._make((*values, *last))
 
 
 def empty_fields(logits: Tensor, rows: int | torch.SymInt, has_input: bool) -> StatisticsFields:
@@ -122,16 +148,12 @@ def empty_fields(logits: Tensor, rows: int | torch.SymInt, has_input: bool) -> S
 
 
 _DIFFERENTIABLE = ("margin", "loss", "confidence", "entropy")
-_NOT_DIFFERENTIABLE = tuple(
-    index for index, name in enumerate(StatisticsFields._fields) if name not in _DIFFERENTIABLE
+# Names and positions of the fields without a gradient.
+CONSTANTS = tuple(
+    (name, index)
+    for index, name in enumerate(StatisticsFields._fields)
+    if name not in _DIFFERENTIABLE
 )
-
-
-def mark_differentiable(ctx: Any, fields: StatisticsFields) -> None:
-    """Say which fields have a gradient, and pass None instead of zeros for unused gradients."""
-    ctx.mark_non_differentiable(*(fields[index] for index in _NOT_DIFFERENTIABLE))
-    ctx.set_materialize_grads(False)
-
 
 FIELDS = "(" + ", ".join(["Tensor"] * len(StatisticsFields._fields)) + ")"
 
@@ -143,6 +165,7 @@ class SampleStatisticsOp(Op):
         "sample_statistics(Tensor logits, Tensor target, Tensor? input_norm, Tensor? log_norm,"
         f" int ignore_index) -> {FIELDS}"
     )
+    constants = CONSTANTS
 
     @staticmethod
     def reference(
@@ -166,7 +189,6 @@ class SampleStatisticsOp(Op):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, target, _, log_norm, ctx.ignore_index = inputs
         fields = StatisticsFields._make(output)
-        mark_differentiable(ctx, fields)
         ctx.save_for_backward(
             logits,
             target,

@@ -44,6 +44,15 @@ def check_chunk_bytes(chunk_bytes: Any, weight: Tensor, dtype: torch.dtype | Non
         )
 
 
+def check_rows(rows: Tensor, **values: Tensor | None) -> None:
+    """Check that there is one value for each row. Direct calls of the ops skip other checks."""
+    for name, value in values.items():
+        if value is not None and value.shape != rows.shape[:1]:
+            raise RuntimeError(
+                f"{name}: expected shape {list(rows.shape[:1])}, got {list(value.shape)}"
+            )
+
+
 def tile_shape(
     input: Tensor,
     weight: Tensor,
@@ -82,6 +91,7 @@ def logit_tiles(
     dtype of the arguments if ``dtype`` is None. All tiles of a range of rows follow each other. An
     input without rows has one empty tile.
     """
+    check_rows(weight, bias=bias)
     dtype = dtype or weight.dtype
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)

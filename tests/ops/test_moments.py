@@ -246,3 +246,9 @@ def test_rows_and_targets_without_strides(device, dtype, which):
     for one, two, three in zip(moments, many, strided, strict=True):
         assert_same(one, two)
         assert_same(three, two)
+
+
+def test_moments_print_in_one_line_without_values():
+    moments = class_moments(torch.randn(90, 40), torch.arange(90) % 30, 30)
+    expected = "ClassMoments(count=int64[30], mean=float32[30, 40], radius=float32[30], device=cpu)"
+    assert repr(moments) == expected

@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 import marginops
 from helpers import brute_force
-from helpers.ops import IMPLEMENTATIONS, implementation
+from helpers.ops import IMPLEMENTATIONS, head, implementation
 from helpers.rounding import assert_same, assert_within, random_logits, rounding
 from helpers.strategies import relayout, statistics_cases
 from marginops._checks import result_dtype
@@ -226,3 +226,39 @@ def test_another_ignore_index(device, which):
             logits, target, input=torch.ones(6, 2, device=device), ignore_index=7
         )
     assert [field[2].item() for field in result] == [math.inf, 0, 0, 1, 0, True, 0, 0]
+
+
+@pytest.mark.parametrize("ignored", [0, 3, 12])
+def test_mean_loss_and_its_gradient_are_those_of_cross_entropy(device, dtype, ignored):
+    logits, weight, _ = (value.detach() for value in head(device, dtype))
+    target = torch.arange(12, device=device) % 6
+    target[:ignored] = -7
+    features = torch.randn(12, 5, device=device).to(dtype)
+    for inputs in (logits.requires_grad_(), features.requires_grad_()):
+        if inputs is logits:
+            statistics = marginops.sample_statistics(inputs, target, ignore_index=-7)
+        else:
+            statistics = marginops.linear_sample_statistics(inputs, weight, target, ignore_index=-7)
+        assert statistics.counted.tolist() == (target != -7).tolist()
+        value = statistics.mean_loss()
+        scores = inputs if inputs is logits else F.linear(inputs, weight)
+        expected = F.cross_entropy(scores.to(value.dtype), target, ignore_index=-7)
+        tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+        torch.testing.assert_close(value, expected, equal_nan=True, **tolerance)
+        (gradient,) = torch.autograd.grad(value, inputs)
+        (wanted,) = torch.autograd.grad(expected, inputs)
+        torch.testing.assert_close(gradient, wanted, **tolerance)
+
+
+def test_statistics_print_in_one_line_without_values():
+    statistics = marginops.sample_statistics(torch.randn(500, 4), torch.zeros(500).long())
+    assert repr(statistics) == (
+        "SampleStatistics(margin=float32[500], rival=int64[500], loss=float32[500], "
+        "confidence=float32[500], entropy=float32[500], correct=bool[500], el2n=float32[500], "
+        "gradient_norm=None, counted=bool[500], device=cpu)"
+    )
+    # Reading a value would be an error here, as it would wait for a GPU there.
+    on_meta = marginops.sample_statistics(
+        torch.randn(5, 4, device="meta"), torch.zeros(5, device="meta").long()
+    )
+    assert repr(on_meta).endswith("counted=bool[5], device=meta)")
