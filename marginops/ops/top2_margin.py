@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .margin_gradient import scatter_pair
+from .margin_gradient import scatter_pair, write
 from .row_sums import (
     IGNORED,
     NOT_IN_PIECE,
@@ -62,4 +62,4 @@ def top2_margin_gradient(
     )
     if rows is None:
         return gradient
-    return gradient.new_zeros(logits.shape).index_copy_(0, rows, gradient)
+    return write("index_copy_", gradient.new_zeros(logits.shape), 0, rows, gradient)
