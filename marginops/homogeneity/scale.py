@@ -231,6 +231,20 @@ def _rated(parameters: Any, rates: Any) -> list[tuple[Tensor, float]]:
             raise TypeError(
                 f"parameters: expected a tensor for {name!r}, got {type(value).__name__}"
             )
+        if nn.parameter.is_lazy(value):
+            raise ValueError(f"parameters: expected {name!r} to be initialized, got a lazy one")
+        if checks.is_distributed(value):
+            raise TypeError(
+                f"parameters: expected an ordinary tensor for {name!r}, got a DTensor; gather "
+                "each one with full_tensor(), or load a full state dict into a model that is not "
+                "sharded"
+            )
+        if value.layout != torch.strided or checks.wraps_tensors(value):
+            kind = type(value).__name__
+            raise TypeError(
+                f"parameters: expected a dense (strided), ordinary tensor for {name!r}, got "
+                f"{kind} with layout {value.layout}; make it dense, or dequantise it"
+            )
         if value.dtype not in checks.FLOATING:
             raise TypeError(
                 f"parameters: expected a floating-point dtype for {name!r}, got {value.dtype}"

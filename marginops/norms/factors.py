@@ -147,7 +147,7 @@ def _weight(path: str, module: Any) -> Tensor:
     if not kinds.is_batch_norm(module):
         return kinds.weight_of(path, module)
     if module.weight is not None:
-        return module.weight
+        return kinds.checked(path, module, module.weight)
     like = module.running_var if module.running_var is not None else torch.empty(0)
     return torch.ones(module.num_features, device=like.device)
 
