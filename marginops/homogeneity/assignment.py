@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..networks import unwrap
+from .parameters import check_ordinary
 from .program import Program
 from .system import NotQuasiHomogeneousError, System
 from .trace import Network, exported
@@ -91,7 +92,10 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
         )
     check_solver()
     model = unwrap(model)
-    names = [name for name, _ in model.named_parameters()]
+    names = []
+    for name, value in model.named_parameters():
+        check_ordinary("model", name, value)
+        names.append(name)
     if not names:
         raise ValueError("model: expected at least one parameter, got none")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)

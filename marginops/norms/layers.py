@@ -141,11 +141,6 @@ def weight_of(path: str, module: Any) -> Tensor:
             "torch.nn.utils.parametrizations are supported)"
         )
     is_parametrized = parametrize.is_parametrized(module, "weight")
-    if not is_parametrized and hasattr(type(module), "weight"):
-        raise ValueError(
-            f"model: expected the weight of {described(path, module)} to be its parameter, got "
-            "a property of its class"
-        )
     if not is_parametrized and module._forward_pre_hooks and "weight" not in own:
         raise ValueError(
             f"model: expected the weight of {described(path, module)} to be its parameter, got "
@@ -172,7 +167,8 @@ def checked(path: str, module: nn.Module, weight: Any) -> Tensor:
     if problem is not None:
         kind, expected, got = problem
         raise kind(f"model: expected the weight of {described(path, module)} {expected}, got {got}")
-    return weight
+    is_plain = type(weight) in (Tensor, nn.Parameter)
+    return weight if is_plain else weight.as_subclass(Tensor)
 
 
 def _problem(module: nn.Module, weight: Any) -> tuple[type[Exception], str, str] | None:

@@ -19,6 +19,7 @@ from .unsupported import (
     check_whole,
     function_name,
     is_idle_dropout,
+    place_of,
 )
 
 
@@ -56,7 +57,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = weakref.We
 def structure_of(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
     """Examine the model, or return the cached structure if its modules are the same as before."""
     signature = [
-        (path, id(module), type(module), *module._parameters, *_switches(module))
+        (path, id(module), type(module), *module._parameters.keys(), *_switches(module))
         for path, module in modules.items()
     ]
     known = _KNOWN.get(model)
@@ -142,9 +143,8 @@ def _read(graph: fx.Graph, modules: dict[str, nn.Module], breaking: list[str]) -
         elif node.op in ("call_function", "call_method"):
             name = function_name(node)
             if name.rstrip("_") in kinds.BREAKING_FUNCTIONS:
-                inside = list(node.meta.get("nn_module_stack", {}).values())
-                place = inside[-1][0] if inside else ""
-                found.breaking.append(f"{place or 'the model itself'} (function {name})")
+                place = place_of(node) or "the model itself"
+                found.breaking.append(f"{place} (function {name})")
     return found
 
 

@@ -42,11 +42,19 @@ def trace(model: nn.Module) -> fx.Graph:
         graph = _Tracer().trace(nn.Sequential(model))
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
-                node.target = node.target.removeprefix("0").removeprefix(".")
+                node.target = _inner(node.target)
+            stack = node.meta.get("nn_module_stack", {})
+            for key, (path, kind) in stack.items():
+                stack[key] = _inner(path), kind
         return graph
     # Optional arguments get their defaults. A proxy in their place would count as given.
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return _Tracer().trace(model, defaults)
+
+
+def _inner(path: str) -> str:
+    """The path in the model of a path in a container with the model only."""
+    return path.removeprefix("0").removeprefix(".")
 
 
 def evaluated_copy(model: nn.Module) -> nn.Module:
@@ -64,5 +72,5 @@ def evaluated_copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise ValueError(
             f"model: expected a module that copy.deepcopy can copy, got {type(model).__name__} "
-            f"({type(error).__name__}: {error}); a sharded model has to be gathered first"
+            f"({type(error).__name__}: {error}); if it is sharded, gather it first"
         ) from error

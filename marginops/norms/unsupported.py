@@ -11,7 +11,7 @@ from .._checks import is_distributed
 from . import layers as kinds
 from .tracing import trace
 
-_ADAPTERS = "merge adapters into their layers first, with peft by model.merge_and_unload()"
+_MERGED = "merge it into its layer first, with peft by model.merge_and_unload()"
 # Functions that are linear in their first argument and do not mix its values.
 _CARRYING = {
     *("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone"),
@@ -30,7 +30,12 @@ _PRODUCTS = {
 
 
 def check_whole(path: str, module: nn.Module) -> None:
-    """Refuse a module whose parameters are spread over processes."""
+    """Refuse a compiled program, and a module whose parameters are spread over processes."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model: expected modules in Python, got {kinds.described(path, module)}, a compiled "
+            "program whose weights may be constants; pass the model from before it was compiled"
+        )
     for name, value in module._parameters.items():
         if value is not None and is_distributed(value):
             raise TypeError(
@@ -42,16 +47,11 @@ def check_whole(path: str, module: nn.Module) -> None:
 def check_module(path: str, module: nn.Module) -> None:
     """Refuse a module that has weights but is no layer, or whose weights are packed."""
     own = [name for name, value in module._parameters.items() if value is not None]
-    if isinstance(module, torch.jit.ScriptModule):
-        raise ValueError(
-            f"model: expected modules in Python, got {kinds.described(path, module)}, a compiled "
-            "program whose weights may be constants; pass the model from before it was compiled"
-        )
     if own and not kinds.is_parametric_relu(module):
         raise ValueError(
             "model: expected linear layers, convolutions, normalisations and modules without "
             f"parameters, got {kinds.described(path, module)} with {', '.join(own)}, for which "
-            f"no norm is defined{_advice(path, module, own)}"
+            f"no norm is defined{_advice(module)}"
         )
     packed = [name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)]
     if packed:
@@ -61,14 +61,14 @@ def check_module(path: str, module: nn.Module) -> None:
         )
 
 
-def _advice(path: str, module: nn.Module, own: list[str]) -> str:
-    if any("lora" in part.lower() for part in (path, *own)):
-        return f"; {_ADAPTERS}"
-    dtypes = [module._parameters[name].dtype for name in own]
-    if any(not dtype.is_floating_point and not dtype.is_complex for dtype in dtypes):
+def _advice(module: nn.Module) -> str:
+    if any(not value.dtype.is_floating_point for value in module.parameters(recurse=False)):
         return f"; {kinds.UNQUANTIZED}"
     if kinds.has_own_forward(module):
         return "; the module has a forward of its own, which is not that of its class"
+    holds_parts = isinstance(module, (nn.ParameterDict, nn.ParameterList))
+    if holds_parts or not type(module).__module__.startswith("torch."):
+        return f"; if it is an adapter, {_MERGED}"
     return ""
 
 
@@ -82,6 +82,7 @@ def check_graph(graph: fx.Graph, root: nn.Module, path: str = "") -> None:
     """
     modules = dict(root.named_modules(remove_duplicate=False))
     prefix = f"{path}." if path else ""
+    # For each value that does not depend on the input, the tensor that it is computed from if any.
     constants: dict[fx.Node, str] = {}
     # For each value, the places of the values that it depends on linearly, and a layer between.
     sources: dict[fx.Node, dict[int, str]] = {}
@@ -93,13 +94,15 @@ def check_graph(graph: fx.Graph, root: nn.Module, path: str = "") -> None:
             continue
         inputs = node.all_input_nodes
         known = [constants[value] for value in inputs if value in constants]
+        held = next(filter(None, known), "")
         name = function_name(node).strip("_")
-        if known and len(known) == len(inputs):
-            constants[node] = known[0]
-        elif known and (name in _PRODUCTS or _is_foreign(node)):
+        if describes(node) or (known and len(known) == len(inputs)):
+            constants[node] = held
+        elif held and (name in _PRODUCTS or _is_foreign(node)):
             raise ValueError(
-                f"model: expected every matrix to be the weight of a layer, got {known[0]}, which "
-                f"is used as a matrix elsewhere ({node.format_node()})"
+                f"model: expected every matrix to be the weight of a layer, got {held}, which is "
+                f"used as a matrix in {place_of(node) or path or 'the model itself'} "
+                f"({node.format_node()})"
             )
         elif node.op == "call_module" and _is_linear(modules[node.target]):
             layer = f"{prefix}{node.target}" if kinds.is_layer(modules[node.target]) else ""
@@ -123,7 +126,7 @@ def _sum(first: dict[int, str], *others: dict[int, str]) -> dict[int, str]:
             raise ValueError(
                 "model: expected layers that follow each other or have activations between them, "
                 f"got the sum of {' and '.join(layers)}, which have the same input and so act as "
-                f"one matrix; replace them by one layer, or {_ADAPTERS}"
+                f"one matrix; replace them by one layer; if one is an adapter, {_MERGED}"
             )
         for source, layer in sources.items():
             found[source] = found.get(source) or layer
@@ -134,11 +137,7 @@ def _check_attribute(node: fx.Node, modules: dict[str, nn.Module], prefix: str) 
     """Raise an error for a parameter that is used outside its module. No norm would count it."""
     path, _, name = str(node.target).rpartition(".")
     is_parameter = isinstance(getattr(modules.get(path), name, None), nn.Parameter)
-    uses = [
-        user
-        for user in node.users
-        if user.target is not getattr or user.args[1] not in kinds.DESCRIBING
-    ]
+    uses = [user for user in node.users if not describes(user)]
     if is_parameter and uses:
         raise ValueError(
             "model: expected parameters to be used by their own module only, got "
@@ -155,6 +154,19 @@ def _is_foreign(node: fx.Node) -> bool:
     """Whether the node calls an operator that is not PyTorch's own."""
     operators = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
     return isinstance(node.target, operators) and not str(node.target).startswith("aten.")
+
+
+def describes(node: fx.Node) -> bool:
+    """Whether the node reads the shape, the dtype or the like, which no values change."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in kinds.DESCRIBING
+
+
+def place_of(node: fx.Node) -> str:
+    """The path of the module whose code has the node."""
+    inside = list(node.meta.get("nn_module_stack", {}).values())
+    return inside[-1][0] if inside else ""
 
 
 def function_name(node: fx.Node) -> str:
