@@ -205,7 +205,8 @@ def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
     with torch.no_grad():
         for (value, rate), factor in zip(rated, factors, strict=True):
             if rate > 0:
-                value.mul_(factor)
+                # The factor may exceed the dtype, although the product does not.
+                value.copy_(value.double() * factor)
 
 
 def _log_scale(groups: Groups) -> Tensor:

@@ -143,11 +143,14 @@ def fold_scale(batch_norms: list[Any]) -> Tensor:
 
 
 def scaled_weight(factor: Factor, dtype: torch.dtype) -> Tensor:
-    """The weight in ``dtype`` with the batch norm folded into it."""
-    weight = factor.weight.to(dtype)
+    """The weight with the batch norm folded into it.
+
+    It is in ``dtype``, or in float64 if there is a batch norm: the product may exceed float32.
+    """
     if factor.batch_norm is None:
-        return weight
-    return kinds.scaled(factor.module, weight, fold_scale([factor.batch_norm]))
+        return factor.weight.to(dtype)
+    scale = fold_scale([factor.batch_norm])
+    return kinds.scaled(factor.module, factor.weight.double(), scale)
 
 
 def _weight(path: str, module: Any) -> Tensor:

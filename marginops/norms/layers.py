@@ -230,11 +230,8 @@ def rows(module: Any, weight: Tensor) -> Tensor:
     return weight.permute(0, *order).flatten(1)
 
 
-def scaled(module: Any, weight: Tensor, scale: Tensor | None) -> Tensor:
+def scaled(module: Any, weight: Tensor, scale: Tensor) -> Tensor:
     """``weight`` with the part of each output multiplied by its entry of ``scale``."""
-    if scale is None:
-        return weight
-    scale = scale.to(weight.dtype)
     if isinstance(module, TRANSPOSED):
         by_group = weight.unflatten(0, (module.groups, -1))
         factor = scale.view(module.groups, 1, -1, *[1] * (weight.dim() - 2))

@@ -208,7 +208,7 @@ def _log_spectral_norm(factor: Factor, dtype: torch.dtype, tolerance: float) -> 
         blocks = kinds.blocks(factor.module, weight)
         with torch.no_grad():
             is_quick = min(blocks.shape[1:]) > GRAM and tolerance >= 1e-6
-            exact = blocks if is_quick else blocks.double()
+            exact = blocks.to(dtype) if is_quick else blocks.double()
             block, vector = leading_right_vector(exact, tolerance, factor.name)
         image = blocks[block].to(vector.dtype) @ vector
     elif convolution.is_circulant(factor):

@@ -39,8 +39,8 @@ def margin_area(margins: Tensor, *, form: AreaForm = "rank") -> Tensor:
 
     Returns:
         0-d, float64 for float64 margins, else float32, in units of the margins. The function
-        computes in float64, and no sum overflows. The area is NaN if a margin is NaN or if no margin counts. With a margin of
-        ``-inf`` the rank form is ``-inf``.
+        computes in float64, and no sum overflows. The area is NaN if a margin is NaN or if no
+        margin counts. With a margin of ``-inf`` the rank form is ``-inf``.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or value.
