@@ -7,6 +7,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+_ORDINARY = Tensor, torch.nn.Parameter
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATING_NAMES = "float32, float64, bfloat16 or float16"
 
@@ -32,7 +33,7 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
 
 def check_not_distributed(name: str, value: Tensor) -> None:
     """Check that ``value`` is not a DTensor, whose elements may be on several processes."""
-    if type(value) is not Tensor and is_distributed(value):
+    if type(value) not in _ORDINARY and is_distributed(value):
         raise TypeError(
             f"{name}: expected an ordinary tensor, got a DTensor; pass {name}.full_tensor()"
         )

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._checks import check_not_distributed
 from ..networks import unwrap
 from .parameters import check_ordinary
 from .program import Program
@@ -99,6 +100,9 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
     if not names:
         raise ValueError("model: expected at least one parameter, got none")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            check_not_distributed("example_input", argument)
     network = Network(model, exported(model, arguments), names)
     system = network.system
     program = Program(_matrix(system), network.output)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from .._checks import check_not_distributed
 from . import layers as kinds
 from .tracing import evaluated_copy, trace
 from .unsupported import (
@@ -175,6 +176,8 @@ def watch(model: nn.Module, example_input: Any) -> list[Call]:
             "example_input: expected a tensor or a tuple of tensors, "
             f"got {type(example_input).__name__}"
         )
+    for value in inputs:
+        check_not_distributed("example_input", value)
     calls: list[Call] = []
     copied = evaluated_copy(model)
 
