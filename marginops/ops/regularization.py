@@ -229,7 +229,7 @@ class MultiMarginRegularizationGradientOp(Op):
         needs_grad_weight: bool,
     ) -> tuple[Tensor, Tensor]:
         # In float64, because a product may be in the range of float32 although its parts are not.
-        wide, distance = grad.double(), distance.double()
+        dtype, wide, distance = grad.dtype, grad.double(), distance.double()
         mean = distance.sum() * share
         grad_input, grad_weight = input.new_empty(0), weight.new_empty(0)
         if needs_grad_input:
@@ -248,8 +248,13 @@ class MultiMarginRegularizationGradientOp(Op):
             else:
                 coefficient = torch.where(distance == 0, 0, scale * mean / distance)
             ignored, pair = _pair(target, rival, ignore_index)
-            coefficient = torch.where(ignored, 0, coefficient).to(grad.dtype)
-            grad_weight, _ = distance_gradient(coefficient, pair, weight, None)
+            coefficient = torch.where(ignored, 0, coefficient)
+            # The products with rows of the weight may be in range although this factor is not.
+            largest = torch.cat((wide.new_zeros(1), coefficient.abs())).amax()
+            is_far = (largest > 0) & ((largest < 1e-30) | (largest > 1e30)) & largest.isfinite()
+            unit = torch.where(is_far, largest, 1)
+            grad_weight, _ = distance_gradient((coefficient / unit).to(dtype), pair, weight, None)
+            grad_weight = (grad_weight.double() * unit).to(weight.dtype)
         return grad_input, grad_weight
 
     @staticmethod
