@@ -68,8 +68,9 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
             rate.
         RuntimeError: ``torch.export`` cannot trace the model. Its error is the cause.
         ImportError: SciPy, which solves the equations, is missing.
-        TypeError, ValueError: An argument has the wrong type, the model has no parameter, two
-            parameters share memory, or the output is not one floating-point tensor.
+        TypeError, ValueError: An argument has the wrong type, the model has no parameter, a
+            parameter is lazy, sharded or quantised, two parameters share memory, or the output is
+            not one floating-point tensor.
 
     The function takes the small constants that keep quotients finite (``eps`` of layer, group,
     instance and RMS norm) as 0. It restores the modes of all modules. It traces the model once with

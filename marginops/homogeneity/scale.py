@@ -24,21 +24,23 @@ def lambda_seminorm(
     This is the seminorm of Kunin, Yamamura, Ma, Ganguli (2023).
 
     Args:
-        parameters: A module, or a mapping of names to floating-point tensors. All parameters of a
-            module count, shared ones once.
+        parameters: A module, or a mapping of names to dense floating-point tensors, no DTensors.
+            All parameters of a module count, shared ones once.
         rates: The rate of each parameter by name, finite and >= 0, see
             :func:`marginops.homogeneity.rates`.
         largest_only: Sum only over the parameters with the largest rate.
 
     Returns:
-        0-d float64, on the device of the first parameter. NaN and infinities propagate.
+        0-d float64, on the device of the first parameter. NaN and infinities propagate. No square
+        overflows or underflows.
 
     Raises:
         TypeError, ValueError: ``rates`` does not name exactly these parameters, a rate is
             negative or not finite, or an argument has the wrong type.
 
     The seminorm is differentiable in the parameters. It is deterministic on the CPU. The function
-    reads every parameter with a positive rate once and sums the squares in float64.
+    reads every parameter with a positive rate once, float64 ones twice, and sums the squares in
+    float64.
 
     Example:
         >>> import torch
