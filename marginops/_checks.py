@@ -7,6 +7,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+_ORDINARY = Tensor, torch.nn.Parameter
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATING_NAMES = "float32, float64, bfloat16 or float16"
 
@@ -20,6 +21,7 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
     """Check that ``value`` is a strided floating-point tensor of ``dim`` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    check_not_distributed(name, value)
     if value.dim() == dim and value.dtype in FLOATING and value.layout == torch.strided:
         return
     if value.layout != torch.strided:
@@ -27,6 +29,25 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
     if value.dim() != dim:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
     raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
+
+
+def check_not_distributed(name: str, value: Tensor) -> None:
+    """Check that ``value`` is not a DTensor, whose elements may be on several processes."""
+    if type(value) not in _ORDINARY and is_distributed(value):
+        raise TypeError(
+            f"{name}: expected an ordinary tensor, got a DTensor; pass {name}.full_tensor()"
+        )
+
+
+def is_distributed(value: Tensor) -> bool:
+    """Whether a tensor is a DTensor. No other tensor has ``full_tensor``."""
+    return hasattr(value, "full_tensor")
+
+
+def wraps_tensors(value: Tensor) -> bool:
+    """Whether a tensor has memory of another form than its dtype and shape say."""
+    # An ordinary tensor, also one of a subclass that only changes functions, has no dispatch.
+    return type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def check_int(name: str, value: Any, least: int | None = None) -> None:
@@ -63,6 +84,7 @@ def check_target(target: Any, like: Tensor, ignore_index: Any, like_name: str = 
     """Check targets [N] int64, one for each row of ``like``, and an integer ``ignore_index``."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor [N], got {type(target).__name__}")
+    check_not_distributed("target", target)
     if target.layout != torch.strided:
         raise TypeError(f"target: expected a dense (strided) tensor, got layout {target.layout}")
     if target.dtype != torch.int64:

@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._checks import check_not_distributed
 from ..networks import unwrap
+from .parameters import check_ordinary
 from .program import Program
 from .system import NotQuasiHomogeneousError, System
 from .trace import Network, exported
@@ -66,8 +68,9 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
             rate.
         RuntimeError: ``torch.export`` cannot trace the model. Its error is the cause.
         ImportError: SciPy, which solves the equations, is missing.
-        TypeError, ValueError: An argument has the wrong type, the model has no parameter, two
-            parameters share memory, or the output is not one floating-point tensor.
+        TypeError, ValueError: An argument has the wrong type, the model has no parameter, a
+            parameter is lazy, sharded or quantised, two parameters share memory, or the output is
+            not one floating-point tensor.
 
     The function takes the small constants that keep quotients finite (``eps`` of layer, group,
     instance and RMS norm) as 0. It restores the modes of all modules. It traces the model once with
@@ -91,10 +94,16 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
         )
     check_solver()
     model = unwrap(model)
-    names = [name for name, _ in model.named_parameters()]
+    names = []
+    for name, value in model.named_parameters():
+        check_ordinary("model", name, value)
+        names.append(name)
     if not names:
         raise ValueError("model: expected at least one parameter, got none")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            check_not_distributed("example_input", argument)
     network = Network(model, exported(model, arguments), names)
     system = network.system
     program = Program(_matrix(system), network.output)

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
 from .._checks import result_dtype
-from ..networks import unwrap
+from .parameters import Groups, Parameters, groups_of, rated_parameters
 
 Version = Literal["tau", "lambda_max"]
-Parameters = nn.Module | Mapping[str, Tensor]
 
 
 def lambda_seminorm(
@@ -25,21 +24,23 @@ def lambda_seminorm(
     This is the seminorm of Kunin, Yamamura, Ma, Ganguli (2023).
 
     Args:
-        parameters: A module, or a mapping of names to floating-point tensors. All parameters of a
-            module count, shared ones once.
+        parameters: A module, or a mapping of names to dense floating-point tensors, no DTensors.
+            All parameters of a module count, shared ones once.
         rates: The rate of each parameter by name, finite and >= 0, see
             :func:`marginops.homogeneity.rates`.
         largest_only: Sum only over the parameters with the largest rate.
 
     Returns:
-        0-d float64, on the device of the first parameter. NaN and infinities propagate.
+        0-d float64, on the device of the first parameter. NaN and infinities propagate. No square
+        overflows or underflows.
 
     Raises:
         TypeError, ValueError: ``rates`` does not name exactly these parameters, a rate is
             negative or not finite, or an argument has the wrong type.
 
     The seminorm is differentiable in the parameters. It is deterministic on the CPU. The function
-    reads every parameter with a positive rate once and sums the squares in float64.
+    reads every parameter with a positive rate once, float64 ones twice, and sums the squares in
+    float64.
 
     Example:
         >>> import torch
@@ -50,13 +51,14 @@ def lambda_seminorm(
         >>> lambda_seminorm(parameters, {"weight": 1.0, "bias": 0.25}, largest_only=True)
         tensor(3., dtype=torch.float64)
     """
-    rate, squares = _squares(parameters, rates)
+    groups = groups_of(parameters, rates)
     if largest_only:
-        rate, squares = rate[-1:], squares[-1:]
-    total = (rate * squares).sum()
+        groups = groups.largest()
+    unit = groups.unit.amax()
+    total = (groups.rate * groups.squares * (groups.unit / unit).square()).sum()
     is_zero = total == 0
     # The square root has no derivative at 0. The gradient of the seminorm is 0 there.
-    return torch.where(is_zero, 0, torch.where(is_zero, 1, total).sqrt())
+    return torch.where(is_zero, 0, torch.where(is_zero, 1, total).sqrt() * unit)
 
 
 def log_scale(parameters: Parameters, rates: Mapping[str, float]) -> Tensor:
@@ -96,8 +98,7 @@ def log_scale(parameters: Parameters, rates: Mapping[str, float]) -> Tensor:
         >>> log_scale(parameters, {"a": 1.0, "b": 0.5})
         tensor(0.6931, dtype=torch.float64)
     """
-    rate, squares = _squares(parameters, rates)
-    return _log_scale(rate, squares)
+    return _log_scale(groups_of(parameters, rates))
 
 
 def normalized_margin(
@@ -152,13 +153,13 @@ def normalized_margin(
     """
     checks.check_tensor("margins", margins, 1, "[N]")
     checks.check_choice("version", version, ("tau", "lambda_max"))
-    rate, squares = _squares(parameters, rates)
-    checks.check_device("parameters", squares, margins, "margins")
+    groups = groups_of(parameters, rates)
+    checks.check_device("parameters", groups.squares, margins, "margins")
     if version == "lambda_max":
         # For a single rate the root is log(lambda * S) / (2 * lambda), where S is the sum of
         # squares. This is the logarithm of the power in the formula.
-        rate, squares = rate[-1:], squares[-1:]
-    half = (_log_scale(rate, squares) / -2).exp()
+        groups = groups.largest()
+    half = (_log_scale(groups) / -2).exp()
     return (margins.to(half.dtype) * half * half).to(result_dtype(margins.dtype))
 
 
@@ -196,7 +197,7 @@ def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
     alpha = float(alpha.detach()) if isinstance(alpha, Tensor) else float(alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: expected a finite number, got {alpha}")
-    rated = _rated(model, rates)
+    rated = rated_parameters(model, rates)
     try:
         factors = [math.exp(alpha * rate) for _, rate in rated]
     except OverflowError as error:
@@ -206,69 +207,22 @@ def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
     with torch.no_grad():
         for (value, rate), factor in zip(rated, factors, strict=True):
             if rate > 0:
-                value.mul_(factor)
+                # The factor may exceed the dtype, although the product does not.
+                value.copy_(value.double() * factor)
 
 
-def _rated(parameters: Any, rates: Any) -> list[tuple[Tensor, float]]:
-    """Check the arguments, and return every parameter with its rate."""
-    if isinstance(parameters, nn.Module):
-        parameters = dict(unwrap(parameters).named_parameters())
-    if not isinstance(parameters, Mapping):
-        raise TypeError(
-            "parameters: expected a torch.nn.Module or a mapping of names to tensors, "
-            f"got {type(parameters).__name__}"
-        )
-    if not isinstance(rates, Mapping):
-        raise TypeError(f"rates: expected a mapping of names, got {type(rates).__name__}")
-    if missing := [name for name in parameters if name not in rates]:
-        raise ValueError(f"rates: expected a rate for every parameter, got none for {missing}")
-    if unknown := [name for name in rates if name not in parameters]:
-        raise ValueError(f"rates: expected only names of parameters, got {unknown}")
-    if not parameters:
-        raise ValueError("parameters: expected at least one, got none")
-    for name, value in parameters.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"parameters: expected a tensor for {name!r}, got {type(value).__name__}"
-            )
-        if value.dtype not in checks.FLOATING:
-            raise TypeError(
-                f"parameters: expected a floating-point dtype for {name!r}, got {value.dtype}"
-            )
-        rate = rates[name]
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-            raise TypeError(f"rates: expected a number for {name!r}, got {type(rate).__name__}")
-        if not (math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"rates: expected a finite rate >= 0 for {name!r}, got {rate}")
-    return [(value, float(rates[name])) for name, value in parameters.items()]
-
-
-def _squares(parameters: Any, rates: Any) -> tuple[Tensor, Tensor]:
-    """The distinct rates in ascending order, and the sum of squares for each rate, in float64."""
-    rated = _rated(parameters, rates)
-    device = rated[0][0].device
-    squares: dict[float, Tensor] = {
-        max(rate for _, rate in rated): torch.zeros((), dtype=torch.float64, device=device)
-    }
-    for value, rate in rated:
-        if rate > 0:
-            square = value.to(torch.float64).square().sum().to(device)
-            squares[rate] = squares.get(rate, 0) + square
-    ordered = sorted(squares)
-    return (
-        torch.tensor(ordered, dtype=torch.float64, device=device),
-        torch.stack([squares[rate] for rate in ordered]),
-    )
-
-
-def _log_scale(rate: Tensor, squares: Tensor) -> Tensor:
-    root = _root(rate.tolist(), squares.tolist())
+def _log_scale(groups: Groups) -> Tensor:
+    rate, squares, unit = groups
+    if squares.is_meta:
+        raise ValueError("parameters: expected tensors with values, got tensors on the meta device")
+    shift = 2 * unit.log()
+    root = _root(rate.tolist(), squares.tolist(), shift.tolist())
     if not math.isfinite(root):
         return squares.sum() * root
     # ``root`` has no gradient. Two more Newton steps keep its value and have the first three
     # derivatives of the root. A weight that overflows is clamped: its squares are almost 0.
     finite = torch.finfo(rate.dtype).max
-    weight = (rate * (-2 * root * rate).exp()).clamp(max=finite)
+    weight = (rate * (shift - 2 * root * rate).exp()).clamp(max=finite)
     step = torch.zeros_like(squares[0])
     for _ in range(2):
         terms = weight * squares * (-2 * rate * step).exp()
@@ -277,16 +231,13 @@ def _log_scale(rate: Tensor, squares: Tensor) -> Tensor:
     return root + step
 
 
-def _root(rate: list[float], squares: list[float]) -> float:
-    """The root of the logarithm of the sum of ``rate * squares * exp(-2 tau rate)`` over groups.
-
-    A group is the set of all parameters with the same rate.
-    """
+def _root(rate: list[float], squares: list[float], shift: list[float]) -> float:
+    """The root of the logarithm of the sum of ``rate * squares * exp(shift - 2 tau rate)``."""
     if any(math.isnan(square) for square in squares):
         return math.nan
     groups = [
-        (value, math.log(value) + math.log(square))
-        for value, square in zip(rate, squares, strict=True)
+        (value, math.log(value) + math.log(square) + offset)
+        for value, square, offset in zip(rate, squares, shift, strict=True)
         if value > 0 and square > 0
     ]
     if not groups:

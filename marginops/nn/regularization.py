@@ -82,7 +82,7 @@ class MultiMarginRegularization(nn.Module):
     @property
     def alpha(self) -> Tensor:
         """The factor ``alpha`` of the current epoch, a scalar tensor."""
-        share = (self.epoch / max(self.epochs - 1, 1)).clamp(max=1)
+        share = (self.epoch.double() / max(self.epochs - 1, 1)).clamp(max=1)
         alpha = self.alpha_start + (self.alpha_end - self.alpha_start) * share
         return torch.where(self.epoch == 0, 0, alpha)
 
@@ -95,7 +95,7 @@ class MultiMarginRegularization(nn.Module):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Compute the term for a batch, see :func:`marginops.multi_margin_regularization`."""
-        return self.alpha * multi_margin_regularization(
+        term = multi_margin_regularization(
             input,
             weight,
             target,
@@ -104,6 +104,7 @@ class MultiMarginRegularization(nn.Module):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
         )
+        return (self.alpha * term).to(term.dtype)
 
     def extra_repr(self) -> str:
         """The arguments of the module, for printing."""

@@ -87,7 +87,7 @@ def spectrally_normalized_margin(
         norms = log_spectral_norms(factors, dtype, 1e-6)
         distances = torch.stack(
             [
-                _log_two_one_norm(factor, origin, dtype)
+                _log_two_one_norm(factor, origin)
                 for factor, origin in zip(factors, origins, strict=True)
             ]
         )
@@ -97,26 +97,26 @@ def spectrally_normalized_margin(
     return classification_margin(logits, target, log_norm=log_norm, ignore_index=ignore_index)
 
 
-def _log_two_one_norm(factor: Factor, origin: Factor | None, dtype: torch.dtype) -> Tensor:
-    """The logarithm of ``||A^T - M^T||_{2, 1}``, in float64."""
-    difference = scaled_weight(factor, dtype)
+def _log_two_one_norm(factor: Factor, origin: Factor | None) -> Tensor:
+    """The logarithm of ``||A^T - M^T||_{2, 1}``, computed in float64."""
+    difference = scaled_weight(factor, torch.float64)
     if origin is not None:
-        difference = difference - scaled_weight(origin, dtype)
+        difference = difference - scaled_weight(origin, torch.float64)
     peak = difference.detach().abs().amax()
     if not 0 < peak.item() < math.inf:
-        return peak.double().log()
+        return peak.log()
     difference = difference / peak
     if factor.is_operator:
         taps = factor.module.kernel_size
-        squares = kinds.blocks(factor.module, difference.double().square())
+        squares = kinds.blocks(factor.module, difference.square())
         squares = squares.flatten(0, 1).unflatten(1, (-1, *taps)).sum(1)
         for meets in convolution.reach(factor):
             # Replaces the first axis of taps by one of output places, as the last axis.
             squares = torch.tensordot(squares, meets.to(squares), dims=([1], [0]))
         norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
     else:
-        norms = torch.linalg.vector_norm(kinds.rows(factor.module, difference), dim=1).double()
-    return norms.sum().log() + peak.double().log()
+        norms = torch.linalg.vector_norm(kinds.rows(factor.module, difference), dim=1)
+    return norms.sum().log() + peak.log()
 
 
 def _log_size(input: Any, logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .. import _checks as checks
 from ..networks import unwrap
 from . import layers as kinds
 from .structure import Call, Structure, structure_of, watch
+from .unsupported import check_whole
 
 BatchNorm = Literal["fold", "last", "affine"]
 Convolution = Literal["flattened", "operator"]
@@ -63,11 +64,15 @@ def factors_of(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(model).__name__}")
     _check(batch_norm, conv, example_input)
+    check_whole("", model)
     model = unwrap(model)
     modules = kinds.modules_of(model)
     structure = structure_of(model, modules)
     sequence, calls = structure.sequence, None
     if conv == "operator" or (structure.untraceable and example_input is not None):
+        for path in sequence:
+            if kinds.is_layer(modules[path]):
+                kinds.weight_of(path, modules[path])
         calls = watch(model, example_input)
         if structure.untraceable:
             sequence = [call.path for call in calls]
@@ -108,6 +113,8 @@ def factors_of(
         if path not in weights:
             weights[path] = _weight(path, modules[path])
         folded = modules[folds[i]] if i in folds else None
+        if folded is not None:
+            _weight(folds[i], folded)
         call = operator[i] if operator else None
         found.append(Factor(path, modules[path], weights[path], folded, call))
     devices = {factor.weight.device for factor in found}
@@ -136,18 +143,21 @@ def fold_scale(batch_norms: list[Any]) -> Tensor:
 
 
 def scaled_weight(factor: Factor, dtype: torch.dtype) -> Tensor:
-    """The weight in ``dtype`` with the batch norm folded into it."""
-    weight = factor.weight.to(dtype)
+    """The weight with the batch norm folded into it.
+
+    It is in ``dtype``, or in float64 if there is a batch norm: the product may exceed float32.
+    """
     if factor.batch_norm is None:
-        return weight
-    return kinds.scaled(factor.module, weight, fold_scale([factor.batch_norm]))
+        return factor.weight.to(dtype)
+    scale = fold_scale([factor.batch_norm])
+    return kinds.scaled(factor.module, factor.weight.double(), scale)
 
 
 def _weight(path: str, module: Any) -> Tensor:
     if not kinds.is_batch_norm(module):
         return kinds.weight_of(path, module)
     if module.weight is not None:
-        return module.weight
+        return kinds.checked(path, module, module.weight)
     like = module.running_var if module.running_var is not None else torch.empty(0)
     return torch.ones(module.num_features, device=like.device)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._checks import FLOATING
+from .._checks import FLOATING, is_distributed, wraps_tensors
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -43,7 +43,15 @@ BREAKING_FUNCTIONS = {
     *("layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"),
     *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "atan", "erf"),
     *("pow", "square", "sqrt", "rsqrt", "reciprocal", "scaled_dot_product_attention"),
+    *("round", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
 }
+# The methods that compute the output of a layer.
+_COMPUTING = ("__call__", "forward", "_conv_forward")
+# What to do with a sharded model, and with one of quantised layers.
+GATHERED = (
+    "gather each one with full_tensor(), or load a full state dict into a model that is not sharded"
+)
+UNQUANTIZED = "measure the model before it is quantised, or dequantise it"
 # Attributes of a weight that do not depend on its values.
 DESCRIBING = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 
@@ -51,19 +59,34 @@ DESCRIBING = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 def is_layer(module: nn.Module) -> bool:
     """Whether the module is a linear layer or a convolution."""
     kind: Any = type(module)
-    return _runs_as(kind, LAYERS)
+    return _runs_as(kind, LAYERS) and not has_own_forward(module)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether the module is a batch norm of any dimension."""
     kind: Any = type(module)
-    return _runs_as(kind, BATCH_NORMS)
+    return _runs_as(kind, BATCH_NORMS) and not has_own_forward(module)
+
+
+def is_parametric_relu(module: nn.Module) -> bool:
+    """Whether the module is a PReLU, whose parameters do not count."""
+    kind: Any = type(module)
+    return _runs_as(kind, (nn.PReLU,)) and not has_own_forward(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody has replaced the ``forward`` of this one module."""
+    return "forward" in vars(module)
 
 
 @functools.lru_cache(maxsize=1024)
 def _runs_as(own: type[nn.Module], kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a class is, or inherits from, one of ``kinds`` and has the same ``forward``."""
-    return any(issubclass(own, kind) and own.forward is kind.forward for kind in kinds)
+    """Whether a class is, or inherits from, one of ``kinds`` and computes the same."""
+    return any(
+        issubclass(own, kind)
+        and all(getattr(own, name, None) is getattr(kind, name, None) for name in _COMPUTING)
+        for kind in kinds
+    )
 
 
 def is_normalization(module: nn.Module) -> bool:
@@ -117,8 +140,14 @@ def weight_of(path: str, module: Any) -> Tensor:
             f"got {', '.join(sorted(own))} (the reparametrizations of "
             "torch.nn.utils.parametrizations are supported)"
         )
-    if "weight" in own:
-        weight = own["weight"]
+    is_parametrized = parametrize.is_parametrized(module, "weight")
+    if not is_parametrized and module._forward_pre_hooks and "weight" not in own:
+        raise ValueError(
+            f"model: expected the weight of {described(path, module)} to be its parameter, got "
+            "a module with hooks before its forward, which may compute the weight"
+        )
+    if not is_parametrized:
+        weight = getattr(module, "weight", None)
     else:
         # In training mode, to read the weight of a spectral norm would run one more iteration.
         training = [part for part in module.parametrizations.modules() if part.training]
@@ -129,25 +158,50 @@ def weight_of(path: str, module: Any) -> Tensor:
         finally:
             for part in training:
                 part.training = True
-    problem = _problem(weight)
+    return checked(path, module, weight)
+
+
+def checked(path: str, module: nn.Module, weight: Any) -> Tensor:
+    """The weight, if it is an ordinary tensor with values in the shape for its module."""
+    problem = _problem(module, weight)
     if problem is not None:
         kind, expected, got = problem
         raise kind(f"model: expected the weight of {described(path, module)} {expected}, got {got}")
-    return weight
+    is_plain = type(weight) in (Tensor, nn.Parameter)
+    return weight if is_plain else weight.as_subclass(Tensor)
 
 
-def _problem(weight: Any) -> tuple[type[Exception], str, str] | None:
+def _problem(module: nn.Module, weight: Any) -> tuple[type[Exception], str, str] | None:
+    sharded = "; if the model is sharded, gather its whole parameters first"
     if nn.parameter.is_lazy(weight):
         return ValueError, "to be initialized", "a lazy layer before its first input"
     if not isinstance(weight, Tensor) or weight.layout != torch.strided:
         return TypeError, "to be a dense (strided) tensor", type(weight).__name__
+    if is_distributed(weight):
+        return TypeError, "to be an ordinary tensor", f"a DTensor; {GATHERED}"
+    if wraps_tensors(weight):
+        return TypeError, "to be an ordinary tensor", f"{type(weight).__name__}; {UNQUANTIZED}"
     if weight.dtype not in FLOATING:
-        return TypeError, "to be of a real floating-point dtype", str(weight.dtype)
-    if weight.numel() == 0:
-        return ValueError, "to have elements", f"shape {list(weight.shape)}"
+        got = str(weight.dtype)
+        got = got if weight.is_complex() else f"{got}; {UNQUANTIZED}"
+        return TypeError, "to be of a real floating-point dtype", got
     if weight.is_meta:
         return ValueError, "to have values", "a tensor on the meta device"
+    if weight.numel() == 0:
+        return ValueError, "to have elements", f"shape {list(weight.shape)}{sharded}"
+    if weight.dim() != _dimensions(module):
+        return (
+            ValueError,
+            f"to have {_dimensions(module)} dimensions",
+            f"shape {list(weight.shape)}{sharded}",
+        )
     return None
+
+
+def _dimensions(module: Any) -> int:
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+        return 2 + len(module.kernel_size)
+    return 2 if isinstance(module, nn.Linear) else 1
 
 
 def blocks(module: Any, weight: Tensor) -> Tensor:
@@ -176,11 +230,8 @@ def rows(module: Any, weight: Tensor) -> Tensor:
     return weight.permute(0, *order).flatten(1)
 
 
-def scaled(module: Any, weight: Tensor, scale: Tensor | None) -> Tensor:
+def scaled(module: Any, weight: Tensor, scale: Tensor) -> Tensor:
     """``weight`` with the part of each output multiplied by its entry of ``scale``."""
-    if scale is None:
-        return weight
-    scale = scale.to(weight.dtype)
     if isinstance(module, TRANSPOSED):
         by_group = weight.unflatten(0, (module.groups, -1))
         factor = scale.view(module.groups, 1, -1, *[1] * (weight.dim() - 2))

@@ -65,9 +65,16 @@ def log_norm_product(
     and their parameters do not count. The function does not check arithmetic in the model's own
     code, such as ``x * x`` or ``x + 1``.
 
+    A layer is a module that computes as the class of PyTorch does, with a weight of its own. All
+    other modules with parameters are refused: adapters, quantised layers, and layers with a
+    ``forward`` of their own. So is a sum of layers with the same input and no activation between,
+    because these act as one matrix. Merge adapters first, and measure a model before it is
+    quantised.
+
     Args:
-        model: A model with weights in float32, float64, bfloat16 or float16, on one device. The
-            function does not change it, nor its training mode and buffers. Weights of
+        model: A model with weights in float32, float64, bfloat16 or float16, on one device. Each
+            weight is an ordinary tensor: gather a sharded model first, whose weights are DTensors.
+            The function does not change it, nor its training mode and buffers. Weights of
             ``torch.nn.utils.parametrizations`` have their values in evaluation. For a wrapper of
             ``torch.compile`` or of data parallelism, the wrapped model counts.
         norm: ``"frobenius"`` or ``"spectral"``, the largest singular value.
@@ -90,8 +97,9 @@ def log_norm_product(
         norm and no product overflows or underflows.
 
     Raises:
-        TypeError, ValueError: An argument is wrong. The model has no layer, or a module with
-            parameters for which no norm is defined, such as ``torch.nn.Embedding``. With
+        TypeError, ValueError: An argument is wrong. The model has no layer, a module with
+            parameters for which no norm is defined, such as ``torch.nn.Embedding``, a matrix
+            outside its layers, or a weight that is sharded, quantised or without values. With
             ``"fold"``, ``torch.fx`` cannot trace the model, or a batch norm does not directly
             follow a layer (dropout may be between them), or the output of that layer has another
             use.
@@ -208,7 +216,7 @@ def _log_spectral_norm(factor: Factor, dtype: torch.dtype, tolerance: float) -> 
         blocks = kinds.blocks(factor.module, weight)
         with torch.no_grad():
             is_quick = min(blocks.shape[1:]) > GRAM and tolerance >= 1e-6
-            exact = blocks if is_quick else blocks.double()
+            exact = blocks.to(dtype) if is_quick else blocks.double()
             block, vector = leading_right_vector(exact, tolerance, factor.name)
         image = blocks[block].to(vector.dtype) @ vector
     elif convolution.is_circulant(factor):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from .._checks import check_not_distributed
 from . import layers as kinds
+from .tracing import evaluated_copy, trace
+from .unsupported import (
+    check_graph,
+    check_module,
+    check_untraceable,
+    check_whole,
+    function_name,
+    is_idle_dropout,
+    place_of,
+)
 
 
 class Call(NamedTuple):
@@ -49,7 +58,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = weakref.We
 def structure_of(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
     """Examine the model, or return the cached structure if its modules are the same as before."""
     signature = [
-        (path, id(module), type(module), *_switches(module)) for path, module in modules.items()
+        (path, id(module), type(module), *module._parameters.keys(), *_switches(module))
+        for path, module in modules.items()
     ]
     known = _KNOWN.get(model)
     if known is None or known[0] != signature:
@@ -61,12 +71,20 @@ def structure_of(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
 def _switches(module: nn.Module) -> list[Any]:
     """Attributes that a forward may branch on, for a class that is not PyTorch's."""
     if type(module).__module__.startswith("torch."):
-        return []
+        return [id(vars(module).get("forward"))]
     return [
-        (name, id(value) if callable(value) else value)
+        (name, id(value) if callable(value) else value if _is_simple(value) else list(value))
         for name, value in vars(module).items()
-        if name != "training" and (callable(value) or isinstance(value, (int, float, str)))
+        if name != "training" and (callable(value) or _is_simple(value) or _is_list(value))
     ]
+
+
+def _is_simple(value: Any) -> bool:
+    return isinstance(value, (int, float, str))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_simple, value))
 
 
 def _examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
@@ -78,11 +96,14 @@ def _examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
         )
     if walked.sequence == [""]:
         return walked
+    copied = evaluated_copy(model)
     try:
-        graph = _trace(_evaluated_copy(model))
+        graph = trace(copied)
     except Exception as error:
         walked.untraceable = f"{type(error).__name__}: {error}".split("\n")[0]
+        check_untraceable(copied, modules)
         return walked
+    check_graph(graph, copied)
     return _read(graph, modules, walked.breaking)
 
 
@@ -96,49 +117,17 @@ def _walk(modules: dict[str, nn.Module]) -> Structure:
     for path, module in modules.items():
         if inside is not None and path.startswith(inside):
             continue
-        own = [name for name, _ in module.named_parameters(recurse=False)]
+        check_whole(path, module)
         if kinds.is_layer(module) or kinds.is_normalization(module):
             found.sequence.append(path)
             inside = f"{path}." if path else ""  # skip the modules of a parametrization
             if not kinds.is_layer(module) and not kinds.is_batch_norm(module):
                 found.breaking.append(kinds.described(path, module))
-        elif own and not isinstance(module, nn.PReLU):
-            raise ValueError(
-                "model: expected linear layers, convolutions, normalisations and modules without "
-                f"parameters, got {kinds.described(path, module)} with {', '.join(own)}, for which "
-                "no norm is defined"
-            )
-        elif not kinds.keeps_scale(module):
+            continue
+        check_module(path, module)
+        if not kinds.keeps_scale(module):
             found.breaking.append(kinds.described(path, module))
     return found
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        if kinds.is_layer(module) or kinds.is_normalization(module):
-            return True
-        own = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
-        return own and next(module.children(), None) is None
-
-
-def _trace(model: nn.Module) -> fx.Graph:
-    parameters = inspect.signature(model.forward).parameters.values()
-    # Optional arguments get their defaults. A proxy in their place would count as given.
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return _Tracer().trace(model, defaults)
-
-
-def _evaluated_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model in evaluation mode. It shares the tensors and has no hooks."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                memo[id(value)] = value
-            elif name.endswith("_hooks") and isinstance(value, dict):
-                memo[id(value)] = type(value)()
-    memo.update((id(parameter), parameter) for parameter in model.parameters())
-    return copy.deepcopy(model, memo).eval()
 
 
 def _read(graph: fx.Graph, modules: dict[str, nn.Module], breaking: list[str]) -> Structure:
@@ -153,13 +142,10 @@ def _read(graph: fx.Graph, modules: dict[str, nn.Module], breaking: list[str]) -
                 places[node] = len(found.sequence)
                 found.sequence.append(node.target)
         elif node.op in ("call_function", "call_method"):
-            name = _name(node)
+            name = function_name(node)
             if name.rstrip("_") in kinds.BREAKING_FUNCTIONS:
-                inside = list(node.meta.get("nn_module_stack", {}).values())
-                place = inside[-1][0] if inside else ""
-                found.breaking.append(f"{place or 'the model itself'} (function {name})")
-        elif node.op == "get_attr":
-            _check_attribute(node, modules)
+                place = place_of(node) or "the model itself"
+                found.breaking.append(f"{place} (function {name})")
     return found
 
 
@@ -171,7 +157,7 @@ def _fold(
     while True:
         uses = max(uses, len(source.users))
         module = modules.get(str(source.target)) if source.op == "call_module" else None
-        if not (isinstance(module, kinds.IDENTITIES) or _is_idle_dropout(source)):
+        if not (isinstance(module, kinds.IDENTITIES) or is_idle_dropout(source)):
             break
         source = source.all_input_nodes[0]
     if module is not None and kinds.is_layer(module) and uses == 1:
@@ -182,32 +168,6 @@ def _fold(
         found.unfoldable = f"{kinds.described(str(node.target), modules[str(node.target)])} {why}"
 
 
-def _name(node: fx.Node) -> str:
-    """The name of a function or method."""
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def _is_idle_dropout(node: fx.Node) -> bool:
-    """Whether the node is a dropout function with ``training=False``."""
-    return "dropout" in _name(node) and node.kwargs.get("training") is False
-
-
-def _check_attribute(node: fx.Node, modules: dict[str, nn.Module]) -> None:
-    """Raise an error for a parameter that is used outside its module. No norm would count it."""
-    path, _, name = str(node.target).rpartition(".")
-    is_parameter = isinstance(getattr(modules.get(path), name, None), nn.Parameter)
-    uses = [
-        user
-        for user in node.users
-        if user.target is not getattr or user.args[1] not in kinds.DESCRIBING
-    ]
-    if is_parameter and uses:
-        raise ValueError(
-            f"model: expected parameters to be used by their own module only, got {node.target} "
-            f"with another use ({uses[0].format_node()})"
-        )
-
-
 def watch(model: nn.Module, example_input: Any) -> list[Call]:
     """Run a copy of the model on the example, and list all calls of layers and normalisations."""
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
@@ -216,8 +176,10 @@ def watch(model: nn.Module, example_input: Any) -> list[Call]:
             "example_input: expected a tensor or a tuple of tensors, "
             f"got {type(example_input).__name__}"
         )
+    for value in inputs:
+        check_not_distributed("example_input", value)
     calls: list[Call] = []
-    copied = _evaluated_copy(model)
+    copied = evaluated_copy(model)
 
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, named: Any, result: Tensor) -> None:

@@ -40,7 +40,7 @@ class ClassMoments(NamedTuple):
             Mean and radius of a class without samples are NaN.
 
         Raises:
-            ValueError: The shapes or the devices differ.
+            TypeError, ValueError: The shapes or the devices differ, or ``other`` holds a DTensor.
 
         The result is differentiable in the means and radii, and deterministic. The cost is O(C D).
 
@@ -52,6 +52,8 @@ class ClassMoments(NamedTuple):
             >>> count, mean, radius
             (tensor([4]), tensor([[3.]]), tensor([2.2361]))
         """
+        for value in other:
+            checks.check_not_distributed("other", value)
         if other.mean.shape != self.mean.shape:
             raise ValueError(
                 f"other: expected moments of shape {list(self.mean.shape)}, "

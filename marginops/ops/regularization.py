@@ -161,27 +161,29 @@ class MultiMarginRegularizationOp(Op):
         check_rows(input, target=target, rival=rival, margin=margin)
         dtype = result_dtype(weight.dtype)
         if input.shape[0] == 0:
-            nothing = input.new_full((), torch.nan, dtype=dtype)
-            row = target.new_zeros(())
-            return nothing, nothing.clone(), row, nothing.clone(), nothing.new_empty(0)
+            wide = input.new_full((), torch.nan, dtype=torch.float64)
+            distance = wide.new_empty(0, dtype=dtype)
+            return wide.to(dtype, copy=True), wide, target.new_zeros(()), wide.clone(), distance
         ignored, pair = _pair(target, rival, ignore_index)
         distance = pairs.pair_distance_op(weight, None, pair)
         distance = torch.where(ignored, 0, torch.where(margin.isnan(), torch.nan, distance))
-        share = 1 / (~ignored).sum().to(dtype)
-        norm = torch.linalg.vector_norm(input, dim=1, dtype=dtype)
+        # In float64, because the term may be in the range of float32 although its parts are not.
+        share = 1 / (~ignored).sum().double()
+        norm = torch.linalg.vector_norm(input, dim=1, dtype=torch.float64)
         radius, row = torch.where(ignored, 0, norm).max(0)
         if mean_of_square:
             value = (radius * distance).square().sum() * share
         else:
-            value = (radius * (distance.sum() * share)).square()
-        return torch.where(ignored.all(), torch.nan, value), radius, row, share, distance
+            value = (radius * (distance.sum(dtype=torch.float64) * share)).square()
+        value = torch.where(ignored.all(), torch.nan, value).to(dtype)
+        return value, radius, row, share, distance
 
     @staticmethod
     def fake(input: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
         dtype = result_dtype(weight.dtype)
-        value = input.new_empty((), dtype=dtype)
+        value, wide = (input.new_empty((), dtype=kind) for kind in (dtype, torch.float64))
         row = target.new_empty(())
-        return value, value.clone(), row, value.clone(), value.new_empty(input.shape[:1])
+        return value, wide, row, wide.clone(), value.new_empty(input.shape[:1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -230,7 +232,7 @@ class MultiMarginRegularizationGradientOp(Op):
     ) -> tuple[Tensor, Tensor]:
         check_rows(input, target=target, rival=rival, distance=distance)
         # In float64, because a product may be in the range of float32 although its parts are not.
-        wide, distance, radius = grad.double(), distance.double(), radius.double()
+        dtype, wide, distance = grad.dtype, grad.double(), distance.double()
         mean = distance.sum() * share
         grad_input, grad_weight = input.new_empty(0), weight.new_empty(0)
         if needs_grad_input:
@@ -238,7 +240,8 @@ class MultiMarginRegularizationGradientOp(Op):
         if needs_grad_input and input.shape[0] > 0:
             # d value / d radius = 2 * radius * square, and d radius / d longest = longest / radius.
             square = distance.square().sum() * share if mean_of_square else mean.square()
-            longest = input.index_select(0, row.reshape(1))
+            # A 0-d float64 tensor would not make a float32 product float64.
+            longest = input.index_select(0, row.reshape(1)).double()
             scaled = 2 * wide * square * longest
             grad_input.index_copy_(0, row.reshape(1), scaled.to(input.dtype))
         if needs_grad_weight:
@@ -248,8 +251,13 @@ class MultiMarginRegularizationGradientOp(Op):
             else:
                 coefficient = torch.where(distance == 0, 0, scale * mean / distance)
             ignored, pair = _pair(target, rival, ignore_index)
-            coefficient = torch.where(ignored, 0, coefficient).to(grad.dtype)
-            grad_weight, _ = distance_gradient(coefficient, pair, weight, None)
+            coefficient = torch.where(ignored, 0, coefficient)
+            # The products with rows of the weight may be in range although this factor is not.
+            largest = torch.cat((wide.new_zeros(1), coefficient.abs())).amax()
+            is_far = (largest > 0) & ((largest < 1e-30) | (largest > 1e30)) & largest.isfinite()
+            unit = torch.where(is_far, largest, 1)
+            grad_weight, _ = distance_gradient((coefficient / unit).to(dtype), pair, weight, None)
+            grad_weight = (grad_weight.double() * unit).to(weight.dtype)
         return grad_input, grad_weight
 
     @staticmethod

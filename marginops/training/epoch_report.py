@@ -20,6 +20,7 @@ from ..metrics import (
 )
 from ..networks import features_and_logits, last_linear, predict, unwrap
 from ..norms import log_norm_product
+from ..ops.margin_pair import normalize
 from ..ops.statistics import sample_statistics
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -132,14 +133,15 @@ def report_epoch(
     distribution = MarginDistribution(quantiles=QUANTILES).to(device)
     collapse, manifolds = NeuralCollapse(*sizes).to(device), ClassManifolds(*sizes).to(device)
     log_norm = log_norm_product(network, example_input=inputs[:2]).detach()
-    margins, misclassified = [], []
+    margins, smallest, misclassified = [], [], []
     chunks = inputs.split(chunk_size)
     for chunk, labels in zip(chunks, target.split(chunk_size), strict=True):
         features, logits = features_and_logits(network, chunk, head)
-        statistics = sample_statistics(logits, labels, log_norm=log_norm)
-        margins.append(statistics.margin)
+        statistics = sample_statistics(logits, labels)
+        margins.append(normalize(statistics.margin, log_norm))
+        smallest.append(statistics.margin.amin())
         misclassified.append(~statistics.correct)
-        distribution.update(statistics.margin)
+        distribution.update(margins[-1])
         collapse.update(features, labels, head.weight)
         manifolds.update(features, labels)
     for chunk in chunks:
@@ -147,13 +149,16 @@ def report_epoch(
 
     wrong = torch.cat(misclassified)
     summary = distribution.compute()
-    smallest_margin = summary.minimum.double() * log_norm.double().exp()
+    # The normalised margins may underflow, so the smallest margin comes from the others.
+    smallest_margin = torch.stack(smallest).amin().reshape(1)
 
     def margin_at_scale_one(version: Literal["tau", "lambda_max"]) -> float:
         if rates is None:
             return math.nan
-        smallest = smallest_margin.reshape(1)
-        return homogeneity.normalized_margin(smallest, network, rates, version=version).item()
+        scaled = homogeneity.normalized_margin(
+            smallest_margin.double(), network, rates, version=version
+        )
+        return scaled.item()
 
     test_accuracy = math.nan
     if test_inputs is not None and test_target is not None:

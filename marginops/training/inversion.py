@@ -160,6 +160,7 @@ class InversionMonitor:
         if not isinstance(misclassified, Tensor):
             kind = type(misclassified).__name__
             raise TypeError(f"misclassified: expected a tensor [P], got {kind}")
+        checks.check_not_distributed("misclassified", misclassified)
         if misclassified.dtype != torch.bool:
             raise TypeError(f"misclassified: expected dtype torch.bool, got {misclassified.dtype}")
         known = self._population

@@ -1,6 +1,7 @@
 """Areas under the curve of margins, support vectors, and the op of margin distributions."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -79,6 +80,35 @@ def test_area_does_not_lose_what_float32_would(device):
     margins[0] = -1e9
     expected = margins.double().mean().item()
     assert float(margin_area(margins.to(device))) == pytest.approx(expected, rel=1e-7)
+
+
+def exact_area(margins, form):
+    """The area in rational numbers."""
+    numbers = [Fraction(margin) for margin in margins.double().tolist()]
+    largest = max(*numbers, Fraction(0))
+    terms = numbers if form == "rank" else [largest - max(q, 0) for q in numbers]
+    return float(sum(terms) / len(terms))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize("shares", [(1, 1, 0), (1, 1, 1, 1), (-1, -1), (1, -1), (1, 0.25, -0.5)])
+def test_area_near_the_largest_and_the_smallest_number(device, form, dtype, shares):
+    limits = torch.finfo(dtype)
+    for size in (limits.max, 511.5, limits.smallest_normal):
+        margins = torch.tensor([share * size for share in shares], dtype=torch.float64)
+        margins = torch.cat((margins.to(dtype), torch.tensor([math.inf], dtype=dtype)))
+        area = margin_area(margins.to(device), form=form)
+        assert area.dtype == torch.promote_types(dtype, torch.float32)
+        expected = exact_area(margins[:-1], form)
+        assert float(area) == pytest.approx(expected, rel=2 * torch.finfo(area.dtype).eps, abs=0)
+
+
+def test_area_of_the_distribution_function_subtracts_in_float32_or_better(device):
+    margins = torch.tensor([512.0, 1.0, 3.0], dtype=torch.bfloat16, device=device)
+    assert float(margin_area(margins, form="cdf")) == pytest.approx((511 + 509) / 3, rel=1e-7)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -183,6 +183,20 @@ def test_margins_at_scale_one(trained: Trained) -> None:
     assert trained.report.lambda_max_margin == pytest.approx(largest, rel=1e-4)
 
 
+def test_margins_at_scale_one_do_not_underflow() -> None:
+    # The norms are large and the logits are not: only the last row of each layer is large.
+    network = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in range(6)])
+    for layer in network:
+        layer.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1e9]])
+    inputs, target = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0])
+    rates = homogeneity.rates(network, inputs)
+    report = report_epoch(network, inputs, target, num_classes=2, head=network[-1], rates=rates)
+    assert report.margins.tolist() == [0, 0]
+    # All six rates are 1/6, so the scale is (6 * 1e18 / 6)^3.
+    assert report.tau_margin == pytest.approx(1e-54, rel=1e-6)
+    assert report.lambda_max_margin == pytest.approx(1e-54, rel=1e-6)
+
+
 def test_without_test_samples_and_rates(trained: Trained) -> None:
     report = report_epoch(trained.network, **trained.samples)
     unknown = {"test_accuracy": math.nan, "tau_margin": math.nan, "lambda_max_margin": math.nan}

@@ -1,0 +1,339 @@
+"""log_norm_product: layers that compute something else than their weights suggest."""
+
+import copy
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+from helpers.models_for_norms import Function
+from helpers.sharded import fully_sharded, one_process
+from marginops.norms import log_norm_product, spectrally_normalized_margin
+
+
+def frobenius(*weights: torch.Tensor) -> float:
+    return sum(weight.detach().double().norm().log().item() for weight in weights)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+class Adapted(nn.Module):
+    """A layer with low-rank adapters, as in Hu et al. (2021)."""
+
+    def __init__(self, base: nn.Linear, is_cast: bool = False) -> None:
+        super().__init__()
+        self.base_layer, self.is_cast = base, is_cast
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+        self.dropout = nn.Dropout(0.1)
+        self.merged_adapters: list[str] = []
+
+    def forward(self, x, *args, **kwargs):
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.lora_A:
+            if name in self.merged_adapters:
+                continue
+            if self.is_cast and x.dtype != self.lora_A[name].weight.dtype:
+                x = x.to(self.lora_A[name].weight.dtype)
+            result = result + self.lora_B[name](self.lora_A[name](self.dropout(x))) * 0.5
+        return result.to(x.dtype)
+
+    def merge(self) -> None:
+        delta = self.lora_B["default"].weight @ self.lora_A["default"].weight
+        self.base_layer.weight.data += 0.5 * delta
+        self.merged_adapters.append("default")
+
+
+class Wrapper(nn.Module):
+    """Takes any arguments, as wrappers of packages do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_adapters_have_to_be_merged(is_cast):
+    model = nn.Sequential(Adapted(nn.Linear(4, 5), is_cast), nn.ReLU(), nn.Linear(5, 3))
+    message = r"the sum of 0.base_layer and 0.lora_A.default, .* act as one matrix; .*merge_and_un"
+    with pytest.raises(ValueError, match=f"^model: .*{message}"):
+        log_norm_product(model)
+    with pytest.raises(ValueError, match=r"model.0.base_layer and model.0.lora_A.default"):
+        log_norm_product(Wrapper(model))
+    with pytest.raises(ValueError, match="act as one matrix"):
+        spectrally_normalized_margin(torch.ones(2, 3), torch.tensor([0, 1]), model)
+    model[0].merge()
+    expected = frobenius(model[0].base_layer.weight, model[2].weight)
+    assert log_norm_product(model).item() == pytest.approx(expected, rel=1e-6)
+    assert log_norm_product(Wrapper(model)).item() == pytest.approx(expected, rel=1e-6)
+    model[0].merged_adapters.clear()
+    with pytest.raises(ValueError, match="act as one matrix"):
+        log_norm_product(model)
+
+
+class Convolutions(nn.Module):
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.last = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 1), last
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        out = self.wide(x)
+        out += self.last(self.norm(self.narrow(F.dropout(x, 0.1, training=self.training))))
+        return out
+
+
+def test_parallel_layers_are_one_matrix():
+    with pytest.raises(ValueError, match="the sum of wide and narrow"):
+        log_norm_product(Convolutions(nn.Conv2d(2, 2, 1)))
+    # With an activation between its layers, the branch is that of a residual network.
+    between = Convolutions(nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 1)))
+    parts = between.wide.weight, between.narrow.weight / math.sqrt(1 + 1e-5), between.last[1].weight
+    assert log_norm_product(between).item() == pytest.approx(frobenius(*parts), abs=1e-5)
+    skip = Function(lambda m, x: (lambda y: y + m.other(y))(x + m.layer(x)))
+    skip.other = nn.Linear(3, 3)
+    expected = frobenius(skip.layer.weight, skip.other.weight)
+    assert log_norm_product(skip).item() == pytest.approx(expected, abs=1e-6)
+    twins = Function(lambda m, x: m.layer(x[:1]) - m.layer(x[1:]))
+    assert log_norm_product(twins).item() == pytest.approx(
+        2 * frobenius(twins.layer.weight), abs=1e-6
+    )
+
+
+class Held(Function):
+    """A function with further attributes."""
+
+    def __init__(self, function, **held) -> None:
+        super().__init__(function)
+        for name, value in held.items():
+            setattr(self, name, value)
+
+
+def with_buffers(model: nn.Module, **buffers) -> nn.Module:
+    for name, value in buffers.items():
+        model.register_buffer(name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (Held(lambda m, x: m.matrix @ m.layer(x).T, matrix=torch.eye(3)), "matrix"),
+        (Held(lambda m, x: m.layer(x) @ m.matrix.T, matrix=torch.eye(3)), "_tensor_constant0"),
+        (Held(lambda m, x: m.layer(x) @ torch.from_numpy(m.w), w=np.eye(3, dtype="f")), "_tensor"),
+        (with_buffers(Held(lambda m, x: F.linear(m.layer(x), m.w)), w=torch.eye(3)), "w"),
+        (
+            with_buffers(
+                Held(lambda m, x: F.linear(m.layer(x), m.w.to(x.dtype) * m.scale)),
+                w=torch.eye(3).to(torch.int8),
+                scale=torch.ones(3, 1),
+            ),
+            "w",
+        ),
+        (
+            Wrapper(with_buffers(Held(lambda m, x: torch.mm(m.layer(x), m.w)), w=torch.eye(3))),
+            "model.w",
+        ),
+    ],
+)
+def test_matrices_outside_layers(model, name):
+    with pytest.raises(ValueError, match=f"^model: .* weight of a layer, got {name}.*, which is u"):
+        log_norm_product(model)
+
+
+class Branching(nn.Module):
+    """A model that torch.fx cannot trace."""
+
+    def __init__(self, inner: nn.Module, **held) -> None:
+        super().__init__()
+        self.inner = inner
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Branching(nn.Linear(4, 4), hidden=[nn.Linear(4, 4)]),
+        Branching(nn.Linear(4, 4), hidden={"a": (torch.eye(4),)}),
+        Branching(nn.Linear(4, 4), hidden=np.eye(4)),
+        with_buffers(Branching(nn.Linear(4, 4)), hidden=torch.eye(4)),
+        with_buffers(Branching(nn.Linear(4, 4)), hidden=torch.eye(4).to(torch.int8)),
+        Held(lambda m, x: m.hidden[0](m.layer(x)), hidden=[nn.Linear(3, 3)]),
+    ],
+)
+def test_weights_that_a_model_without_graph_may_hide(model):
+    with pytest.raises(ValueError, match=r"^model: .* got the model itself .* with hidden, which"):
+        log_norm_product(model)
+
+
+def test_what_a_model_without_graph_may_hold():
+    inner = mlp()
+    model = Branching(inner, order=[inner[0], inner[2]])
+    with_buffers(
+        model, mask=torch.ones(4, 4) > 0, ids=torch.arange(4).view(1, 4), mean=torch.ones(4)
+    )
+    with pytest.warns(UserWarning, match="torch.fx cannot trace"):
+        found = log_norm_product(model)
+    assert found.item() == pytest.approx(frobenius(inner[0].weight, inner[2].weight), rel=1e-6)
+    adapted = Branching(nn.Sequential(nn.ReLU(), Adapted(nn.Linear(4, 4))))
+    with pytest.raises(
+        ValueError, match=r"the sum of inner.1.base_layer and inner.1.lora_A.default"
+    ):
+        log_norm_product(adapted)
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight / weight.norm(), bias)
+
+
+def patched() -> nn.Module:
+    model = mlp()
+    log_norm_product(model)
+    model[0].forward = lambda x: x
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(Standardized(2, 2, 1)), r"got 0 \(.*Standardized\) with weight, bias"),
+        (patched(), r"got 0 \(torch.nn.Linear\) with weight, bias, .* has a forward of its own"),
+        (nn.Sequential(nn.utils.spectral_norm(nn.Linear(2, 2))), "got bias, weight_orig"),
+        (nn.Sequential(nn.ParameterDict({"a": nn.Parameter(torch.ones(2))}), mlp()), "is an adapt"),
+        (torch.jit.trace(mlp(), torch.ones(1, 4)), "the model itself .* a compiled program"),
+        (
+            nn.Sequential(torch.jit.freeze(torch.jit.trace(mlp().eval(), torch.ones(1, 4))), mlp()),
+            r"got 0 \(.*\), a compiled program",
+        ),
+        (torch.export.export(mlp(), (torch.ones(1, 4),)).module(), r"got 0 .* with weight, bias"),
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, device="meta")), r"1 .* meta device"),
+        (Held(lambda m, x: m.layer(x), other=(n for n in ())), "copy.deepcopy can copy, got Held"),
+    ],
+)
+def test_other_models_that_are_refused(model, message):
+    with pytest.raises(ValueError, match=f"^model: .*{message}"):
+        log_norm_product(model)
+
+
+def test_a_lazy_layer_before_the_model_runs():
+    model = nn.Sequential(nn.Conv1d(1, 2, 1), nn.LazyConv1d(2, 1))
+    with pytest.raises(ValueError, match=r"^model: .*1 \(torch.nn.LazyConv1d\) to be initialized"):
+        log_norm_product(model, conv="operator", example_input=torch.ones(1, 1, 4))
+
+
+def test_rounding_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), Function(lambda m, x: torch.round(x)))
+    with pytest.warns(UserWarning, match=r"because of 1 \(function round\)"):
+        log_norm_product(model)
+
+
+def quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(mlp().eval(), {nn.Linear})
+
+
+class Packed(torch.Tensor):
+    """A tensor whose values are those of another tensor, as in packages for quantisation."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values) -> None:
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values)
+        raise NotImplementedError(func)
+
+
+class Named(torch.Tensor):
+    """A tensor that has its values itself."""
+
+
+def with_weight(weight) -> nn.Module:
+    layer = nn.Linear(2, 2)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return nn.Sequential(layer)
+
+
+def test_quantized_layers():
+    with pytest.raises(ValueError, match=r"^model: .* got 0\._packed.*; measure the model before"):
+        log_norm_product(quantized())
+    with pytest.raises(ValueError, match=r"^model: .* got 0\._packed"):
+        log_norm_product(nn.Sequential(*quantized(), nn.Linear(3, 3)))
+    with pytest.raises(TypeError, match=r"^model: .* 0 \(torch.nn.Linear\) .* got Packed; measure"):
+        log_norm_product(with_weight(Packed(torch.ones(2, 2))))
+    with pytest.raises(TypeError, match=r"^model: .* got torch.int8; measure the model before"):
+        log_norm_product(with_weight(torch.ones(2, 2, dtype=torch.int8)))
+    with pytest.raises(ValueError, match=r"^model: .* to have 2 dimensions, got shape \[4\]; if"):
+        log_norm_product(with_weight(torch.ones(4)))
+
+
+def test_weights_of_other_kinds_that_count():
+    named = with_weight(torch.ones(2, 2).as_subclass(Named))
+    for norm in ("frobenius", "spectral"):
+        found = log_norm_product(named, norm=norm)
+        assert type(found) is torch.Tensor and found.item() == pytest.approx(math.log(2))
+    layer = nn.Linear(2, 2)
+    del layer.weight
+    layer.weight = torch.ones(2, 2)
+    assert log_norm_product(nn.Sequential(layer)).item() == pytest.approx(math.log(2))
+    layer.register_forward_pre_hook(lambda module, _: setattr(module, "weight", torch.eye(2)))
+    with pytest.raises(ValueError, match="hooks before its forward"):
+        log_norm_product(nn.Sequential(layer))
+    layer = nn.Linear(2, 2)
+    prune.ln_structured(layer, "weight", 0.5, 2, 0)
+    prune.remove(layer, "weight")
+    assert log_norm_product(layer).item() == pytest.approx(frobenius(layer.weight))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed")
+def test_sharded_models():
+    plain = mlp()
+    message = r"^model: .* a DTensor as weight of 0 \(torch.nn.Linear\); gather .* full_tensor\(\)"
+    with one_process() as mesh:
+        model = fully_sharded(copy.deepcopy(plain), mesh)
+        for norm in ("frobenius", "spectral"):
+            with pytest.raises(TypeError, match=message):
+                log_norm_product(model, norm=norm)
+        gathered = {name: value.full_tensor() for name, value in model.named_parameters()}
+        model.unshard()
+        with pytest.raises(ValueError, match=r"^model: .* copy.deepcopy .* gather it first"):
+            log_norm_product(model)
+    plain.load_state_dict(gathered)
+    assert log_norm_product(plain).item() == pytest.approx(
+        frobenius(plain[0].weight, plain[2].weight), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(("weight", "gamma"), [(1e30, 1e30), (1e-30, 1e-30), (1e30, 1e-30)])
+def test_folding_neither_overflows_nor_underflows(weight, gamma):
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3, eps=0.0)).eval()
+    nn.init.eye_(model[0].weight).data.mul_(weight)
+    nn.init.constant_(model[1].weight, gamma)
+    one = math.log(weight) + math.log(gamma)
+    found = log_norm_product(model, norm="spectral")
+    assert found.item() == pytest.approx(one, rel=1e-5, abs=1e-5)
+    logits = torch.tensor([[1.0, 0.0, 0.0]])
+    # The spectral complexity of c times the unit matrix is 3 c.
+    margin = spectrally_normalized_margin(logits.double(), torch.tensor([0]), model)
+    assert margin.log().item() == pytest.approx(-one - math.log(3), rel=1e-5, abs=1e-5)
