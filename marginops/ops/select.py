@@ -132,6 +132,7 @@ def select_minimal_margin(
     """
     bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm)
     k = checks.check_k(k, logits.size(0), "rows of logits")
+    checks.warn_of_probabilities(logits)
     return Selection(*select_minimal_margin_op(logits, weight, bias, k, nearest))
 
 

@@ -288,7 +288,7 @@ INPUTS, TARGET = torch.zeros(8, 6), torch.arange(8) % 4
         ({"target": TARGET.float()}, TypeError, r"target: expected dtype torch\.int64"),
         ({"target": TARGET[:7]}, ValueError, r"target: expected shape \[8\] for inputs \[8, 6\]"),
         ({"target": TARGET[:, None]}, ValueError, r"target: expected shape \[8\] for inputs"),
-        ({"head": nn.Linear(6, 4)}, ValueError, "head: expected .* once .* got 0 calls"),
+        ({"head": nn.Linear(6, 4)}, ValueError, "head: expected .* once .* got 0 calls; .*weight="),
         ({"test_inputs": INPUTS}, ValueError, "test_target: expected test_inputs and test_target"),
         ({"test_target": TARGET}, ValueError, "test_inputs: expected test_inputs and test_target"),
         (
@@ -301,7 +301,11 @@ INPUTS, TARGET = torch.zeros(8, 6), torch.arange(8) % 4
             TypeError,
             "test_target: expected a tensor, got list",
         ),
-        ({"head": nn.ReLU()}, TypeError, r"head: expected a torch\.nn\.Linear, got ReLU"),
+        (
+            {"head": nn.ReLU()},
+            TypeError,
+            r"head: expected a torch\.nn\.Linear, got ReLU of .*; pass weight",
+        ),
         ({"num_classes": 3}, ValueError, "network: no linear layer has 3 outputs"),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
         ({"rates": [1.0]}, TypeError, "rates: expected a mapping of names, got list"),
