@@ -132,9 +132,10 @@ def for_target(target: Tensor, rows: Any) -> str:
     return f"; pass target{convert}" if convert else ""
 
 
-def for_width(name: str, value: Tensor, expected: Any) -> str:
-    """Advice for a matrix whose number of rows or columns is wrong where ``expected`` fits."""
-    return f"; pass {name}.t()" if expected in value.shape else ""
+def for_transposed(name: str, value: Tensor, rows: Any, columns: Any) -> str:
+    """Advice for a matrix of a wrong shape. None stands for any number."""
+    fits = rows in (None, value.shape[1]) and columns in (None, value.shape[0])
+    return f"; pass {name}.t()" if fits else ""
 
 
 def for_int(name: str, value: Any) -> str:

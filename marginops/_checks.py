@@ -173,7 +173,8 @@ def check_weight(weight: Any, logits: Tensor) -> None:
     if weight.shape[0] != logits.shape[1]:
         raise ValueError(
             f"weight: expected {logits.shape[1]} rows for logits {list(logits.shape)}, "
-            f"got shape {list(weight.shape)}{advice.for_width('weight', weight, logits.shape[1])}"
+            f"got shape {list(weight.shape)}"
+            f"{advice.for_transposed('weight', weight, logits.shape[1], None)}"
         )
     check_device("weight", weight, logits, "logits")
     if weight.dtype != logits.dtype and weight.dtype != result_dtype(logits.dtype):
@@ -253,7 +254,8 @@ def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
     if weight.shape[1] != input.shape[1]:
         raise ValueError(
             f"weight: expected {input.shape[1]} columns for input {list(input.shape)}, "
-            f"got shape {list(weight.shape)}{advice.for_width('weight', weight, input.shape[1])}"
+            f"got shape {list(weight.shape)}"
+            f"{advice.for_transposed('weight', weight, None, input.shape[1])}"
         )
     check_device("weight", weight, input, "input")
     if bias is not None:
