@@ -4,7 +4,7 @@ A function ``for_...`` returns ``"; do this"``, or nothing where there is no adv
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ def for_object(name: str, value: Any) -> str:
         return f"; pass .logits of this {type(value).__name__}"
     if isinstance(value, Mapping):
         return f'; pass {name}["{name}"]' if name in value else ""
-    if isinstance(value, (torch.utils.data.DataLoader, torch.utils.data.Dataset)):
+    if isinstance(value, (torch.utils.data.DataLoader, torch.utils.data.Dataset, Iterator)):
         return f"; pass {name} of one batch, a tensor"
     if hasattr(value, "_fields"):  # a named tuple, as the results of this package are
         return f"; pass one of its fields ({', '.join(value._fields)})"
@@ -113,23 +113,23 @@ def for_dtype(name: str, value: Tensor) -> str:
     return f"; pass {name}.dequantize()" if value.is_quantized else f"; pass {name}.float()"
 
 
-def for_target(target: Tensor, rows: Any) -> str:
+def for_target(name: str, target: Tensor, rows: Any) -> str:
     """Advice for targets of a wrong dtype or shape. Reads no value."""
     if target.is_complex():
         return ""
     convert = "" if target.dtype == torch.int64 else ".long()"
     if target.dim() == 2 and target.shape[1] == 1:
-        return f"; pass target.squeeze(1){convert}"
+        return f"; pass {name}.squeeze(1){convert}"
     if target.dim() == 2 and target.shape[0] == rows:
         numbers = ".long()" if target.dtype == torch.bool else ""
-        return f"; if its rows are one-hot, pass target{numbers}.argmax(1)"
+        return f"; if its rows are one-hot, pass {name}{numbers}.argmax(1)"
     if target.dim() == 0:
-        return f"; for one sample pass target.unsqueeze(0){convert}"
+        return f"; for one sample pass {name}.unsqueeze(0){convert}"
     if target.dim() > 1:
-        return f"; pass target.flatten(){convert}, with one row of the other tensor for each target"
+        return f"; pass {name}.flatten(){convert}, with one row of the other tensor for each target"
     if convert and target.is_floating_point():
-        return "; if these are class indices, pass target.long()"
-    return f"; pass target{convert}" if convert else ""
+        return f"; if these are class indices, pass {name}.long()"
+    return f"; pass {name}{convert}" if convert else ""
 
 
 def for_transposed(name: str, value: Tensor, rows: Any, columns: Any) -> str:
@@ -156,11 +156,13 @@ def for_k(k: Any) -> str:
 
 def problem_of_inputs(inputs: Any) -> str | None:
     """What is wrong with the inputs of a network that can be made tensors, as arrays can."""
+    if inputs is None or isinstance(inputs, (str, int, float)):
+        return f"expected a batch of tensors, got {type(inputs).__name__}"
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], (tuple, list)):
-        return (
-            f"expected one batch, got a list of {type(inputs[0]).__name__}; for a list of samples "
-            "(x, y) pass torch.stack([x for x, _ in inputs])"
-        )
+        todo = "pass torch.as_tensor(inputs)"
+        if any(isinstance(item, Tensor) for item in inputs[0]):
+            todo = "for a list of samples (x, y) pass torch.stack([x for x, _ in inputs])"
+        return f"expected one batch, got a list of {type(inputs[0]).__name__}; {todo}"
     if isinstance(inputs, Mapping):
         parts = {f"inputs[{key!r}]": value for key, value in inputs.items()}
     elif isinstance(inputs, (tuple, list)):
@@ -175,18 +177,24 @@ def problem_of_inputs(inputs: Any) -> str | None:
 
 
 def problem_of_arguments(
-    forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+    forward: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    error: Exception,
 ) -> str | None:
-    """Why the function cannot take these arguments; None if it can."""
+    """Why a function that raised ``error`` cannot take these arguments; None if it can."""
     try:
         signature = inspect.signature(forward)
     except (TypeError, ValueError):
         return None
     try:
         signature.bind(*arguments, **keywords)
-        return None
     except TypeError as mismatch:
         reason = str(mismatch)
+    else:
+        if not (isinstance(error, TypeError) and _is_labelled_batch(arguments)):
+            return None
+        reason = str(error)
     expected = f"expected the arguments of network.forward({', '.join(signature.parameters)})"
     if keywords:
         extra = [repr(name) for name in keywords if name not in signature.parameters]
@@ -195,9 +203,19 @@ def problem_of_arguments(
     shapes = {getattr(argument, "shape", None) for argument in arguments}
     if len(arguments) > 1 and len(shapes) == 1 and None not in shapes:
         todo = "pass torch.stack(inputs) if they are samples"
+    elif len(arguments) < 2:
+        todo = "pass a tuple of all arguments"
     else:
         todo = "pass x alone if they are a batch (x, y), because inputs hold no targets"
     return f"{expected}, got {len(arguments)} positional arguments ({reason}); {todo}"
+
+
+def _is_labelled_batch(arguments: tuple[Any, ...]) -> bool:
+    """Whether these are a batch ``(x, y)``: as many integers as there are rows."""
+    if len(arguments) != 2 or not all(isinstance(value, Tensor) for value in arguments):
+        return False
+    x, y = arguments
+    return y.dim() == 1 and not y.is_floating_point() and x.shape[:1] == y.shape
 
 
 def for_output(output: Any) -> str:
@@ -209,6 +227,11 @@ def for_output(output: Any) -> str:
         return "; leave the labels out of inputs if this is a loss"
     if isinstance(output, (tuple, list)):
         return "; return one of these from forward, for example the first element"
+    if isinstance(output, Tensor) and output.dim() == 1:
+        return (
+            "; add a batch dimension to inputs, for example with x.unsqueeze(0), or return one "
+            "column for each class"
+        )
     if isinstance(output, Tensor):
         return "; return one row for each sample and one column for each class"
     return "; return one of these from forward"

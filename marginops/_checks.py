@@ -134,25 +134,31 @@ def has_values(tensor: Tensor) -> bool:
     )
 
 
-def check_target(target: Any, like: Tensor, ignore_index: Any, like_name: str = "logits") -> None:
+def check_target(
+    target: Any,
+    like: Tensor,
+    ignore_index: Any,
+    like_name: str = "logits",
+    name: str = "target",
+) -> None:
     """Check targets [N] int64, one for each row of ``like``, and an integer ``ignore_index``."""
     if not isinstance(target, Tensor):
         raise TypeError(
-            f"target: expected a tensor [N], got {type(target).__name__}"
-            f"{advice.for_object('target', target)}"
+            f"{name}: expected a tensor [N], got {type(target).__name__}"
+            f"{advice.for_object(name, target)}"
         )
-    _check_layout("target", target)
+    _check_layout(name, target)
     if target.dtype != torch.int64:
         raise TypeError(
-            f"target: expected dtype torch.int64 (class indices), got {target.dtype} of shape "
-            f"{list(target.shape)}{advice.for_target(target, like.shape[0])}"
+            f"{name}: expected dtype torch.int64 (class indices), got {target.dtype} of shape "
+            f"{list(target.shape)}{advice.for_target(name, target, like.shape[0])}"
         )
     if target.dim() != 1 or target.shape[0] != like.shape[0]:
         raise ValueError(
-            f"target: expected shape [{like.shape[0]}] for {like_name} {list(like.shape)}, "
-            f"got {list(target.shape)}{advice.for_target(target, like.shape[0])}"
+            f"{name}: expected shape [{like.shape[0]}] for {like_name} {list(like.shape)}, "
+            f"got {list(target.shape)}{advice.for_target(name, target, like.shape[0])}"
         )
-    check_device("target", target, like, like_name)
+    check_device(name, target, like, like_name)
     check_int("ignore_index", ignore_index)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,9 @@ def unwrap(network: nn.Module) -> nn.Module:
     while True:
         if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module
-        elif isinstance(inner := network._modules.get("_orig_mod"), nn.Module):
-            network = inner  # torch.compile keeps the original module under this name
+        elif "_orig_mod" in network._modules:
+            # torch.compile keeps the original module under this name.
+            network = cast(nn.Module, network._modules["_orig_mod"])
         else:
             return network
 
@@ -111,6 +112,7 @@ def last_linear(network: nn.Module, num_classes: int) -> nn.Linear:
         >>> last_linear(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 3)), 3)
         Linear(in_features=4, out_features=3, bias=True)
     """
+    check_network(network)
     linears = {
         name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)
     }
@@ -157,10 +159,12 @@ def call(network: nn.Module, inputs: Any) -> Any:
         arguments = tuple(inputs)
     try:
         return network(*arguments, **keywords)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         forward = unwrap(network).forward if isinstance(network, nn.Module) else network
         problem = advice.problem_of_inputs(inputs)
-        problem = problem or advice.problem_of_arguments(forward, arguments, keywords)
+        problem = problem or advice.problem_of_arguments(forward, arguments, keywords, error)
         if problem is None:
             raise
         raise TypeError(f"inputs: {problem}") from error
@@ -280,6 +284,8 @@ def watch_layer(
         Input and output of every call of ``layer``, and the logits ``[B, C]``.
     """
     network = unwrap(network)
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"head: expected a torch.nn.Module, got {type(layer).__name__}")
     calls: list[tuple[Tensor, Tensor]] = []
 
     def save(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:

@@ -46,25 +46,26 @@ def fitting_weight(weight: Any, logits: Tensor) -> Tensor:
     return weight
 
 
-def check_head(network: nn.Module, inputs: Any, head: nn.Linear, logits: Tensor) -> None:
+def can_read(logits: Tensor) -> bool:
+    """Whether there are values, and Python may read them: not in a graph that is recorded."""
+    capturing = logits.is_cuda and torch.cuda.is_current_stream_capturing()
+    return checks.has_values(logits) and len(logits) > 0 and not capturing
+
+
+def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> None:
     """Check that the logits are ``F.linear(features, head.weight, head.bias)``.
 
     They may differ by a constant in each row, as log-probabilities do. The check runs the network
-    once more, and it waits for the device. If it passes, later calls for this network and head
-    return at once.
+    and waits for the device. If it passes, later calls for this network and head return at once.
 
     Args:
-        network: A network that has run in this mode.
-        inputs: The batch.
+        network: Any network.
+        inputs: A batch with at least one sample.
         head: The layer whose weight is going to be used.
-        logits: The logits of the batch. The check is left out if nobody can read them, as in a
-            graph that is being traced.
 
     Raises:
         ValueError: The logits do not follow from this layer.
     """
-    if not _can_read(logits):
-        return
     network = unwrap(network)
     known = _passed.setdefault(network, WeakKeyDictionary())
     facts = _facts(network, head)
@@ -106,12 +107,6 @@ def _facts(network: nn.Module, head: nn.Linear) -> _Facts:
         tuple(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in both),
         ("forward" in vars(network), "forward" in vars(head)),
     )
-
-
-def _can_read(logits: Tensor) -> bool:
-    """Whether there are values, and Python may read them."""
-    capturing = logits.is_cuda and torch.cuda.is_current_stream_capturing()
-    return checks.has_values(logits) and len(logits) > 0 and not capturing
 
 
 def _are_probabilities(logits: Tensor) -> bool:

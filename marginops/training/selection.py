@@ -9,7 +9,7 @@ from ..networks import call, evaluation_mode, last_linear, output_tensor, unwrap
 from ..ops.linear_select import linear_select_minimal_margin
 from ..ops.margin import Rival
 from ..ops.select import select_minimal_margin
-from .heads import check_head, check_head_type, fitting_weight
+from .heads import can_read, check_head, check_head_type, fitting_weight
 
 
 def select_batch(
@@ -102,8 +102,8 @@ def select_batch(
             head = head or last_linear(unwrap(network), logits.shape[1])
             weight, bias = head.weight, head.bias if bias_in_norm else None
         weight = fitting_weight(weight, logits)
-        if head is not None:
-            check_head(network, inputs, head, logits)
+        if head is not None and can_read(logits):
+            check_head(network, inputs, head)
         bias = None if bias is None else bias.to(weight.dtype)
         return select_minimal_margin(
             logits, weight, k, bias, rival=rival, bias_in_norm=bias_in_norm

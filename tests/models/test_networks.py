@@ -19,6 +19,7 @@ from helpers.classifiers import (
     modes,
     network_with_state,
     returning_logits,
+    returning_mapping,
     returning_more,
 )
 from marginops.networks import (
@@ -161,7 +162,7 @@ def test_an_output_that_is_no_matrix(output: Any, error: type[Exception], messag
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 4096])
-@pytest.mark.parametrize("function", [returning_logits, returning_more])
+@pytest.mark.parametrize("function", [returning_logits, returning_more, returning_mapping])
 def test_predictions_are_the_logits_of_all_inputs(
     chunk_size: int, function: Callable[..., Any]
 ) -> None:
