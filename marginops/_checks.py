@@ -7,7 +7,11 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,
+    is_traceable_wrapper_subclass,
+)
 
 from . import _advice as advice
 
@@ -126,8 +130,9 @@ def has_values(tensor: Tensor) -> bool:
     """Whether Python may read values here: not in graphs that are traced, nor in vmap."""
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) is Tensor
         and not tensor.is_meta
+        and not isinstance(tensor, FakeTensor)
+        and not is_traceable_wrapper_subclass(tensor)
         and not torch._C._get_tracing_state()
         and torch._C._functorch.peek_interpreter_stack() is None
         and _get_current_dispatch_mode() is None

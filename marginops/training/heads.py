@@ -80,11 +80,15 @@ def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> None:
     agreements = [_agreement(*call, head, logits) for call in calls]
     if not any(agreement.agrees for agreement in agreements):
         difference = min(agreement.difference for agreement in agreements)
-        hint = "; they look like probabilities" if _are_probabilities(logits) else ""
+        got = f"got a difference of {difference:.3g}"
+        if difference == torch.inf:
+            shapes = [[*features.shape] for features, _ in calls]
+            got = f"got logits {[*logits.shape]} for features {', '.join(map(str, shapes))}"
+        elif _are_probabilities(logits):
+            got = f"{got}; the logits look like probabilities"
         raise ValueError(
             f"head: expected logits F.linear(features, weight, bias) of {type(head).__name__} "
-            f"{facts.path!r}, up to a constant in each row, got a difference of {difference:.3g}"
-            f"{hint}; {_ADVICE}"
+            f"{facts.path!r}, up to a constant in each row, {got}; {_ADVICE}"
         )
     if any(agreement.agrees and agreement.is_conclusive for agreement in agreements):
         known[head] = facts
@@ -147,7 +151,7 @@ def _agreement(features: Tensor, output: Tensor, head: nn.Linear, logits: Tensor
     with torch.autocast(logits.device.type, enabled=False):
         expected = F.linear(kept, weight, bias)
     dtype = checks.result_dtype(output.dtype)
-    seen, expected = logits[:rows].to(dtype).unsqueeze(1), expected.to(dtype)
+    seen, expected = logits[:rows].to(expected.device, dtype).unsqueeze(1), expected.to(dtype)
     expected = torch.cat((expected, expected.mean(1, keepdim=True)), 1)
 
     # Logits may hold infinities, for example in classes that a mask excludes.

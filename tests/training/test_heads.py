@@ -144,8 +144,23 @@ def test_autocast_rounds_and_does_not_refuse(dtype: torch.dtype, width: int) -> 
 
 
 def test_probabilities_are_named() -> None:
-    with pytest.raises(ValueError, match="they look like probabilities"):
+    with pytest.raises(ValueError, match="the logits look like probabilities"):
         select_batch(network_with(lambda logits: logits.softmax(1)), INPUTS, 5)
+
+
+def test_features_of_other_rows_are_named() -> None:
+    network = network_with(call=lambda head, features: head(features[1:]).repeat(2, 1)[:40])
+    with pytest.raises(ValueError, match=r"got logits \[40, 4\] for features \[39, 8\]; merge"):
+        select_batch(network, INPUTS, 5)
+
+
+def test_logits_of_a_subclass_are_checked() -> None:
+    class Named(Tensor):
+        """As the tensors of libraries that keep metadata."""
+
+    network = network_with(lambda logits: logits.softmax(1))
+    with pytest.raises(ValueError, match=REFUSED):
+        select_batch(network, INPUTS.as_subclass(Named), 5)
 
 
 def test_a_weight_that_is_passed_is_the_one_used() -> None:
