@@ -138,6 +138,12 @@ def for_transposed(name: str, value: Tensor, rows: Any, columns: Any) -> str:
     return f"; pass {name}.t()" if fits else ""
 
 
+def for_width(weight: Tensor, columns: Any) -> str:
+    """Advice for a weight and features of different widths."""
+    todo = for_transposed("weight", weight, None, columns)
+    return todo or "; pass the features that enter the layer of this weight"
+
+
 def for_int(name: str, value: Any) -> str:
     """Advice for an object that is no int."""
     if value is None and name == "ignore_index":
@@ -145,6 +151,11 @@ def for_int(name: str, value: Any) -> str:
     if isinstance(value, (bool, str)) or not hasattr(value, "__int__"):
         return ""
     return f"; pass int({name})"
+
+
+def for_float(name: str, value: Any) -> str:
+    """Advice for an object that is no float."""
+    return f"; pass float({name})" if hasattr(value, "__float__") else ""
 
 
 def for_k(k: Any) -> str:

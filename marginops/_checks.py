@@ -246,6 +246,7 @@ def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
         if isinstance(log_norm, bool) or not isinstance(log_norm, (int, float)):
             raise TypeError(
                 f"log_norm: expected a float or a 0-d tensor, got {type(log_norm).__name__}"
+                f"{advice.for_float('log_norm', log_norm)}"
             )
         # On the CPU for logits on any device: kernels take the number by value, without a copy.
         return torch.tensor(log_norm, dtype=dtype, device="cpu")
@@ -266,7 +267,7 @@ def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
         raise ValueError(
             f"weight: expected {input.shape[1]} columns for input {list(input.shape)}, "
             f"got shape {list(weight.shape)}"
-            f"{advice.for_transposed('weight', weight, None, input.shape[1])}"
+            f"{advice.for_width(weight, input.shape[1])}"
         )
     check_device("weight", weight, input, "input")
     if bias is not None:

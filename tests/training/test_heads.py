@@ -143,6 +143,15 @@ def test_autocast_rounds_and_does_not_refuse(dtype: torch.dtype, width: int) -> 
                     select_batch(network, INPUTS, 5)
 
 
+def test_a_head_outside_of_autocast_is_compared_in_its_own_dtype() -> None:
+    def call(head: nn.Module, features: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return head(features.float())
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(select_batch(network_with(call=call), INPUTS, 5)) == 5
+
+
 def test_probabilities_are_named() -> None:
     with pytest.raises(ValueError, match="the logits look like probabilities"):
         select_batch(network_with(lambda logits: logits.softmax(1)), INPUTS, 5)

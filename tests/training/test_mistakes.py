@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,21 @@ def test_a_mistake_is_named_with_what_to_do(function: str, argument: str, mistak
     name = r"\w+" if mistake == "device" else argument
     assert isinstance(error, kind), error
     assert re.match(f"{name}: {message}", str(error)), error
+
+
+def test_features_of_another_width_are_named() -> None:
+    call = CALLS["linear_minimal_margin_score"]
+    narrow = call.arguments | {"input": call.arguments["input"][:, :5]}
+    with pytest.raises(
+        ValueError, match=r"weight: expected 5 .* got .*4, 6\]; pass the features that"
+    ):
+        call.function(**narrow)
+
+
+def test_a_log_norm_of_numpy_is_named() -> None:
+    call = CALLS["classification_margin"]
+    with pytest.raises(TypeError, match=r"log_norm: .* got float32; pass float\(log_norm\)"):
+        call.function(**call.arguments, log_norm=np.float32(1))
 
 
 @pytest.mark.parametrize(
