@@ -1,5 +1,8 @@
 """Classification margins in PyTorch, and the selection of samples by them, in fused kernels."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import nn
 from ._native import NativeUnavailableWarning
 from ._version import __version__
@@ -18,6 +21,12 @@ from .ops.select import (
     select_smallest,
 )
 from .ops.statistics import SampleStatistics, sample_statistics
+
+if TYPE_CHECKING:
+    from . import homogeneity as homogeneity
+    from . import metrics as metrics
+    from . import networks as networks
+    from . import training as training
 
 __all__ = [
     "ClassMoments",
@@ -44,3 +53,16 @@ __all__ = [
     "spectrally_normalized_margin",
     "support_vector_counts",
 ]
+
+# They are imported at their first use, because some need further packages.
+_LAZY = ("homogeneity", "metrics", "networks", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

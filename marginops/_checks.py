@@ -1,14 +1,23 @@
 """Argument checks. Each error names the argument, what was expected and what came."""
 
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,
+    is_traceable_wrapper_subclass,
+)
+
+from . import _advice as advice
 
 _ORDINARY = Tensor, torch.nn.Parameter
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FLOATING_NAMES = "float32, float64, bfloat16 or float16"
 
 
@@ -20,15 +29,37 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
     """Check that ``value`` is a strided floating-point tensor of ``dim`` dimensions."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected a tensor {shape}, got {type(value).__name__}"
+            f"{advice.for_object(name, value)}"
+        )
     check_not_distributed(name, value)
-    if value.dim() == dim and value.dtype in FLOATING and value.layout == torch.strided:
+    if (
+        value.dim() == dim
+        and value.dtype in FLOATING
+        and value.layout == torch.strided
+        and not value.is_nested
+    ):
         return
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    _check_layout(name, value)
     if value.dim() != dim:
-        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
-    raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
+        raise ValueError(
+            f"{name}: expected shape {shape}, got {list(value.shape)}"
+            f"{advice.for_shape(name, value, dim)}"
+        )
+    raise TypeError(
+        f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}"
+        f"{advice.for_dtype(name, value)}"
+    )
+
+
+def _check_layout(name: str, value: Tensor) -> None:
+    """Check that a tensor is strided. Nested tensors may call themselves strided."""
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(
+            f"{name}: expected a dense (strided) tensor, got {kind}{advice.for_layout(name, value)}"
+        )
 
 
 def check_not_distributed(name: str, value: Tensor) -> None:
@@ -53,7 +84,9 @@ def wraps_tensors(value: Tensor) -> bool:
 def check_int(name: str, value: Any, least: int | None = None) -> None:
     """Check that ``value`` is an int or a ``torch.SymInt`` that is at least ``least``."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected an int, got {type(value).__name__}{advice.for_int(name, value)}"
+        )
     if least is not None and value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
@@ -69,7 +102,8 @@ def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None
     """Check that ``value`` is on the device of ``like``."""
     if value.device != like.device:
         raise ValueError(
-            f"{name}: expected device {like.device} as {like_name}, got {value.device}"
+            f"{name}: expected device {like.device} as {like_name}, got {value.device}; "
+            f'move it with .to("{like.device}")'
         )
 
 
@@ -77,24 +111,81 @@ def check_logits(logits: Any) -> None:
     """Check logits [N, C], C >= 2."""
     check_tensor("logits", logits, 2, "[N, C]")
     if logits.shape[1] < 2:
-        raise ValueError(f"logits: expected at least 2 classes [N, C >= 2], got {[*logits.shape]}")
+        raise ValueError(
+            f"logits: expected at least 2 classes [N, C >= 2], got {[*logits.shape]}"
+            f"{advice.for_one_column(logits)}"
+        )
 
 
-def check_target(target: Any, like: Tensor, ignore_index: Any, like_name: str = "logits") -> None:
+_looks = 16  # at the logits of so many calls in a process
+
+
+def warn_of_probabilities(logits: Tensor) -> None:
+    """Warn the caller's caller if ``logits`` look like probabilities, once in a process.
+
+    Only the first calls of a process look, at a few rows on the CPU. Graphs and transformations
+    have no values to look at.
+    """
+    global _looks
+    if torch.compiler.is_compiling() or _looks <= 0 or logits.device.type != "cpu":
+        return
+    if not has_values(logits):
+        return
+    _looks -= 1
+    rows = logits.detach()[:8].double()
+    tolerance = max(torch.finfo(logits.dtype).eps, 1e-4)
+    positive = torch.where(rows > 0, rows, torch.inf).amin(1)
+    # Rows such as (0, 1, 0) or (0.5, 0.5) hold one value beside 0: they may well be logits.
+    differ = (positive < rows.amax(1) - tolerance).any() if len(rows) else torch.tensor(False)
+    if differ and (rows >= 0).all() and ((rows.sum(1) - 1).abs() <= tolerance).all():
+        _looks = 0
+        warnings.warn(
+            "logits: each row is non-negative and sums to 1, so these look like probabilities; "
+            "pass the logits, the input of the softmax (log(p) works)",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether Python may read values here: not in graphs that are traced, nor in vmap."""
+    return (
+        not torch.compiler.is_compiling()
+        and not tensor.is_meta
+        and not isinstance(tensor, FakeTensor)
+        and not is_traceable_wrapper_subclass(tensor)
+        and not torch._C._get_tracing_state()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def check_target(
+    target: Any,
+    like: Tensor,
+    ignore_index: Any,
+    like_name: str = "logits",
+    name: str = "target",
+) -> None:
     """Check targets [N] int64, one for each row of ``like``, and an integer ``ignore_index``."""
     if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a tensor [N], got {type(target).__name__}")
-    check_not_distributed("target", target)
-    if target.layout != torch.strided:
-        raise TypeError(f"target: expected a dense (strided) tensor, got layout {target.layout}")
+        raise TypeError(
+            f"{name}: expected a tensor [N], got {type(target).__name__}"
+            f"{advice.for_object(name, target)}"
+        )
+    check_not_distributed(name, target)
+    _check_layout(name, target)
     if target.dtype != torch.int64:
-        raise TypeError(f"target: expected dtype torch.int64 (class indices), got {target.dtype}")
+        raise TypeError(
+            f"{name}: expected dtype torch.int64 (class indices), got {target.dtype} of shape "
+            f"{list(target.shape)}{advice.for_target(name, target, like.shape[0])}"
+        )
     if target.dim() != 1 or target.shape[0] != like.shape[0]:
         raise ValueError(
-            f"target: expected shape [{like.shape[0]}] for {like_name} {list(like.shape)}, "
-            f"got {list(target.shape)}"
+            f"{name}: expected shape [{like.shape[0]}] for {like_name} {list(like.shape)}, "
+            f"got {list(target.shape)}{advice.for_target(name, target, like.shape[0])}"
         )
-    check_device("target", target, like, like_name)
+    check_device(name, target, like, like_name)
     check_int("ignore_index", ignore_index)
 
 
@@ -116,6 +207,7 @@ def check_weight(weight: Any, logits: Tensor) -> None:
         raise ValueError(
             f"weight: expected {logits.shape[1]} rows for logits {list(logits.shape)}, "
             f"got shape {list(weight.shape)}"
+            f"{advice.for_transposed('weight', weight, logits.shape[1], None)}"
         )
     check_device("weight", weight, logits, "logits")
     if weight.dtype != logits.dtype and weight.dtype != result_dtype(logits.dtype):
@@ -123,7 +215,8 @@ def check_weight(weight: Any, logits: Tensor) -> None:
             str(dtype) for dtype in dict.fromkeys((logits.dtype, result_dtype(logits.dtype)))
         )
         raise TypeError(
-            f"weight: expected dtype {expected} for logits of {logits.dtype}, got {weight.dtype}"
+            f"weight: expected dtype {expected} for logits of {logits.dtype}, got {weight.dtype}; "
+            "convert one of the two with .to()"
         )
 
 
@@ -155,7 +248,11 @@ def check_k(k: Any, count: int, counted: str) -> int:
     """Check an integer k in [0, count]. The integers of compiled graphs stay symbolic."""
     if type(k) is not int and not isinstance(k, torch.SymInt):
         if isinstance(k, bool) or not isinstance(k, SupportsIndex):
-            raise TypeError(f"k: expected an int, got {type(k).__name__}")
+            raise TypeError(f"k: expected an int, got {type(k).__name__}{advice.for_k(k)}")
+        if isinstance(k, Tensor) and (k.dtype not in _INTEGERS or k.numel() != 1):
+            raise TypeError(
+                f"k: expected an int, got a tensor {list(k.shape)} of {k.dtype}{advice.for_k(k)}"
+            )
         k = operator.index(k)
     if k < 0 or k > count:
         raise ValueError(f"k: expected 0 <= k <= {count} (the number of {counted}), got {k}")
@@ -171,6 +268,7 @@ def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
         if isinstance(log_norm, bool) or not isinstance(log_norm, (int, float)):
             raise TypeError(
                 f"log_norm: expected a float or a 0-d tensor, got {type(log_norm).__name__}"
+                f"{advice.for_float('log_norm', log_norm)}"
             )
         # On the CPU for logits on any device: kernels take the number by value, without a copy.
         return torch.tensor(log_norm, dtype=dtype, device="cpu")
@@ -191,6 +289,7 @@ def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
         raise ValueError(
             f"weight: expected {input.shape[1]} columns for input {list(input.shape)}, "
             f"got shape {list(weight.shape)}"
+            f"{advice.for_width(weight, input.shape[1])}"
         )
     check_device("weight", weight, input, "input")
     if bias is not None:
@@ -211,7 +310,10 @@ def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
 def check_classes(weight: Tensor) -> None:
     """Check that a weight has at least two rows."""
     if weight.shape[0] < 2:
-        raise ValueError(f"weight: expected at least 2 classes [C >= 2, D], got {[*weight.shape]}")
+        raise ValueError(
+            f"weight: expected at least 2 classes [C >= 2, D], got {[*weight.shape]}"
+            f"{advice.for_one_row(weight)}"
+        )
 
 
 def checked_target(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:

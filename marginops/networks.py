@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from . import _advice as advice
 from ._checks import check_int
 
 __all__ = [
@@ -18,6 +19,17 @@ __all__ = [
     "predict",
     "unwrap",
 ]
+
+
+def check_network(network: Any) -> None:
+    """Check that the network is a module."""
+    if not isinstance(network, nn.Module):
+        is_class = isinstance(network, type)
+        kind = f"the class {network.__name__}" if is_class else type(network).__name__
+        todo = "; pass an instance of it" if is_class else ""
+        if isinstance(network, torch.export.ExportedProgram):
+            todo = "; pass network.module()"
+        raise TypeError(f"network: expected a torch.nn.Module, got {kind}{todo}")
 
 
 @contextmanager
@@ -41,6 +53,7 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
         >>> [module.training for module in network]
         [True, False]
     """
+    check_network(network)
     training = [module for module in network.modules() if module.training]
     try:
         network.eval()
@@ -68,11 +81,13 @@ def unwrap(network: nn.Module) -> nn.Module:
         >>> unwrap(torch.nn.DataParallel(network)) is network
         True
     """
+    check_network(network)
     while True:
         if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module
-        elif isinstance(inner := network._modules.get("_orig_mod"), nn.Module):
-            network = inner  # torch.compile keeps the original module under this name
+        elif "_orig_mod" in network._modules:
+            # torch.compile keeps the original module under this name.
+            network = cast(nn.Module, network._modules["_orig_mod"])
         else:
             return network
 
@@ -97,6 +112,7 @@ def last_linear(network: nn.Module, num_classes: int) -> nn.Linear:
         >>> last_linear(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 3)), 3)
         Linear(in_features=4, out_features=3, bias=True)
     """
+    check_network(network)
     linears = {
         name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)
     }
@@ -109,7 +125,8 @@ def last_linear(network: nn.Module, num_classes: int) -> nn.Linear:
         widths = ", ".join(f"{name}: {layer.out_features}" for name, layer in linears.items())
         problem = f"no linear layer has {num_classes} outputs (linear layers: {widths or 'none'})"
     raise ValueError(
-        f"network: {problem}; pass head=, the torch.nn.Linear that computes the logits"
+        f"network: {problem}; pass head=, the torch.nn.Linear that computes the logits, or "
+        "weight=, the tensor [C, D] that they follow from"
     )
 
 
@@ -124,21 +141,40 @@ def call(network: nn.Module, inputs: Any) -> Any:
     Returns:
         The output of the network.
 
+    Raises:
+        TypeError: The network raised an error, and ``inputs`` are not the arguments of its
+            ``forward``.
+
     Example:
         >>> import torch
         >>> from marginops.networks import call
         >>> call(torch.nn.Linear(4, 3), {"input": torch.zeros(2, 4)}).shape
         torch.Size([2, 3])
     """
+    arguments: tuple[Any, ...] = (inputs,)
+    keywords: Mapping[str, Any] = {}
     if isinstance(inputs, Mapping):
-        return network(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return network(*inputs)
-    return network(inputs)
+        arguments, keywords = (), inputs
+    elif isinstance(inputs, (tuple, list)):
+        arguments = tuple(inputs)
+    try:
+        return network(*arguments, **keywords)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        forward = unwrap(network).forward if isinstance(network, nn.Module) else network
+        problem = advice.problem_of_inputs(inputs)
+        problem = problem or advice.problem_of_arguments(forward, arguments, keywords, error)
+        if problem is None:
+            raise
+        raise TypeError(f"inputs: {problem}") from error
 
 
 def output_tensor(output: Any, name: str = "logits", shape: str = "[B, C]") -> Tensor:
-    """The matrix in the output of a network: the attribute ``logits``, or else the output itself.
+    """The matrix in the output of a network.
+
+    It is the output itself, its attribute ``logits``, or its item ``"logits"`` if the output is a
+    mapping.
 
     Args:
         output: The output of a network.
@@ -149,7 +185,7 @@ def output_tensor(output: Any, name: str = "logits", shape: str = "[B, C]") -> T
         The matrix, a tensor with two dimensions.
 
     Raises:
-        TypeError: The output holds no tensor.
+        TypeError: The output holds no such tensor.
         ValueError: The tensor does not have two dimensions.
 
     Example:
@@ -157,19 +193,44 @@ def output_tensor(output: Any, name: str = "logits", shape: str = "[B, C]") -> T
         >>> from marginops.networks import output_tensor
         >>> output_tensor(types.SimpleNamespace(logits=torch.zeros(2, 3))).shape
         torch.Size([2, 3])
+        >>> output_tensor({"logits": torch.zeros(2, 3)}).shape
+        torch.Size([2, 3])
     """
-    result = getattr(output, "logits", output)
+    result = _logits(output)
     if not isinstance(result, Tensor):
         raise TypeError(
-            f"network: expected {name} {shape} as output or as attribute 'logits' of the output, "
-            f"got {type(output).__name__}"
+            f"network: expected {name} {shape} as output or as attribute 'logits' of the output "
+            f"or under this key, got {type(output).__name__}{advice.for_output(output)}"
         )
     if result.dim() != 2:
-        raise ValueError(f"network: expected {name} of shape {shape}, got {list(result.shape)}")
+        raise ValueError(
+            f"network: expected {name} of shape {shape}, got {list(result.shape)}"
+            f"{advice.for_output(result)}"
+        )
     return result
 
 
-def features_and_logits(network: nn.Module, inputs: Any, head: nn.Linear) -> tuple[Tensor, Tensor]:
+def _logits(output: Any) -> Any:
+    result = getattr(output, "logits", output)
+    return result.get("logits") if isinstance(result, Mapping) else result
+
+
+@contextmanager
+def returning_logits(network: nn.Module) -> Iterator[None]:
+    """Make a network return its logits alone where it returns something that holds them."""
+
+    def replace(_: Any, __: Any, output: Any) -> Any:
+        result = _logits(output)
+        return result if isinstance(result, Tensor) else None  # None keeps the output
+
+    hook = network.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def features_and_logits(network: nn.Module, inputs: Any, head: nn.Module) -> tuple[Tensor, Tensor]:
     """The input of the last layer and the logits, in evaluation mode and without gradient.
 
     A hook on ``head`` saves its input. Compiled graphs do not run hooks. So the function runs the
@@ -177,11 +238,12 @@ def features_and_logits(network: nn.Module, inputs: Any, head: nn.Linear) -> tup
     are restored.
 
     Args:
-        network: A network that returns logits ``[B, C]``, as a tensor or in the attribute
-            ``logits`` of its output.
+        network: A network that returns logits ``[B, C]``, see
+            :func:`marginops.networks.output_tensor`.
         inputs: A batch, see :func:`marginops.networks.call`.
         head: The layer of ``network`` that computes the logits, see
-            :func:`marginops.networks.last_linear`.
+            :func:`marginops.networks.last_linear`. It may be any module. The function does not
+            check how the logits follow from its input.
 
     Returns:
         Features ``[B, D]`` and logits ``[B, C]``.
@@ -198,29 +260,50 @@ def features_and_logits(network: nn.Module, inputs: Any, head: nn.Linear) -> tup
         >>> features.shape, logits.shape
         (torch.Size([2, 4]), torch.Size([2, 3]))
     """
+    calls, logits = watch_layer(network, inputs, head)
+    if len(calls) != 1:
+        raise ValueError(
+            f"head: expected network to call this layer once in a forward pass, "
+            f"got {len(calls)} calls; pass the layer that computes the logits"
+        )
+    features = calls[0][0]
+    if features.dim() != 2:
+        raise ValueError(
+            f"head: expected network to call this layer with features of shape [B, D], "
+            f"got {list(features.shape)}; reduce them to one row for each sample before the head"
+        )
+    return features, logits
+
+
+def watch_layer(
+    network: nn.Module, inputs: Any, layer: nn.Module
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Run a network as :func:`features_and_logits` does.
+
+    Returns:
+        Input and output of every call of ``layer``, and the logits ``[B, C]``.
+    """
     network = unwrap(network)
-    features: list[Tensor] = []
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"head: expected a torch.nn.Module, got {type(layer).__name__}")
+    calls: list[tuple[Tensor, Tensor]] = []
 
-    def save(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        features.append(arguments[0] if arguments else keywords["input"])
+    def save(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        given = [v for v in (*arguments, *keywords.values()) if isinstance(v, Tensor)]
+        if not given or not isinstance(output, Tensor):
+            raise TypeError(
+                f"head: expected a layer that maps a tensor to a tensor, got "
+                f"{type(layer).__name__}; pass the layer that computes the logits"
+            )
+        calls.append((given[0], output))
 
-    hook = head.register_forward_pre_hook(save, with_kwargs=True)
+    hook = layer.register_forward_hook(save, with_kwargs=True)
     try:
         with evaluation_mode(network), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             logits = output_tensor(call(network, inputs))
     finally:
         hook.remove()
-    if len(features) != 1:
-        raise ValueError(
-            f"head: expected network to call this layer once in a forward pass, "
-            f"got {len(features)} calls"
-        )
-    if features[0].dim() != 2:
-        raise ValueError(
-            f"head: expected network to call this layer with features of shape [B, D], "
-            f"got {list(features[0].shape)}"
-        )
-    return features[0], logits
+    return calls, logits
 
 
 def predict(network: nn.Module, inputs: Tensor, *, chunk_size: int = 4096) -> Tensor:
@@ -229,8 +312,8 @@ def predict(network: nn.Module, inputs: Tensor, *, chunk_size: int = 4096) -> Te
     The modes of all modules are restored.
 
     Args:
-        network: A network that maps ``[B, ...]`` to logits ``[B, C]``, as a tensor or in the
-            attribute ``logits`` of its output.
+        network: A network that maps ``[B, ...]`` to logits ``[B, C]``, see
+            :func:`marginops.networks.output_tensor`.
         inputs: ``[N, ...]``, N >= 1, on the device of ``network``.
         chunk_size: The number of inputs in one forward pass.
 
@@ -248,5 +331,15 @@ def predict(network: nn.Module, inputs: Tensor, *, chunk_size: int = 4096) -> Te
         torch.Size([10, 3])
     """
     check_int("chunk_size", chunk_size, 1)
+    check_inputs("inputs", inputs)
     with evaluation_mode(network), torch.no_grad():
-        return torch.cat([output_tensor(network(chunk)) for chunk in inputs.split(chunk_size)])
+        chunks = inputs.split(chunk_size)
+        return torch.cat([output_tensor(call(network, chunk)) for chunk in chunks])
+
+
+def check_inputs(name: str, value: Any) -> None:
+    """Check that the inputs of all samples are one tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor, got {type(value).__name__}{advice.for_object(name, value)}"
+        )

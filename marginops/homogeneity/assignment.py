@@ -52,8 +52,9 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
     ``g v / |v|`` the rate belongs to g, and v has rate 0.
 
     Args:
-        model: A network that returns one floating-point tensor. It is traced in evaluation mode,
-            without its wrappers, see :func:`marginops.networks.unwrap`.
+        model: A network that returns one floating-point tensor, or an object or mapping that holds
+            it as ``logits``. It is traced in evaluation mode, without its wrappers, see
+            :func:`marginops.networks.unwrap`.
         example_input: A tensor or a tuple of positional arguments of ``model``, on its device.
             Only the shapes and dtypes matter.
 

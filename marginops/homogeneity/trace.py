@@ -10,7 +10,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..networks import evaluation_mode
+from ..networks import evaluation_mode, returning_logits
 from .operation import Operation
 from .system import Form, NotQuasiHomogeneousError, System, Value
 from .table import CARRYING, CREATING, RULES, UNSCALED
@@ -19,7 +19,7 @@ from .table import CARRYING, CREATING, RULES, UNSCALED
 def exported(model: nn.Module, example_input: tuple[Any, ...]) -> Any:
     """Export the model in evaluation mode, as a program of ATen operations without side effects."""
     try:
-        with evaluation_mode(model), warnings.catch_warnings():
+        with evaluation_mode(model), returning_logits(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, example_input, strict=False)
             if all(_has_rule(node) for node in program.graph.nodes):

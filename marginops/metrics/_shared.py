@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from .. import _advice as advice
 from .. import _checks as checks
 
 
@@ -24,6 +25,7 @@ def check_columns(name: str, value: Any, rows: str, columns: int, device: torch.
         raise ValueError(
             f"{name}: expected {columns} columns as in the arguments of the metric, "
             f"got shape {list(value.shape)}"
+            f"{advice.for_transposed(name, value, None, columns)}"
         )
     if value.device != device:
         raise ValueError(

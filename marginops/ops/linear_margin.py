@@ -50,7 +50,7 @@ def linear_classification_margin(
         input: ``[N, D]``, the features before the last layer, float32, float64, bfloat16 or
             float16.
         weight: ``[C, D]``, C >= 2, in the dtype of ``input``. Under autocast it may have any of
-            these dtypes but float64.
+            these dtypes but float64. A transposed square weight cannot be seen.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]`` in the dtype of ``weight``.
         log_norm: Natural logarithm of the norm product, see

@@ -133,7 +133,8 @@ def minimal_margin_score(
     Args:
         logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
         weight: ``[C, D]``, the last layer's weight, in the dtype of ``logits``. For bfloat16 and
-            float16 logits it may also be float32, as it is under autocast.
+            float16 logits it may also be float32, as it is under autocast. The function cannot
+            see that a square weight is transposed.
         bias: ``[C]`` in the dtype of ``weight``; read only with ``bias_in_norm``.
         rival: ``"top2"`` for the formulas above, or ``"nearest"`` for the exact nearest boundary,
             ``min over j != i1 of (f_i1 - f_j) / ||w_i1 - w_j||``, which needs a weight.
@@ -175,6 +176,8 @@ def minimal_margin_score(
         tensor([1., 1.])
     """
     bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm, softmax)
+    if weight is not None:
+        checks.warn_of_probabilities(logits)
     return minimal_margin_score_op(logits, weight, bias, nearest, softmax)
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import _advice as advice
 from .. import _checks as checks
 from .._checks import result_dtype
 from . import margin_pair as pairs
@@ -111,6 +112,7 @@ def _rivals(
         raise ValueError(
             f"weight: expected shape {[logits.shape[1], input.shape[1]]} for logits "
             f"{list(logits.shape)} and input {list(input.shape)}, got {list(weight.shape)}"
+            f"{advice.for_transposed('weight', weight, logits.shape[1], input.shape[1])}"
         )
     checks.check_device("weight", weight, input, "input")
     if weight.dtype != input.dtype and torch.float64 in (weight.dtype, input.dtype):

@@ -140,6 +140,8 @@ def select_minimal_margin(
     """
     bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm, softmax)
     k = checks.check_k(k, logits.size(0), "rows of logits")
+    if weight is not None:
+        checks.warn_of_probabilities(logits)
     return Selection(*select_minimal_margin_op(logits, weight, bias, k, nearest, softmax))
 
 

@@ -116,6 +116,7 @@ def sample_statistics(
     """
     checks.check_logits(logits)
     checks.check_target(target, logits, ignore_index)
+    checks.warn_of_probabilities(logits)
     input_norm = None
     if input is not None:
         checks.check_features(input, logits)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import homogeneity
-from .._checks import check_int, check_target
+from .._checks import check_int, check_target, check_tensor
 from ..metrics import (
     ClassManifolds,
     ClassManifoldsSummary,
@@ -18,10 +18,11 @@ from ..metrics import (
     NeuralCollapse,
     NeuralCollapseSummary,
 )
-from ..networks import features_and_logits, last_linear, predict, unwrap
+from ..networks import check_inputs, features_and_logits, last_linear, predict, unwrap
 from ..norms import log_norm_product
 from ..ops.margin_pair import normalize
 from ..ops.statistics import sample_statistics
+from .heads import check_head, check_head_type
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -70,7 +71,8 @@ def report_epoch(
     test_inputs: Tensor | None = None,
     test_target: Tensor | None = None,
     num_classes: int | None = None,
-    head: nn.Linear | None = None,
+    head: nn.Module | None = None,
+    weight: Tensor | None = None,
     rates: Mapping[str, float] | None = None,
     chunk_size: int = 4096,
 ) -> EpochReport:
@@ -80,17 +82,21 @@ def report_epoch(
     of Papyan, Han, Donoho (2020), and the class manifolds those of Ciceri et al. (2024).
 
     Args:
-        network: A network that maps inputs ``[B, ...]`` to logits ``[B, C]``, as a tensor or in
-            the attribute ``logits`` of its output. It may have wrappers, see
+        network: A network that maps inputs ``[B, ...]`` to logits ``[B, C]``, see
+            :func:`marginops.networks.output_tensor`. It may have wrappers, see
             :func:`marginops.networks.unwrap`. The function does not change it.
         inputs: ``[N, ...]``, N >= 1, the training inputs, on the device of ``network``.
         target: ``[N]`` int64, the classes of the training inputs.
         test_inputs: ``[M, ...]``, inputs that the network does not train on.
         test_target: ``[M]`` int64, the classes of the test inputs.
-        num_classes: The number of classes C. The default is the number of outputs of ``head``, or
-            without ``head`` the largest target plus one.
-        head: The layer that computes the logits from features ``[B, D]``. The default is the one
-            that :func:`marginops.networks.last_linear` finds.
+        num_classes: The number of classes C. The default is the number of rows of ``weight`` or of
+            outputs of ``head``; without both the largest target plus one.
+        head: The layer that computes the logits from features ``[B, D]``, as
+            ``F.linear(features, weight, bias)``. The default is the one that
+            :func:`marginops.networks.last_linear` finds. With ``weight`` it may be any module.
+        weight: ``[C, D]``, the weight in neural collapse. By default it is the weight of ``head``,
+            and the function checks as :func:`marginops.training.select_batch` that the logits
+            follow from it.
         rates: The result of :func:`marginops.homogeneity.rates`, which is the same for all epochs.
             Without it ``tau_margin`` and ``lambda_max_margin`` are NaN.
         chunk_size: The number of samples in one forward pass.
@@ -100,7 +106,8 @@ def report_epoch(
 
     Raises:
         TypeError, ValueError: An argument has the wrong type or shape, no linear layer or more than
-            one has C outputs, or ``rates`` belong to another network.
+            one has C outputs, the logits do not follow from the weight of ``head``, or ``rates``
+            belong to another network.
         RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
             assertion.
 
@@ -123,29 +130,27 @@ def report_epoch(
     """
     _check_samples(inputs, target, test_inputs, test_target)
     check_int("chunk_size", chunk_size, 1)
-    if head is not None and not isinstance(head, nn.Linear):
-        raise TypeError(f"head: expected a torch.nn.Linear, got {type(head).__name__}")
     network = unwrap(network)
-    if num_classes is None:
-        num_classes = int(target.max()) + 1 if head is None else head.out_features
-    head = head or last_linear(network, num_classes)
-    sizes, device = (num_classes, head.in_features), target.device
+    layer, sizes = _head_and_sizes(network, target, num_classes, head, weight)
+    if weight is None:
+        check_head(network, inputs[:64], layer)
+    device = target.device
     distribution = MarginDistribution(quantiles=QUANTILES).to(device)
     collapse, manifolds = NeuralCollapse(*sizes).to(device), ClassManifolds(*sizes).to(device)
     log_norm = log_norm_product(network, example_input=inputs[:2]).detach()
     margins, smallest, misclassified = [], [], []
     chunks = inputs.split(chunk_size)
     for chunk, labels in zip(chunks, target.split(chunk_size), strict=True):
-        features, logits = features_and_logits(network, chunk, head)
+        features, logits = features_and_logits(network, chunk, layer)
         statistics = sample_statistics(logits, labels)
         margins.append(normalize(statistics.margin, log_norm))
         smallest.append(statistics.margin.amin())
         misclassified.append(~statistics.correct)
         distribution.update(margins[-1])
-        collapse.update(features, labels, head.weight)
+        collapse.update(features, labels, layer.weight if weight is None else weight)
         manifolds.update(features, labels)
     for chunk in chunks:
-        collapse.update_nearest(*features_and_logits(network, chunk, head))
+        collapse.update_nearest(*features_and_logits(network, chunk, layer))
 
     wrong = torch.cat(misclassified)
     summary = distribution.compute()
@@ -178,24 +183,39 @@ def report_epoch(
     )
 
 
+def _head_and_sizes(
+    network: nn.Module, target: Tensor, num_classes: int | None, head: Any, weight: Any
+) -> tuple[Any, tuple[int, int]]:
+    """The head, and the numbers of classes and features."""
+    if weight is None:
+        check_head_type(head)
+        if num_classes is None:
+            num_classes = int(target.max()) + 1 if head is None else head.out_features
+        head = head or last_linear(network, num_classes)
+        return head, (num_classes, head.in_features)
+    check_tensor("weight", weight, 2, "[C, D]")
+    if num_classes not in (None, len(weight)):
+        raise ValueError(f"weight: expected {num_classes} rows, got shape {list(weight.shape)}")
+    if head is None:
+        head = last_linear(network, len(weight))
+    elif not isinstance(head, nn.Module):
+        raise TypeError(f"head: expected a torch.nn.Module, got {type(head).__name__}")
+    return head, (weight.shape[0], weight.shape[1])
+
+
 def _check_samples(inputs: Any, target: Any, test_inputs: Any, test_target: Any) -> None:
     """Check the training samples, and the test samples if there are any."""
     if (test_inputs is None) != (test_target is None):
         missing = "test_inputs" if test_inputs is None else "test_target"
         raise ValueError(f"{missing}: expected test_inputs and test_target together, got None")
-    samples = {"inputs": inputs, "test_inputs": test_inputs, "test_target": test_target}
-    for name, value in samples.items():
-        if not isinstance(value, Tensor) and (value is not None or name == "inputs"):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    check_inputs("inputs", inputs)
+    if test_inputs is not None:
+        check_inputs("test_inputs", test_inputs)
+        check_inputs("test_target", test_target)
     check_target(target, inputs, -100, "inputs")
     if len(inputs) == 0:
         raise ValueError("inputs: expected at least one sample, got none")
     if (target == -100).any():
         raise ValueError("target: expected a class for every sample, got -100; leave these out")
-    if test_target is not None and test_target.dtype != torch.int64:
-        raise TypeError(f"test_target: expected dtype torch.int64, got {test_target.dtype}")
-    if test_inputs is not None and test_target.shape != test_inputs.shape[:1]:
-        raise ValueError(
-            f"test_target: expected shape {list(test_inputs.shape[:1])} for test_inputs "
-            f"{list(test_inputs.shape)}, got {list(test_target.shape)}"
-        )
+    if test_inputs is not None:
+        check_target(test_target, test_inputs, -100, "test_inputs", "test_target")

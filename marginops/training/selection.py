@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..networks import call, evaluation_mode, last_linear, output_tensor
+from ..networks import call, evaluation_mode, last_linear, output_tensor, unwrap
 from ..ops.linear_select import linear_select_minimal_margin
 from ..ops.margin import Rival
 from ..ops.select import select_minimal_margin
+from .heads import can_read, check_head, check_head_type, fitting_weight
 
 
 def select_batch(
@@ -17,6 +18,7 @@ def select_batch(
     k: int,
     *,
     head: nn.Linear | None = None,
+    weight: Tensor | None = None,
     rival: Rival = "top2",
     bias_in_norm: bool = False,
 ) -> Tensor:
@@ -28,14 +30,19 @@ def select_batch(
     k = B / 10 this is the batch selection of Weinstein et al. (2020).
 
     Args:
-        network: A network that returns logits ``[B, C]``, C >= 2, as a tensor or in the attribute
-            ``logits`` of its output. It may return log-probabilities instead, because the score
-            needs only differences of logits.
+        network: A network that returns logits ``[B, C]``, C >= 2, see
+            :func:`marginops.networks.output_tensor`. It may return log-probabilities instead,
+            because the score needs only differences of logits.
         inputs: The B candidates: a tensor ``[B, ...]``, a mapping of keyword arguments, or a
-            tuple or list of positional arguments of ``network``, on its device.
+            tuple or list of positional arguments of ``network``, on its device. They do not
+            include the targets: of a batch ``(x, y)`` pass ``x``.
         k: How many candidates to select, 0 <= k <= B.
-        head: The layer that computes the logits. The default is the one that
-            :func:`marginops.networks.last_linear` finds.
+        head: The layer that computes the logits, as ``F.linear(features, weight, bias)``. The
+            default is the one that :func:`marginops.networks.last_linear` finds.
+        weight: ``[C, D]``, the weight whose distances between rows divide the differences of
+            logits, for a network whose logits do not come from a :class:`torch.nn.Linear`. By
+            default it is the weight of ``head``. The function cannot see that a square weight is
+            transposed.
         rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`.
         bias_in_norm: Count the bias of ``head`` as one more column of its weight in the norm.
 
@@ -45,16 +52,24 @@ def select_batch(
 
     Raises:
         TypeError, ValueError: The output of ``network`` is not ``[B, C]``, the last layer is not
-            clear, or an argument has the wrong type, shape or range.
+            clear, the logits do not follow from its weight, or an argument has the wrong type,
+            shape or range.
 
     A :class:`torch.nn.Sequential` that ends with ``head`` runs without this layer, and
     :func:`marginops.linear_select_minimal_margin` selects from the features. Any other network
     runs as a whole, and :func:`marginops.select_minimal_margin` selects from the logits. For given
     outputs of the network the selection is deterministic.
 
+    The first call for such a network and head checks that the logits equal
+    ``F.linear(features, head.weight, head.bias)`` up to rounding and to a constant in each row. For
+    this the call runs the network twice and waits for the device. Later calls do not check again,
+    except if the head has been wrapped, hooked or replaced. So a change that starts later, such as
+    an adapter whose weights are still 0 in the first call, is not seen. With ``weight`` there is no
+    check.
+
     The mode (training or evaluation) of every module is restored, also after an error. Running
-    statistics and random number generators do not change. The function does not wait for the
-    device.
+    statistics and random number generators do not change. Apart from the check the function does
+    not wait for the device.
 
     Example:
         >>> import torch
@@ -67,20 +82,31 @@ def select_batch(
         tensor([1, 2])
         >>> loss = torch.nn.functional.cross_entropy(network(candidates[chosen]), chosen - 1)
     """
-    if head is not None and not isinstance(head, nn.Linear):
-        raise TypeError(f"head: expected a torch.nn.Linear, got {type(head).__name__}")
+    check_head_type(head)
+    if weight is not None and (head is not None or bias_in_norm):
+        other = "head=None" if head is not None else "bias_in_norm=False"
+        raise ValueError(
+            f"weight: expected {other} with weight=, got both; to count a bias, append it to "
+            "weight as one more column"
+        )
     with evaluation_mode(network), torch.no_grad():
-        if parts := _body_and_head(network, head):
+        if weight is None and (parts := _body_and_head(network, head)):
             body, head = parts
             features = output_tensor(call(body, inputs), "features", "[B, D]")
             return linear_select_minimal_margin(
                 features, head.weight, head.bias, k=k, rival=rival, bias_in_norm=bias_in_norm
             ).indices
         logits = output_tensor(call(network, inputs))
-        head = head or last_linear(network, logits.shape[1])
-        bias = head.bias if bias_in_norm else None
+        bias: Tensor | None = None
+        if weight is None:
+            head = head or last_linear(unwrap(network), logits.shape[1])
+            weight, bias = head.weight, head.bias if bias_in_norm else None
+        weight = fitting_weight(weight, logits)
+        if head is not None and can_read(logits):
+            check_head(network, inputs, head)
+        bias = None if bias is None else bias.to(weight.dtype)
         return select_minimal_margin(
-            logits, head.weight, bias, k=k, rival=rival, bias_in_norm=bias_in_norm
+            logits, weight, bias, k=k, rival=rival, bias_in_norm=bias_in_norm
         ).indices
 
 

@@ -53,6 +53,14 @@ def returning_more(network: BodyAndHead, inputs: Tensor) -> SimpleNamespace:
     return SimpleNamespace(logits=network.head(network.body(inputs)), loss=None)
 
 
+def returning_mapping(network: BodyAndHead, inputs: Tensor) -> dict[str, Tensor]:
+    return {"logits": network.head(network.body(inputs))}
+
+
+def by_keyword(network: BodyAndHead, inputs: Tensor) -> Tensor:
+    return network.head(input=network.body(inputs))
+
+
 def modes(network: nn.Module) -> list[bool]:
     """Which modules are in training mode."""
     return [module.training for module in network.modules()]

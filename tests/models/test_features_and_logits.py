@@ -12,12 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from helpers.classifiers import (
     BodyAndHead,
     Pair,
+    by_keyword,
     compiled,
     data_parallel,
     group_of_one,
     modes,
     network_with_state,
     returning_logits,
+    returning_mapping,
     returning_more,
 )
 from marginops.networks import evaluation_mode, features_and_logits
@@ -29,10 +31,6 @@ def distributed(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def by_keyword(network: BodyAndHead, inputs: Tensor) -> Tensor:
-    return network.head(input=network.body(inputs))
-
-
 def assert_sees_body_and_head(
     network: nn.Module, inputs: Tensor, body: nn.Module, head: nn.Linear
 ) -> None:
@@ -42,10 +40,12 @@ def assert_sees_body_and_head(
         torch.testing.assert_close(features, expected, rtol=0, atol=0)
         torch.testing.assert_close(logits, head(expected), rtol=0, atol=0)
     assert not features.requires_grad and not logits.requires_grad
-    assert not head._forward_pre_hooks
+    assert not head._forward_pre_hooks and not head._forward_hooks
 
 
-@pytest.mark.parametrize("function", [returning_logits, by_keyword, returning_more])
+@pytest.mark.parametrize(
+    "function", [returning_logits, by_keyword, returning_more, returning_mapping]
+)
 def test_features_and_logits_come_from_body_and_head(function: Callable[..., Any]) -> None:
     network = BodyAndHead(function)
     assert_sees_body_and_head(network, torch.randn(5, 6), network.body, network.head)
@@ -175,4 +175,4 @@ def test_a_refused_network_stays_as_it_was(
     with pytest.raises(error, match=message):
         features_and_logits(network, torch.randn(5, 6), network.head)
     assert modes(network) == before
-    assert not network.head._forward_pre_hooks
+    assert not network.head._forward_pre_hooks and not network.head._forward_hooks

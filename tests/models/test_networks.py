@@ -19,6 +19,7 @@ from helpers.classifiers import (
     modes,
     network_with_state,
     returning_logits,
+    returning_mapping,
     returning_more,
 )
 from marginops.networks import (
@@ -130,13 +131,22 @@ def test_logits_are_the_output_or_its_attribute() -> None:
     logits = torch.randn(5, 4)
     assert output_tensor(logits) is logits
     assert output_tensor(SimpleNamespace(logits=logits, loss=None)) is logits
+    assert output_tensor({"loss": None, "logits": logits}) is logits
+    assert output_tensor(UserDict(logits=logits)) is logits
 
 
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
         ((torch.zeros(5, 4),), TypeError, r"expected scores \[N, K\] as output .* got tuple"),
-        ({"logits": torch.zeros(5, 4)}, TypeError, "expected scores .* got dict"),
+        (
+            {"out": torch.zeros(5, 4)},
+            TypeError,
+            r"expected scores .* got dict; .* not only \['out'",
+        ),
+        ({"logits": [0.0]}, TypeError, "expected scores .* got dict"),
+        ((torch.tensor(1.0), torch.zeros(5, 4)), TypeError, ".* got tuple; leave the labels out"),
+        (torch.tensor(1.0), ValueError, r".* got \[\]; leave the labels out of inputs"),
         (SimpleNamespace(logits=None), TypeError, "expected scores .* got SimpleNamespace"),
         (torch.zeros(5), ValueError, r"expected scores of shape \[N, K\], got \[5\]"),
         (
@@ -152,7 +162,7 @@ def test_an_output_that_is_no_matrix(output: Any, error: type[Exception], messag
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 4096])
-@pytest.mark.parametrize("function", [returning_logits, returning_more])
+@pytest.mark.parametrize("function", [returning_logits, returning_more, returning_mapping])
 def test_predictions_are_the_logits_of_all_inputs(
     chunk_size: int, function: Callable[..., Any]
 ) -> None:

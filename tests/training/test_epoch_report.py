@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,11 +22,13 @@ from scipy import optimize
 
 from helpers.classifiers import (
     BodyAndHead,
+    by_keyword,
     compiled,
     data_parallel,
     group_of_one,
     modes,
     returning_logits,
+    returning_mapping,
     returning_more,
 )
 from helpers.reports import assert_reports_close
@@ -233,10 +235,13 @@ def test_the_network_evaluates_and_stays_as_it_was() -> None:
     assert report.training_error == pytest.approx(1 - report.test_accuracy)
 
 
-def test_an_output_with_logits_is_reported_without_a_warning() -> None:
+@pytest.mark.parametrize("function", [returning_more, returning_mapping, by_keyword])
+def test_an_output_with_logits_is_reported_without_a_warning(function: Callable[..., Any]) -> None:
     inputs, target = torch.randn(60, 6), torch.arange(60) % 4
     samples = {"test_inputs": inputs[:20], "test_target": target[:20]}
-    plain, other = BodyAndHead(returning_logits), BodyAndHead(returning_more)
+    plain, other = BodyAndHead(returning_logits), BodyAndHead(function)
+    samples["rates"] = homogeneity.rates(other, inputs[:2])
+    assert samples["rates"] == homogeneity.rates(plain, inputs[:2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = report_epoch(other, inputs, target, **samples)
@@ -290,6 +295,26 @@ def test_twin_layers_need_a_head() -> None:
     assert report.manifolds.radius[0].item() == pytest.approx(radius, rel=1e-5)
 
 
+class Doubled(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * input
+
+
+def test_the_weight_has_to_be_passed_where_the_logits_do_not_follow_from_the_head() -> None:
+    network = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4), Doubled())
+    inputs, target = torch.randn(60, 6), torch.arange(60) % 4
+    with pytest.raises(
+        ValueError, match=r"^head: expected logits F\.linear.* Linear '2'.* weight="
+    ):
+        report_epoch(network, inputs, target)
+    for head in (None, network[2]):
+        weight = F.normalize(network[2].weight)
+        report = report_epoch(network, inputs, target, head=head, weight=weight)
+        assert report.collapse.nc2_norm_weight.item() == pytest.approx(0, abs=1e-6)
+    report = report_epoch(network, inputs, target, weight=2 * network[2].weight)
+    assert report.collapse.nc2_norm_weight.item() > 0.01
+
+
 INPUTS, TARGET = torch.zeros(8, 6), torch.arange(8) % 4
 
 
@@ -302,7 +327,7 @@ INPUTS, TARGET = torch.zeros(8, 6), torch.arange(8) % 4
         ({"target": TARGET.float()}, TypeError, r"target: expected dtype torch\.int64"),
         ({"target": TARGET[:7]}, ValueError, r"target: expected shape \[8\] for inputs \[8, 6\]"),
         ({"target": TARGET[:, None]}, ValueError, r"target: expected shape \[8\] for inputs"),
-        ({"head": nn.Linear(6, 4)}, ValueError, "head: expected .* once .* got 0 calls"),
+        ({"head": nn.Linear(6, 4)}, ValueError, "head: expected .* once .* got 0 calls; .*weight="),
         ({"test_inputs": INPUTS}, ValueError, "test_target: expected test_inputs and test_target"),
         ({"test_target": TARGET}, ValueError, "test_inputs: expected test_inputs and test_target"),
         (
@@ -315,7 +340,19 @@ INPUTS, TARGET = torch.zeros(8, 6), torch.arange(8) % 4
             TypeError,
             "test_target: expected a tensor, got list",
         ),
-        ({"head": nn.ReLU()}, TypeError, r"head: expected a torch\.nn\.Linear, got ReLU"),
+        (
+            {"head": nn.ReLU()},
+            TypeError,
+            r"head: expected a torch\.nn\.Linear, got ReLU of .*; pass weight",
+        ),
+        ({"head": [], "weight": torch.ones(4, 6)}, TypeError, "head: expected a torch.nn.Module"),
+        ({"num_classes": 4, "weight": torch.ones(3, 6)}, ValueError, "weight: expected 4 rows"),
+        ({"weight": nn.Linear(6, 4)}, TypeError, r"weight: .* got Linear; pass \.weight"),
+        (
+            {"test_inputs": INPUTS, "test_target": TARGET.int()},
+            TypeError,
+            r"test_target: expected dtype torch\.int64 .*; pass test_target\.long\(\)",
+        ),
         ({"num_classes": 3}, ValueError, "network: no linear layer has 3 outputs"),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
         ({"rates": [1.0]}, TypeError, "rates: expected a mapping of names, got list"),

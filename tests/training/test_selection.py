@@ -129,9 +129,11 @@ def make_sparse(network: nn.Sequential) -> None:
     "change",
     [
         make_sparse,
-        lambda network: setattr(network[-1], "forward", lambda x: x[:, :4].sin()),
-        lambda network: network[-1].register_forward_hook(lambda _, args, output: -output),
-        lambda network: network.register_forward_hook(lambda _, args, output: -output),
+        lambda network: setattr(network[-1], "forward", network[-1].forward),
+        lambda network: network[-1].register_forward_hook(lambda _, args, output: output + 1),
+        lambda network: network.register_forward_hook(
+            lambda _, args, output: output.log_softmax(1)
+        ),
         lambda network: network.register_forward_pre_hook(lambda _, args: (-args[0],)),
     ],
 )

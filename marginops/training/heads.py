@@ -1,0 +1,186 @@
+"""Checks that the logits of a network follow from the weight of its head.
+
+Scores divide differences of logits by distances between the rows of the head's weight. If something
+else computes the logits (an adapter, a scale, a softmax), these distances do not fit them.
+"""
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _checks as checks
+from ..networks import unwrap, watch_layer
+
+_ADVICE = (
+    "merge an adapter into the layer, pass head=, the torch.nn.Linear that computes the logits, or "
+    "pass weight=, the tensor [C, D] whose distances between rows fit the logits"
+)
+# What was known about a head of a network when the check passed. The references are weak.
+_passed: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, Any]] = WeakKeyDictionary()
+
+
+def check_head_type(head: Any) -> None:
+    """Check that a head is a linear layer or None."""
+    if head is None or isinstance(head, nn.Linear):
+        return
+    kind, todo = type(head).__name__, "pass this layer, or "
+    if isinstance(head, str):
+        todo = f"pass network.get_submodule({head!r}), or "
+    elif isinstance(head, nn.Module):  # perhaps a Linear as well, such as a quantized one
+        kind, todo = f"{kind} of {type(head).__module__}", "pass "
+    raise TypeError(
+        f"head: expected a torch.nn.Linear, got {kind}; {todo}weight=, the tensor [C, D] whose "
+        "distances between rows fit the logits"
+    )
+
+
+def fitting_weight(weight: Any, logits: Tensor) -> Tensor:
+    """Check a weight for the logits of a network, and convert it to a dtype that fits them."""
+    checks.check_tensor("weight", weight, 2, "[C, D]")
+    if weight.dtype != logits.dtype:
+        weight = weight.to(checks.result_dtype(logits.dtype))
+    checks.check_weight(weight, logits)
+    return weight
+
+
+def can_read(logits: Tensor) -> bool:
+    """Whether there are values, and Python may read them: not in a graph that is recorded."""
+    capturing = logits.is_cuda and torch.cuda.is_current_stream_capturing()
+    return checks.has_values(logits) and len(logits) > 0 and not capturing
+
+
+def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> None:
+    """Check that the logits are ``F.linear(features, head.weight, head.bias)``.
+
+    They may differ by a constant in each row, as log-probabilities do. The check runs the network
+    and waits for the device. If it passes, later calls for this network and head return at once.
+
+    Args:
+        network: Any network.
+        inputs: A batch with at least one sample.
+        head: The layer whose weight is going to be used.
+
+    Raises:
+        ValueError: The logits do not follow from this layer.
+    """
+    network = unwrap(network)
+    known = _passed.setdefault(network, WeakKeyDictionary())
+    facts = _facts(network, head)
+    if known.get(head) == facts:
+        return
+    calls, logits = watch_layer(network, inputs, head)
+    if not calls:
+        raise ValueError(
+            "head: expected network to call this layer at least once in a forward pass, got 0 "
+            f"calls; {_ADVICE}"
+        )
+    agreements = [_agreement(*call, head, logits) for call in calls]
+    if not any(agreement.agrees for agreement in agreements):
+        difference = min(agreement.difference for agreement in agreements)
+        got = f"got a difference of {difference:.3g}"
+        if difference == torch.inf:
+            shapes = [[*features.shape] for features, _ in calls]
+            got = f"got logits {[*logits.shape]} for features {', '.join(map(str, shapes))}"
+        elif _are_probabilities(logits):
+            got = f"{got}; the logits look like probabilities"
+        raise ValueError(
+            f"head: expected logits F.linear(features, weight, bias) of {type(head).__name__} "
+            f"{facts.path!r}, up to a constant in each row, {got}; {_ADVICE}"
+        )
+    if any(agreement.agrees and agreement.is_conclusive for agreement in agreements):
+        known[head] = facts
+
+
+class _Facts(NamedTuple):
+    """What changes if somebody replaces, wraps or hooks the head or the network."""
+
+    path: str | None
+    kinds: tuple[type, type]
+    hooks: tuple[int, ...]
+    patched: tuple[bool, bool]
+
+
+def _facts(network: nn.Module, head: nn.Linear) -> _Facts:
+    both = network, head
+    return _Facts(
+        next((path for path, module in network.named_modules() if module is head), None),
+        (type(network), type(head)),
+        tuple(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in both),
+        ("forward" in vars(network), "forward" in vars(head)),
+    )
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    sums = logits.double().sum(1)
+    return bool((logits >= 0).all() and ((sums - 1).abs() < 0.02).all())
+
+
+class _Agreement(NamedTuple):
+    """Whether a call of the head computes the logits.
+
+    Attributes:
+        agrees: Whether the difference is one of rounding.
+        is_conclusive: Whether other logits would have shown. Logits that are all 0 agree with
+            any multiple of themselves.
+        difference: The largest difference, without a constant in each row.
+    """
+
+    agrees: bool
+    is_conclusive: bool
+    difference: float
+
+
+@torch.no_grad()
+def _agreement(features: Tensor, output: Tensor, head: nn.Linear, logits: Tensor) -> _Agreement:
+    """Compare the logits with what the weight makes of the features, in the head's arithmetic.
+
+    Features ``[B, T, D]`` give T candidates for each row of logits, and their mean is one more.
+    """
+    classes, columns = head.weight.shape
+    batch = len(logits)
+    if features.shape[0] != batch or features.shape[-1] != columns or classes != logits.shape[1]:
+        return _Agreement(False, False, torch.inf)
+    positions = features[0].numel() // columns
+    rows = max(1, min(batch, 2**22 // (positions * classes)))
+    kept = features[:rows].reshape(rows, positions, columns).to(output.dtype)
+    weight = head.weight.to(output.dtype)
+    bias = None if head.bias is None else head.bias.to(output.dtype)
+    with torch.autocast(logits.device.type, enabled=False):
+        expected = F.linear(kept, weight, bias)
+    dtype = checks.result_dtype(output.dtype)
+    seen, expected = logits[:rows].to(expected.device, dtype).unsqueeze(1), expected.to(dtype)
+    expected = torch.cat((expected, expected.mean(1, keepdim=True)), 1)
+
+    # Logits may hold infinities, for example in classes that a mask excludes.
+    finite = seen.isfinite() & expected.isfinite()
+    count = finite.sum(-1, keepdim=True).clamp(min=1)
+    seen, expected = torch.where(finite, seen, 0), torch.where(finite, expected, 0)
+    difference = seen - expected
+    difference = torch.where(finite, difference - difference.sum(-1, keepdim=True) / count, 0)
+    largest = difference.abs().amax(-1)
+    rounding = _rounding(kept, weight, torch.maximum(seen.abs(), expected.abs()), logits)
+    best = (largest - rounding).argmin(1, keepdim=True)
+    largest, rounding = largest.gather(1, best), rounding.gather(1, best)
+    spread = (expected.amax(-1) - expected.amin(-1)).gather(1, best)
+    return _Agreement(
+        bool((largest <= rounding).all()),
+        bool((spread > 2 * rounding).any()),
+        largest.max().item(),
+    )
+
+
+def _rounding(features: Tensor, weight: Tensor, size: Tensor, logits: Tensor) -> Tensor:
+    """Bounds of rounding errors of a row of logits, ``[B, T + 1]``.
+
+    The sums are accumulated in float32 or float64, and both results are rounded to their dtype.
+    """
+    wide = size.dtype
+    product = torch.linalg.vector_norm(features, dim=-1, dtype=wide)
+    product = product * torch.linalg.vector_norm(weight, dim=1, dtype=wide).amax()
+    product = torch.cat((product, product.amax(1, keepdim=True)), 1)
+    narrow = max(torch.finfo(features.dtype).eps, torch.finfo(logits.dtype).eps)
+    rounded = size.amax(-1) + product / weight.shape[1] ** 0.5
+    return 8 * torch.finfo(wide).eps * product + 4 * narrow * rounded

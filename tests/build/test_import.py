@@ -1,0 +1,36 @@
+"""``import marginops`` imports little, and every public module is an attribute of the package."""
+
+import subprocess
+import sys
+
+import pytest
+
+import marginops
+
+MODULES = ("homogeneity", "metrics", "networks", "nn", "norms", "training")
+
+
+def python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_import_leaves_out_what_few_need() -> None:
+    heavy = ("torchmetrics", "scipy", "matplotlib", "marginops.metrics", "marginops.training")
+    code = f"import sys, marginops; dir(marginops); print([n for n in {heavy} if n in sys.modules])"
+    assert python(code) == "[]\n"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_an_attribute_of_the_package(name: str) -> None:
+    if name == "metrics":
+        pytest.importorskip("torchmetrics")
+    assert name in dir(marginops)
+    code = f"import marginops; print(marginops.{name}.__name__, marginops.{name}.__all__ != [])"
+    assert python(code) == f"marginops.{name} True\n"
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'marginops' has no attribute 'trainin'"):
+        getattr(marginops, "trainin")  # noqa: B009
