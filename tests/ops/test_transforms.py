@@ -121,7 +121,7 @@ CASES = {
     ),
     "select_smallest": (lambda x: marginops.select_smallest(x, 2).scores, smallest, (ROWS,)),
     "select_minimal_margin": (
-        lambda x: marginops.select_minimal_margin(x, WEIGHT, 2).scores,
+        lambda x: marginops.select_minimal_margin(x, WEIGHT, k=2).scores,
         lambda x: smallest(score(x)),
         (ROWS, CLASSES),
     ),
