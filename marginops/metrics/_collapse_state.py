@@ -9,18 +9,24 @@ import torch
 
 def collapse_fault(state: Mapping[str, Any]) -> str | None:
     """What is impossible about a state, "expected ..., got ...", or None."""
-    count, differing = state["count"], state["differing"].item()
-    compared = state["compared"].item()
-    empty = count == 0
+    count, mean, within = state["count"], state["mean"], state["within_scatter"]
+    compared, differing = state["compared"].item(), state["differing"].item()
+    empty, spread = count == 0, within.diagonal().sqrt()
     if (count < 0).any():
         return f"expected count >= 0, got {count.min().item()}"
-    if state["mean"][empty].ne(0).any():
+    if mean[empty].ne(0).any():
         return "expected 0 as mean of classes without samples, got other values"
-    if (state["within_scatter"].diagonal() < 0).any():
+    if mean.isinf().any() or within.isinf().any():
+        return "expected no infinity in mean and within_scatter, got one"
+    if (within.diagonal() < 0).any():
         return "expected a diagonal of within_scatter >= 0, got a negative value"
-    if (state["within_scatter"].diagonal().isnan() & ~state["mean"].isnan().any(0)).any():
-        return "expected numbers in within_scatter where all means are numbers, got NaN"
-    if empty.all() and state["within_scatter"].ne(0).any():
+    if (spread.isnan() != mean.isnan().any(0)).any():
+        return "expected NaN in the columns of within_scatter where a mean is NaN, got others"
+    if (within.abs() > torch.outer(spread, spread) * (1 + 1e-6)).any():
+        return (
+            "expected within_scatter as a sum of outer products, got larger values off the diagonal"
+        )
+    if empty.all() and within.ne(0).any():
         return "expected 0 as within_scatter without samples, got other values"
     if not state["has_weight"] and not state["weight"].isnan().all():
         return "expected a weight of NaN with has_weight=False, got numbers"

@@ -69,16 +69,21 @@ def _extremes_fault(state: Mapping[str, Tensor]) -> str | None:
     order = torch.cat((torch.arange(BINS - 1, _NEGATIVE - 1, -1), torch.arange(_NEGATIVE)))
     occupied = order[bins[order] > 0]
     for name, value, bin in (
-        ("minimum", minimum, occupied[0]),
-        ("maximum", maximum, occupied[-1]),
+        ("minimum", minimum, int(occupied[0])),
+        ("maximum", maximum, int(occupied[-1])),
     ):
-        if value.isnan() or _bin_of(value) != bin:
-            return f"expected a {name} in the bin {bin.item()} of margins, got {value.item()}"
+        if value.isnan() or _without_sign_of_zero(_bin_of(value)) != _without_sign_of_zero(bin):
+            return f"expected a {name} in the bin {bin} of margins, got {value.item()}"
     return None
 
 
 def _bin_of(margin: Tensor) -> int:
     return int(margin.float().view(torch.int32).item()) >> 16 & (BINS - 1)
+
+
+def _without_sign_of_zero(bin: int) -> int:
+    """0 and -0 are equal, so that either may be the minimum or maximum of both."""
+    return 0 if bin == _NEGATIVE else bin
 
 
 def _rounding_of_sums(state: Mapping[str, Tensor]) -> float:

@@ -164,8 +164,8 @@ class CheckedMetric(Metric):
             return
         fault = self._fault(state)
         if fault is not None:
-            metric = f"metric {prefix.removesuffix('.')!r}: " if prefix else ""
-            error_msgs.append(f"state_dict: {metric}{fault}")
+            place = f" (the metric {prefix.removesuffix('.')})" if prefix else ""
+            error_msgs.append(f"state_dict: {fault}{place}")
         elif not strict or len(unexpected_keys) == known:  # else torch raises an error
             for name, value in self._copies(state).items():
                 setattr(self, name, value)
@@ -186,14 +186,17 @@ class CheckedMetric(Metric):
 
     def _fault(self, state: Mapping[str, Any]) -> str | None:
         """What is wrong with a state, "expected ..., got ...", or None."""
-        missing = [name for name in self._own_names() if name not in state]
-        if missing:
-            return f"expected {', '.join(self._own_names())}, got no {', '.join(missing)}"
         return (
-            self._configuration_fault(state["configuration"])
+            self._missing_fault(state, ["configuration"])
+            or self._configuration_fault(state["configuration"])
+            or self._missing_fault(state, self._own_names())
             or self._kind_fault(state)
             or self._value_fault(state)
         )
+
+    def _missing_fault(self, state: Mapping[str, Any], names: list[str]) -> str | None:
+        missing = [name for name in names if name not in state]
+        return f"expected {', '.join(missing)}, got {', '.join(state)}" if missing else None
 
     def _own_names(self) -> list[str]:
         return [name for name in self._defaults if name in (*self.own_states, "configuration")]

@@ -187,8 +187,8 @@ class ClassManifolds(CheckedMetric):
             return "expected NaN as mean and radius of classes without samples, got numbers"
         if (radius < 0).any():
             return f"expected radius >= 0, got {radius[radius < 0][0].item()}"
-        if (mean.isnan().any(1) & ~radius.isnan()).any():
-            return "expected the radius NaN of a class whose mean is NaN, got a number"
+        if (mean.isnan().any(1) != radius.isnan()).any():
+            return "expected a radius NaN where the mean has a NaN and nowhere else, got others"
         length = torch.linalg.vector_norm(mean, dim=1)
         if self.normalize and ((radius > _ON_SPHERE).any() or (length > _ON_SPHERE).any()):
             return "expected radius and length of the mean <= 1 with normalize=True, got more"
