@@ -1,12 +1,14 @@
 """Helpers that all metrics share."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import _checks as checks
+
+Summary = TypeVar("Summary")
 
 
 def check_columns(name: str, value: Any, rows: str, columns: int, device: torch.device) -> None:
@@ -33,6 +35,17 @@ def new_axes(ax: Any) -> Any:
     return pyplot.subplots()[1] if ax is None else ax
 
 
+def as_series(val: Any, kind: type[Summary]) -> list[Summary]:
+    """One or several summaries as a list."""
+    series = [val] if isinstance(val, kind) or not isinstance(val, Sequence) else list(val)
+    for summary in series:
+        if not isinstance(summary, kind):
+            raise TypeError(f"val: expected {kind.__name__}, got {type(summary).__name__}")
+    if not series:
+        raise ValueError(f"val: expected at least one {kind.__name__}, got none")
+    return series
+
+
 def plot_values(ax: Any, values: Mapping[str, Tensor]) -> None:
     """Draw one bar for each value."""
     ax.bar(list(values), [float(value) for value in values.values()])
@@ -40,9 +53,7 @@ def plot_values(ax: Any, values: Mapping[str, Tensor]) -> None:
 
 def plot_steps(ax: Any, series: Sequence[Mapping[str, Tensor]], title: str) -> None:
     """Draw a line over the steps for each value."""
-    names = list(series[0]) if series else []
-    for name in names:
+    for name in series[0]:
         ax.plot([float(values[name]) for values in series], marker="o", label=name)
-    if names:
-        ax.legend(title=title)
+    ax.legend(title=title)
     ax.set(xlabel="step")

@@ -162,15 +162,19 @@ class CheckedMetric(Metric):
         if not state:  # as in the checkpoint of a model that had no metric
             missing_keys.extend(prefix + name for name, kept in self._persistent.items() if kept)
             return
-        fault = self._fault(state)
+        # torch does not tell a module whether other keys are an error, so here they always are.
+        more = unexpected_keys[known:]
+        fault = self._fault(state) or (
+            f"expected only {', '.join(names)}, got also {', '.join(more)}" if more else None
+        )
         if fault is not None:
             place = f" (the metric {prefix.removesuffix('.')})" if prefix else ""
             error_msgs.append(f"state_dict: {fault}{place}")
-        elif not strict or len(unexpected_keys) == known:  # else torch raises an error
-            for name, value in self._copies(state).items():
-                setattr(self, name, value)
-            self._computed = None
-            self._forward_cache = None
+            return
+        for name, value in self._copies(state).items():
+            setattr(self, name, value)
+        self._computed = None
+        self._forward_cache = None
 
     def _copies(self, state: Mapping[str, Any]) -> State:
         """The states as independent tensors on the device of the metric."""

@@ -220,15 +220,15 @@ class NeuralCollapse(CheckedMetric):
 
         Raises:
             ImportError: matplotlib is not installed.
+            TypeError, ValueError: ``val`` holds anything else, or nothing.
         """
         ax = shared.new_axes(ax)
-        if val is None:
-            val = self.compute()
-        if isinstance(val, NeuralCollapseSummary):
-            shared.plot_values(ax, val.scalars())
+        series = shared.as_series(self.compute() if val is None else val, NeuralCollapseSummary)
+        if len(series) == 1:
+            shared.plot_values(ax, series[0].scalars())
             ax.tick_params("x", rotation=30)
         else:
-            shared.plot_steps(ax, [summary.scalars() for summary in val], "property")
+            shared.plot_steps(ax, [summary.scalars() for summary in series], "property")
         ax.set(ylabel="distance from collapse")
         return ax.get_figure(), ax
 

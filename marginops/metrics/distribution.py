@@ -238,13 +238,14 @@ class MarginDistribution(CheckedMetric):
 
         Raises:
             ImportError: matplotlib is not installed.
+            TypeError, ValueError: ``val`` holds anything else, or nothing.
             ValueError: ``kind`` is unknown, or a histogram is wanted and a margin is not finite or
                 there are no margins.
         """
         checks.check_choice("kind", kind, ("rank", "histogram"))
         ax = shared.new_axes(ax)
         if val is not None:
-            summaries = [val] if isinstance(val, MarginSummary) else list(val)
+            summaries = shared.as_series(val, MarginSummary)
             lines = torch.stack([summary.quantiles for summary in summaries]).cpu()
             ax.plot(lines.numpy(), marker="o", label=[f"{q:g}" for q in self.quantiles])
             ax.legend(title="quantile")

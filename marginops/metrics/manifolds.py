@@ -157,15 +157,15 @@ class ClassManifolds(CheckedMetric):
 
         Raises:
             ImportError: matplotlib is not installed.
+            TypeError, ValueError: ``val`` holds anything else, or nothing.
         """
         ax = shared.new_axes(ax)
-        if val is None:
-            val = self.compute()
-        if isinstance(val, ClassManifoldsSummary):
-            shared.plot_values(ax, _by_class(val))
+        series = shared.as_series(self.compute() if val is None else val, ClassManifoldsSummary)
+        if len(series) == 1:
+            shared.plot_values(ax, _by_class(series[0]))
             ax.set(xlabel="class")
         else:
-            shared.plot_steps(ax, [_by_class(summary) for summary in val], "class")
+            shared.plot_steps(ax, [_by_class(summary) for summary in series], "class")
         ax.set(ylabel="radius")
         return ax.get_figure(), ax
 
