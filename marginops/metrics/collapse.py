@@ -61,8 +61,15 @@ class NeuralCollapse(CheckedMetric):
     Without the second pass ``nc4`` is NaN. It is always NaN in the value of a batch that
     ``forward`` returns.
 
-    The metric computes in float64. A batch costs a product [D, N] x [N, D]. The state takes
-    D (D + 3 C) numbers for any number of samples, and is part of ``state_dict``.
+    The metric computes in float64. A batch costs a product [D, N] x [N, D], and one of [N, D] x
+    [D, C] in the second pass. The state takes D (D + 3 C) numbers for any number of samples, and is
+    part of ``state_dict``.
+
+    Where states merge, the weight is that of the last one that has a weight. In a window of
+    ``torchmetrics.wrappers.Running`` nobody knows which one is the last: if their weights differ,
+    the metric has no weight there. After :meth:`marginops.metrics.NeuralCollapse.merge_state` the
+    second pass goes on only if both metrics compare with the same means, as the processes of one
+    group do, or if one metric is empty. Else it starts from the beginning.
 
     Example:
         >>> import torch

@@ -49,8 +49,9 @@ class ClassManifolds(CheckedMetric):
     float64. So a class of equal points has radius 0 in one batch. Over several batches, with
     ``normalize``, its radius is at most the rounding error of z.
 
-    The metric does not wait for the device. The state takes C (D + 2) numbers for any number of
-    samples, and is part of ``state_dict``.
+    ``update`` and ``compute`` do not wait for the device, except to compare the arguments of
+    several processes. The state takes C (D + 2) numbers for any number of samples, and is part of
+    ``state_dict``.
 
     Example:
         >>> import torch
