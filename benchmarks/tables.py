@@ -18,6 +18,7 @@ NAMES = {
     "linear_cross_entropy": "PyTorch's linear loss",
     "liger": "Liger",
     "cut_cross_entropy": "cut-cross-entropy",
+    "neural_collapse": "neural-collapse",
     "product": "the bare product",
     "floor": "the floor",
 }

@@ -1,64 +1,23 @@
 """Neural collapse: how close class means and weight of the last layer are to one simplex."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ..ops.moments import class_moments
 from . import _shared as shared
+from ._collapse_state import collapse_fault, second_pass
+from ._nearest import differs_from_nearest
+from ._scatter import Scatter
+from ._simplex import distance_to_simplex, within_over_between
+from ._state import CheckedMetric, State
+from ._summaries import NeuralCollapseSummary
 
 
-class NeuralCollapseSummary(NamedTuple):
-    """The result of :class:`marginops.metrics.NeuralCollapse`: 0-d tensors, 0 at full collapse."""
-
-    nc1: Tensor
-    nc2_norm_means: Tensor
-    nc2_angle_means: Tensor
-    nc2_norm_weight: Tensor
-    nc2_angle_weight: Tensor
-    nc3: Tensor
-    nc4: Tensor
-
-
-class _Scatter(NamedTuple):
-    """The sums from which neural collapse follows.
-
-    Attributes:
-        samples: ``[C]`` int64, the number of samples of each class.
-        mean: ``[C, D]``, the mean of each class, 0 for a class without samples.
-        within_scatter: ``[D, D]``, the sum of the outer products of all deviations from the class
-            means.
-    """
-
-    samples: Tensor
-    mean: Tensor
-    within_scatter: Tensor
-
-    def merge(self, other: "_Scatter") -> "_Scatter":
-        """Merge the sums of two sets of samples (Chan, Golub, LeVeque, 1979)."""
-        count = self.samples + other.samples
-        share = (other.samples.double() / count.clamp(min=1)).unsqueeze(1)
-        step = other.mean - self.mean
-        between = (self.samples.unsqueeze(1) * share * step).T @ step
-        return _Scatter(
-            count, self.mean + share * step, self.within_scatter + other.within_scatter + between
-        )
-
-
-def _batch_scatter(input: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> _Scatter:
-    input = input.detach().double()
-    count, mean, _ = class_moments(input, target, num_classes, ignore_index=ignore_index)
-    mean = torch.where((count == 0).unsqueeze(1), 0, mean)
-    ignored = target == ignore_index
-    deviation = input - mean[torch.where(ignored, 0, target)]
-    deviation = torch.where(ignored.unsqueeze(1), 0, deviation)
-    return _Scatter(count, mean, deviation.T @ deviation)
-
-
-class NeuralCollapse(shared.FixedDtypeMetric):
+class NeuralCollapse(CheckedMetric):
     r"""The four properties of neural collapse, each 0 at full collapse.
 
     Let :math:`\mu_c` be the mean feature of class c, :math:`\mu` the mean of the class means, M the
@@ -102,8 +61,15 @@ class NeuralCollapse(shared.FixedDtypeMetric):
     Without the second pass ``nc4`` is NaN. It is always NaN in the value of a batch that
     ``forward`` returns.
 
-    The metric computes in float64. A batch costs a product [D, N] x [N, D]. The state takes
-    D (D + 3 C) numbers for any number of samples, and is part of ``state_dict``.
+    The metric computes in float64. A batch costs a product [D, N] x [N, D], and one of [N, D] x
+    [D, C] in the second pass. The state takes D (D + 3 C) numbers for any number of samples, and is
+    part of ``state_dict``.
+
+    Where states merge, the weight is that of the last one that has a weight. In a window of
+    ``torchmetrics.wrappers.Running`` nobody knows which one is the last: if their weights differ,
+    the metric has no weight there. After :meth:`marginops.metrics.NeuralCollapse.merge_state` the
+    second pass goes on only if both metrics compare with the same means, as the processes of one
+    group do, or if one metric is empty. Else it starts from the beginning.
 
     Example:
         >>> import torch
@@ -120,7 +86,11 @@ class NeuralCollapse(shared.FixedDtypeMetric):
 
     is_differentiable = False
     higher_is_better = False
-    full_state_update = True
+    full_state_update = False
+    own_states = (
+        *("count", "mean", "within_scatter", "weight", "has_weight"),
+        *("centers", "has_centers", "compared", "differing"),
+    )
 
     count: Tensor
     mean: Tensor
@@ -135,9 +105,15 @@ class NeuralCollapse(shared.FixedDtypeMetric):
     def __init__(
         self, num_classes: int, num_features: int, *, ignore_index: int = -100, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
         checks.check_int("num_classes", num_classes, 2)
         checks.check_int("num_features", num_features, 1)
+        checks.check_int("ignore_index", ignore_index)
+        arguments = {
+            "num_classes": num_classes,
+            "num_features": num_features,
+            "ignore_index": ignore_index,
+        }
+        super().__init__(arguments, **kwargs)
         self.num_classes, self.num_features = num_classes, num_features
         self.ignore_index = ignore_index
         zeros = torch.zeros(num_classes, num_features, dtype=torch.float64)
@@ -174,9 +150,9 @@ class NeuralCollapse(shared.FixedDtypeMetric):
         shared.check_columns("input", input, "N", self.num_features, self.count.device)
         if weight is not None:
             self._check_weight(weight)
-        batch = _batch_scatter(input, target, self.num_classes, self.ignore_index)
-        merged = _Scatter(self.count, self.mean, self.within_scatter).merge(batch)
-        self.count, self.mean, self.within_scatter = merged
+        checks.check_target(target, input, self.ignore_index, "input")
+        scatter = Scatter.of(self.metric_state).add(input.detach(), target, self.ignore_index)
+        self.count, self.mean, self.within_scatter = scatter
         self.has_centers = torch.zeros_like(self.has_centers)
         if weight is not None:
             self.weight = weight.detach().double()
@@ -209,13 +185,7 @@ class NeuralCollapse(shared.FixedDtypeMetric):
         if not self.has_centers:
             self._fix_centers()
         with torch.no_grad():
-            # Without a matrix product, which would cancel where means are close.
-            exact = "donot_use_mm_for_euclid_dist"
-            distance, nearest = torch.cdist(input.double(), self.centers, compute_mode=exact).min(1)
-            largest, predicted = logits.max(1)
-            # A sample with a NaN or without a finite distance cannot be compared.
-            comparable = distance.isfinite() & ~largest.isnan()
-            differs = torch.where(comparable, (predicted != nearest).double(), torch.nan)
+            differs = differs_from_nearest(input, logits, self.centers)
         self.compared = self.compared + len(input)
         self.differing = self.differing + differs.sum()
         self._computed = None
@@ -229,16 +199,81 @@ class NeuralCollapse(shared.FixedDtypeMetric):
         scatter, weight = self._scatter(), self.weight
         if weight.dim() == 3:  # the weights of all processes, some of which may have none
             weight = weight[self.has_weight.long().argmax()]
-        means = _means(scatter)
+        means = scatter.means()
         means = means - means.mean(0)
         nc3 = weight / torch.linalg.matrix_norm(weight) - means / torch.linalg.matrix_norm(means)
         return NeuralCollapseSummary(
-            _within_over_between(scatter, means),
-            *_distance_to_simplex(means),
-            *_distance_to_simplex(weight),
+            within_over_between(scatter, means),
+            *distance_to_simplex(means),
+            *distance_to_simplex(weight),
             nc3.square().sum(),
             torch.where(self.has_centers.all(), self.differing / self.compared, torch.nan),
         )
+
+    def plot(
+        self,
+        val: NeuralCollapseSummary | Sequence[NeuralCollapseSummary] | None = None,
+        ax: Any = None,
+    ) -> tuple[Any, Any]:
+        """Plot all properties.
+
+        Args:
+            val: One or several results of ``compute()`` or ``forward()``, by default that of
+                ``compute()``. Several are drawn as lines over the steps.
+            ax: Axes of matplotlib to draw into. By default the method makes new axes.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            TypeError, ValueError: ``val`` holds anything else, or nothing.
+        """
+        ax = shared.new_axes(ax)
+        series = shared.as_series(self.compute() if val is None else val, NeuralCollapseSummary)
+        if len(series) == 1:
+            shared.plot_values(ax, series[0].scalars())
+            ax.tick_params("x", rotation=30)
+        else:
+            shared.plot_steps(ax, [summary.scalars() for summary in series], "property")
+        ax.set(ylabel="distance from collapse")
+        return ax.get_figure(), ax
+
+    def _entries(self) -> list[str]:
+        return list(NeuralCollapseSummary._fields)
+
+    def _forward_reduce_state_update(self, *args: Any, **kwargs: Any) -> Any:
+        # In a merge nobody knows which state is the later one, whose weight counts.
+        return self._forward_full_state_update(*args, **kwargs)
+
+    def _merged(self, earlier: State, later: State) -> State:
+        # Here nobody knows which state came last. So different weights count as none.
+        first, second = earlier["weight"], later["weight"]
+        same = ((first == second) | (first.isnan() & second.isnan())).all()
+        has_both = earlier["has_weight"] & later["has_weight"]
+        weight = torch.where(later["has_weight"], second, first)
+        return {
+            **self._first_pass(earlier, later),
+            "weight": torch.where(has_both & ~same, torch.nan, weight),
+            "has_weight": earlier["has_weight"] | later["has_weight"],
+            "has_centers": torch.zeros_like(self.has_centers),
+            **{name: getattr(self, name) for name in ("centers", "compared", "differing")},
+        }
+
+    def _merged_in_order(self, earlier: State, later: State) -> State:
+        last = later if later["has_weight"] else earlier
+        return {
+            **self._first_pass(earlier, later),
+            **{name: last[name] for name in ("weight", "has_weight")},
+            **second_pass(earlier, later),
+        }
+
+    def _first_pass(self, earlier: State, later: State) -> State:
+        scatter = Scatter.of(earlier).merge(Scatter.of(later))
+        return dict(zip(self.own_states, scatter, strict=False))
+
+    def _value_fault(self, state: Mapping[str, Any]) -> str | None:
+        return collapse_fault(state)
 
     def _check_weight(self, weight: Any) -> None:
         shared.check_columns("weight", weight, "C", self.num_features, self.count.device)
@@ -248,45 +283,18 @@ class NeuralCollapse(shared.FixedDtypeMetric):
                 f"got {list(weight.shape)}"
             )
 
-    def _scatter(self) -> _Scatter:
+    def _scatter(self) -> Scatter:
         """The sums over all processes, whose states torchmetrics stacks when it gathers them."""
-        scatter = _Scatter(self.count, self.mean, self.within_scatter)
+        scatter = Scatter.of(self.metric_state)
         if self.count.dim() == 1:
             return scatter
-        return functools.reduce(_Scatter.merge, map(_Scatter, *scatter))
+        return functools.reduce(Scatter.merge, map(Scatter, *scatter))
 
     def _fix_centers(self) -> None:
         """Keep the means of all processes, and start to count from 0."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
-            centers = _means(self._scatter())
+            centers = self._scatter().means()
         self.centers = centers
         self.has_centers = torch.ones_like(self.has_centers)
         self.compared = torch.zeros_like(self.compared)
         self.differing = torch.zeros_like(self.differing)
-
-
-def _means(scatter: _Scatter) -> Tensor:
-    return torch.where((scatter.samples == 0).unsqueeze(1), torch.nan, scatter.mean)
-
-
-def _within_over_between(scatter: _Scatter, means: Tensor) -> Tensor:
-    """``tr(S_W pinv(S_B)) / C``, where ``S_B = M^T M / C = V S^2 V^T / C``."""
-    # The decomposition of a matrix with NaN raises an error, so zeros replace such a matrix.
-    finite = means.isfinite().all()
-    _, singular, directions = torch.linalg.svd(torch.where(finite, means, 0), full_matrices=False)
-    rank = min(len(means) - 1, means.shape[1])
-    singular, directions = singular[:rank], directions[:rank]
-    rounding = torch.finfo(means.dtype).eps * max(means.shape)
-    kept = singular > rounding * singular[0]
-    variance = ((directions @ scatter.within_scatter) * directions).sum(1) / scatter.samples.sum()
-    ratio = torch.where(kept, variance / singular.square(), 0).sum()
-    return torch.where(kept.any() & finite, ratio, torch.nan)
-
-
-def _distance_to_simplex(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The deviations of the rows from equal norms and from the angles of a simplex."""
-    classes = len(rows)
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    unit = rows / norm
-    deviation = (unit @ unit.T + 1 / (classes - 1)).abs().fill_diagonal_(0)
-    return norm.std(correction=0) / norm.mean(), deviation.sum() / (classes * (classes - 1))

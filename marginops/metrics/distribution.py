@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,28 +15,17 @@ from ..ops.distribution import (
     decade_thresholds,
     update_margin_distribution_op,
 )
-from ._shared import FixedDtypeMetric
+from . import _shared as shared
+from ._margin_state import margin_fault
 from ._sorted import SortedMargins
+from ._state import CheckedMetric, State
+from ._summaries import MarginSummary, quantile_names
 
-_STATE = ("bin_counts", "counts", "sums", "minimum", "maximum")
-
-
-class MarginSummary(NamedTuple):
-    """The result of :class:`marginops.metrics.MarginDistribution`, which describes the fields."""
-
-    count: Tensor  # type: ignore[assignment]  # replaces tuple.count
-    ignored: Tensor
-    mean: Tensor
-    minimum: Tensor
-    maximum: Tensor
-    area: Tensor
-    area_cdf: Tensor
-    separation: Tensor
-    quantiles: Tensor
-    support_vectors: Tensor
+_SUMS = ("bin_counts", "counts", "sums", "minimum", "maximum")
+_HINT = "pass marginops.classification_margin(logits, target)"
 
 
-class MarginDistribution(FixedDtypeMetric):
+class MarginDistribution(CheckedMetric):
     r"""The distribution of all margins of a data set: summary, histogram and plot.
 
     ``compute()`` returns a :class:`marginops.metrics.MarginSummary`. Its fields are 0-d tensors
@@ -104,6 +93,7 @@ class MarginDistribution(FixedDtypeMetric):
     is_differentiable = False
     higher_is_better = None
     full_state_update = False
+    own_states = (*_SUMS, "margins")
 
     bin_counts: Tensor
     counts: Tensor
@@ -123,7 +113,7 @@ class MarginDistribution(FixedDtypeMetric):
         if not isinstance(exact, bool):
             raise TypeError(f"exact: expected a bool, got {type(exact).__name__}")
         checks.check_int("decades", decades, 1)
-        super().__init__(**kwargs)
+        super().__init__({"exact": exact}, **kwargs)
         self.exact = exact
         self.quantiles = _as_probabilities(quantiles)
         self.decades = decades
@@ -139,25 +129,33 @@ class MarginDistribution(FixedDtypeMetric):
         if exact:
             add("margins", [], "cat")
 
-    def update(self, margins: Tensor) -> None:
+    def update(self, margins: Tensor, *others: Any) -> None:
         """Add the margins of a batch.
 
         Args:
             margins: ``[N]``, float32, float64, bfloat16 or float16, any stride, on the device of
                 the metric.
+            others: Nothing. Logits and targets are the arguments of
+                :func:`marginops.classification_margin`, which computes the margins.
 
         Raises:
             TypeError, ValueError: ``margins`` has the wrong type, dtype, shape or device.
         """
+        if others:
+            raise TypeError(
+                f"margins: expected one tensor [N], got {1 + len(others)} arguments; {_HINT}"
+            )
+        if isinstance(margins, Tensor) and margins.dim() == 2:
+            raise ValueError(f"margins: expected shape [N], got {list(margins.shape)}; {_HINT}")
         checks.check_tensor("margins", margins, 1, "[N]")
         checks.check_device("margins", margins, self.bin_counts, "the metric")
         margins = margins.detach()
         if self.bin_counts.is_inference() and not torch.is_inference_mode_enabled():
-            for name in _STATE:  # a tensor of inference mode cannot change outside of that mode
+            for name in _SUMS:  # a tensor of inference mode cannot change outside of that mode
                 setattr(self, name, getattr(self, name).clone())
-        update_margin_distribution_op(*(getattr(self, name) for name in _STATE), margins)
+        update_margin_distribution_op(*(getattr(self, name) for name in _SUMS), margins)
         if self.exact:
-            self.margins.append(margins.double())
+            self.margins.append(margins.to(torch.float64, copy=True))
 
     def compute(self) -> MarginSummary:
         """Summarize all margins so far, of all processes.
@@ -167,20 +165,24 @@ class MarginDistribution(FixedDtypeMetric):
         """
         margins = self._sorted()
         count = margins.starts[-1]
-        mean, positive_mean = (self.sums / count).unbind()
+        # The margins may be on the CPU alone (compute_on_cpu).
+        counts, sums, minimum, maximum = (
+            state.to(count.device) for state in (self.counts, self.sums, self.minimum, self.maximum)
+        )
+        mean, positive_mean = (sums / count).unbind()
         # NaN if there are no margins or if one is NaN.
-        undefined = torch.where((count == 0) | self.minimum.isnan(), math.nan, 0.0).double()
-        area_cdf = (self.maximum.clamp(min=0) - positive_mean).clamp(min=0)
-        below = margins.below(decade_thresholds(self.minimum, self.decades))
+        undefined = torch.where((count == 0) | minimum.isnan(), math.nan, 0.0).double()
+        area_cdf = (maximum.clamp(min=0) - positive_mean).clamp(min=0)
+        below = margins.below(decade_thresholds(minimum, self.decades))
         return MarginSummary(
             count=count,
-            ignored=self.counts[0],
+            ignored=counts[0],
             mean=mean,
-            minimum=self.minimum + undefined,
-            maximum=self.maximum + undefined,
+            minimum=minimum + undefined,
+            maximum=maximum + undefined,
             area=mean,
             area_cdf=area_cdf + undefined,
-            separation=self.counts[1] / count.double() + undefined,
+            separation=counts[1] / count.double() + undefined,
             quantiles=margins.quantiles(self.quantiles) + undefined,
             support_vectors=torch.where(undefined.isnan(), 0, below),
         )
@@ -210,7 +212,8 @@ class MarginDistribution(FixedDtypeMetric):
             if least == largest:
                 least, largest = least - 0.5, largest + 0.5
             margins = self._sorted()
-        edges = torch.linspace(least, largest, bins + 1, dtype=torch.float64, device=self.device)
+        device = margins.values.device
+        edges = torch.linspace(least, largest, bins + 1, dtype=torch.float64, device=device)
         return margins.histogram(edges), edges
 
     def plot(
@@ -235,18 +238,14 @@ class MarginDistribution(FixedDtypeMetric):
 
         Raises:
             ImportError: matplotlib is not installed.
+            TypeError, ValueError: ``val`` holds anything else, or nothing.
             ValueError: ``kind`` is unknown, or a histogram is wanted and a margin is not finite or
                 there are no margins.
         """
         checks.check_choice("kind", kind, ("rank", "histogram"))
-        try:
-            from matplotlib import pyplot
-        except ModuleNotFoundError as error:
-            raise ImportError("plot needs matplotlib; run pip install matplotlib") from error
-        if ax is None:
-            _, ax = pyplot.subplots()
+        ax = shared.new_axes(ax)
         if val is not None:
-            summaries = [val] if isinstance(val, MarginSummary) else list(val)
+            summaries = shared.as_series(val, MarginSummary)
             lines = torch.stack([summary.quantiles for summary in summaries]).cpu()
             ax.plot(lines.numpy(), marker="o", label=[f"{q:g}" for q in self.quantiles])
             ax.legend(title="quantile")
@@ -284,25 +283,24 @@ class MarginDistribution(FixedDtypeMetric):
         @functools.wraps(compute)
         def compute_in_shape() -> MarginSummary:
             summary = wrapped()
-            return summary._replace(
+            summary = summary._replace(
                 quantiles=summary.quantiles.reshape(-1),
                 support_vectors=summary.support_vectors.reshape(-1),
             )
+            summary.probabilities = self.quantiles
+            return summary
 
         return compute_in_shape
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
-    ) -> None:
-        # The loaded tensors are the caller's, and updates change the state in place. So copy them.
-        device = self.bin_counts.device
-        for key in (prefix + name for name in self._defaults):
-            value = state_dict.get(key)
-            if isinstance(value, Tensor):
-                state_dict[key] = value.to(device, copy=True)
-            elif value is not None:
-                state_dict[key] = [kept.to(device, copy=True) for kept in value]
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+    def _entries(self) -> list[str]:
+        decades = (f"support_vectors_{decade}" for decade in range(1, self.decades + 1))
+        return [*MarginSummary._fields, *quantile_names(self.quantiles), *decades]
+
+    def _merged(self, earlier: State, later: State) -> State:
+        return {}  # torchmetrics adds, joins and compares these states
+
+    def _value_fault(self, state: Mapping[str, Any]) -> str | None:
+        return margin_fault({name: state[name] for name in _SUMS}, state.get("margins"))
 
 
 def _as_probabilities(quantiles: Any) -> tuple[float, ...]:

@@ -1,7 +1,8 @@
 """The radius of every class in the output of a layer, and the distances between classes."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,17 +10,13 @@ from torch import Tensor
 from .. import _checks as checks
 from ..ops.moments import ClassMoments, class_moments
 from . import _shared as shared
+from ._state import CheckedMetric, State
+from ._summaries import ClassManifoldsSummary
+
+_ON_SPHERE = 1 + 1e-3  # lengths on the unit sphere are at most 1, up to rounding
 
 
-class ClassManifoldsSummary(NamedTuple):
-    """The result of :class:`marginops.metrics.ClassManifolds`, which describes the fields."""
-
-    count: Tensor  # type: ignore[assignment]  # replaces tuple.count
-    radius: Tensor
-    distance: Tensor
-
-
-class ClassManifolds(shared.FixedDtypeMetric):
+class ClassManifolds(CheckedMetric):
     r"""Gyration radius of every class and the distances between the class means.
 
     Let :math:`z = h / \lVert h \rVert_2` be the features scaled to the unit sphere, or h itself
@@ -52,8 +49,9 @@ class ClassManifolds(shared.FixedDtypeMetric):
     float64. So a class of equal points has radius 0 in one batch. Over several batches, with
     ``normalize``, its radius is at most the rounding error of z.
 
-    The metric does not wait for the device. The state takes C (D + 2) numbers for any number of
-    samples, and is part of ``state_dict``.
+    ``update`` and ``compute`` do not wait for the device, except to compare the arguments of
+    several processes. The state takes C (D + 2) numbers for any number of samples, and is part of
+    ``state_dict``.
 
     Example:
         >>> import torch
@@ -70,7 +68,8 @@ class ClassManifolds(shared.FixedDtypeMetric):
 
     is_differentiable = False
     higher_is_better = None
-    full_state_update = True
+    full_state_update = False
+    own_states = ("count", "mean", "radius")
 
     count: Tensor
     mean: Tensor
@@ -85,9 +84,18 @@ class ClassManifolds(shared.FixedDtypeMetric):
         ignore_index: int = -100,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         checks.check_int("num_classes", num_classes, 2)
         checks.check_int("num_features", num_features, 1)
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
+        checks.check_int("ignore_index", ignore_index)
+        arguments = {
+            "num_classes": num_classes,
+            "num_features": num_features,
+            "normalize": normalize,
+            "ignore_index": ignore_index,
+        }
+        super().__init__(arguments, **kwargs)
         self.num_classes, self.num_features = num_classes, num_features
         self.normalize, self.ignore_index = normalize, ignore_index
         # The moments of empty classes, which merging leaves out.
@@ -132,3 +140,61 @@ class ClassManifolds(shared.FixedDtypeMetric):
         # Without a matrix product, which would cancel where means are close.
         distance = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")
         return ClassManifoldsSummary(count, radius, distance)
+
+    def plot(
+        self,
+        val: ClassManifoldsSummary | Sequence[ClassManifoldsSummary] | None = None,
+        ax: Any = None,
+    ) -> tuple[Any, Any]:
+        """Plot the radius of every class.
+
+        Args:
+            val: One or several results of ``compute()`` or ``forward()``, by default that of
+                ``compute()``. Several are drawn as lines over the steps.
+            ax: Axes of matplotlib to draw into. By default the method makes new axes.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            TypeError, ValueError: ``val`` holds anything else, or nothing.
+        """
+        ax = shared.new_axes(ax)
+        series = shared.as_series(self.compute() if val is None else val, ClassManifoldsSummary)
+        if len(series) == 1:
+            shared.plot_values(ax, _by_class(series[0]))
+            ax.set(xlabel="class")
+        else:
+            shared.plot_steps(ax, [_by_class(summary) for summary in series], "class")
+        ax.set(ylabel="radius")
+        return ax.get_figure(), ax
+
+    def _entries(self) -> list[str]:
+        return [*ClassManifoldsSummary._fields, "samples", "mean_radius", "mean_distance"]
+
+    def _merged(self, earlier: State, later: State) -> State:
+        first, second = (
+            ClassMoments(*(state[name] for name in self.own_states)) for state in (earlier, later)
+        )
+        return first.merge(second)._asdict()
+
+    def _value_fault(self, state: Mapping[str, Any]) -> str | None:
+        count, mean, radius = (state[name] for name in self.own_states)
+        if (count < 0).any():
+            return f"expected count >= 0, got {count.min().item()}"
+        empty = count == 0
+        if not (mean[empty].isnan().all() and radius[empty].isnan().all()):
+            return "expected NaN as mean and radius of classes without samples, got numbers"
+        if (radius < 0).any():
+            return f"expected radius >= 0, got {radius[radius < 0][0].item()}"
+        if (mean.isnan().any(1) != radius.isnan()).any():
+            return "expected a radius NaN where the mean has a NaN and nowhere else, got others"
+        length = torch.linalg.vector_norm(mean, dim=1)
+        if self.normalize and ((radius > _ON_SPHERE).any() or (length > _ON_SPHERE).any()):
+            return "expected radius and length of the mean <= 1 with normalize=True, got more"
+        return None
+
+
+def _by_class(summary: ClassManifoldsSummary) -> dict[str, Tensor]:
+    return {str(index): radius for index, radius in enumerate(summary.radius.unbind())}

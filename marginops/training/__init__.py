@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .inversion import InversionMonitor, straggler_stability
+from .inversion import InversionMonitor
 from .selection import select_batch
+from .stability import straggler_stability
 
 if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch

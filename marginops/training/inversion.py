@@ -1,7 +1,7 @@
 """The inversion point, at which classes stop contracting, and the stragglers at this point."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class InversionMonitor:
     def __init__(self, num_classes: int, *, first_epoch: int = 20, per_class: bool = True) -> None:
         checks.check_int("num_classes", num_classes, 1)
         checks.check_int("first_epoch", first_epoch, 2)
+        if not isinstance(per_class, bool):
+            raise TypeError(f"per_class: expected a bool, got {type(per_class).__name__}")
         self.num_classes = num_classes
         self.first_epoch = first_epoch
         self.per_class = per_class
@@ -131,18 +133,80 @@ class InversionMonitor:
             state_dict: The result of :meth:`marginops.training.InversionMonitor.state_dict`.
 
         Raises:
-            ValueError: The other monitor had other arguments.
+            TypeError, ValueError: The other monitor had other arguments, or the state is damaged.
+                The monitor stays as it was.
         """
-        if state_dict["arguments"] != self._arguments():
+        history, epochs, stragglers, population = self._checked(state_dict)
+        self._history = history.tolist()
+        self._epochs = list(epochs)
+        self._population = population
+        self._stragglers = None if stragglers is None else stragglers.clone()
+
+    def _checked(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[Tensor, list[int | None], Tensor | None, int | None]:
+        """Check a whole state: history, epochs, stragglers and population."""
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
+        if set(state_dict) != set(self.state_dict()):
+            raise ValueError(
+                f"state_dict: expected the keys {', '.join(self.state_dict())}, "
+                f"got {', '.join(map(str, state_dict))}"
+            )
+        arguments, history, epochs, stragglers, population = (
+            state_dict[name] for name in self.state_dict()
+        )
+        if not _same_arguments(arguments, self._arguments()):
             raise ValueError(
                 f"state_dict: expected the state of a monitor with {self._arguments()}, "
-                f"got {state_dict['arguments']}"
+                f"got {arguments!r}"
             )
-        self._history = state_dict["history"].tolist()
-        self._epochs = list(state_dict["epochs"])
-        self._population = state_dict["population"]
-        stragglers = state_dict["stragglers"]
-        self._stragglers = None if stragglers is None else stragglers.clone()
+        form = f"[T, {self.num_classes}]"
+        _check_state_tensor("history", history, torch.float64, 2, form)
+        if history.shape[1] != self.num_classes:
+            raise ValueError(
+                f"state_dict: expected history of shape {form}, got {list(history.shape)}"
+            )
+        if (history < 0).any():
+            raise ValueError(
+                f"state_dict: expected radii >= 0 in history, got {history[history < 0][0].item()}"
+            )
+        known = self._epochs_of(history)
+        if repr(epochs) != repr(known):
+            raise ValueError(
+                f"state_dict: expected epochs {known}, where the radii of history stop falling, "
+                f"got {epochs!r}"
+            )
+        if len(history) == 0:
+            if population is not None:
+                raise ValueError(
+                    f"state_dict: expected population None without epochs, got {population!r}"
+                )
+        elif type(population) is not int or population < 0:
+            raise ValueError(f"state_dict: expected population as an int >= 0, got {population!r}")
+        if known == [None] * len(known):
+            if stragglers is not None:
+                raise ValueError(
+                    "state_dict: expected stragglers None before an inversion, "
+                    f"got {type(stragglers).__name__}"
+                )
+        else:
+            _check_state_tensor("stragglers", stragglers, torch.bool, 1, f"[{population}]")
+            if len(stragglers) != population:
+                raise ValueError(
+                    f"state_dict: expected stragglers of the population {population}, "
+                    f"got {len(stragglers)}"
+                )
+        return history, known, stragglers, population
+
+    def _epochs_of(self, history: Tensor) -> list[int | None]:
+        """The inversion points that follow from the radii of all epochs."""
+        stays = history[1:] >= history[:-1]
+        stays[: self.first_epoch - 2] = False
+        return [
+            int(column.int().argmax()) + 2 if column.any() else None
+            for column in stays[:, : len(self._epochs)].unbind(1)
+        ]
 
     def _arguments(self) -> dict[str, int]:
         return {
@@ -178,75 +242,26 @@ class InversionMonitor:
             checks.check_target(target, misclassified, -100, "misclassified")
 
 
-def straggler_stability(
-    sets_a: Sequence[Tensor | Sequence[int]],
-    sets_b: Sequence[Tensor | Sequence[int]],
-    population: int,
-) -> float:
-    r"""How much more often than by chance two training runs misclassify the same samples.
-
-    .. math::
-        z = \frac{\mathrm{mean}_k |A_k \cap B_k| - \mathrm{mean}_k |A_k| |B_k| / P}
-                 {\mathrm{std}_k |A_k \cap B_k|}
-
-    The standard deviation is that of a population: the sum of squares is divided by K. Ciceri et
-    al. (2024) compute z for every epoch. There :math:`A_k` and :math:`B_k` are the samples that the
-    two runs of pair k misclassify at this epoch.
-
-    Args:
-        sets_a: K >= 2 sets, each a bool mask ``[P]`` or distinct indices in [0, P).
-        sets_b: K sets of the same form. Set k belongs to set k of ``sets_a``.
-        population: The number of samples P >= 1.
-
-    Returns:
-        z, which has no unit. If all K intersections have the same size, z is inf with the sign of
-        the numerator, or NaN if the numerator is 0.
-
-    Raises:
-        TypeError, ValueError: An argument has the wrong type, length or range.
-
-    The result is deterministic. The function computes on the CPU and needs O(K P) memory.
-
-    Example:
-        >>> from marginops.training import straggler_stability
-        >>> first, second = [[0, 1, 2], [0, 1, 2]], [[0, 1, 2], [1, 2, 3]]
-        >>> straggler_stability(first, second, population=100)
-        4.82
-    """
-    checks.check_int("population", population, 1)
-    if len(sets_a) != len(sets_b):
-        raise ValueError(f"sets_b: expected {len(sets_a)} sets as in sets_a, got {len(sets_b)}")
-    if len(sets_a) < 2:
-        raise ValueError(f"sets_a: expected at least 2 sets, got {len(sets_a)}")
-    first = _as_masks("sets_a", sets_a, population)
-    second = _as_masks("sets_b", sets_b, population)
-    common = (first & second).sum(1).double()
-    chance = first.sum(1).double() * second.sum(1) / population
-    excess = (common - chance).mean()
-    return (excess / common.std(correction=0)).item()
+def _same_arguments(first: Any, second: Mapping[str, int]) -> bool:
+    """Whether two mappings are equal, where 1 is not True."""
+    return (
+        isinstance(first, Mapping)
+        and first == second
+        and all(type(first[name]) is type(value) for name, value in second.items())
+    )
 
 
-def _as_masks(name: str, sets: Sequence[Any], population: int) -> Tensor:
-    """The sets as masks, ``[K, P]`` bool on the CPU."""
-    masks = torch.zeros(len(sets), population, dtype=torch.bool)
-    for index, members in enumerate(sets):
-        label = f"{name}[{index}]"
-        values = torch.as_tensor(members).detach().cpu()
-        if values.dim() != 1:
-            raise ValueError(f"{label}: expected one dimension, got shape {list(values.shape)}")
-        if values.dtype == torch.bool:
-            if len(values) != population:
-                raise ValueError(f"{label}: expected a mask [{population}], got [{len(values)}]")
-            masks[index] = values
-        elif len(values) > 0:
-            if values.is_floating_point() or values.is_complex():
-                raise TypeError(f"{label}: expected bool or integers, got {values.dtype}")
-            if values.min() < 0 or values.max() >= population:
-                raise ValueError(
-                    f"{label}: expected indices in [0, {population}), "
-                    f"got {values.min()} to {values.max()}"
-                )
-            masks[index, values.long()] = True
-            if masks[index].sum() != len(values):
-                raise ValueError(f"{label}: expected distinct indices, got some more than once")
-    return masks
+def _check_state_tensor(name: str, value: Any, dtype: torch.dtype, dim: int, form: str) -> None:
+    """Check a tensor of a saved state, which holds values of its own."""
+    expected = f"state_dict: expected {name} as a tensor {form} of {dtype}"
+    if not isinstance(value, Tensor):
+        got = "None" if value is None else type(value).__name__
+        raise TypeError(f"{expected}, got {got}")
+    if value.layout != torch.strided or value.is_meta:
+        raise TypeError(f"{expected}, got layout {value.layout} on device {value.device}")
+    if value.dtype != dtype:
+        raise TypeError(f"{expected}, got {value.dtype}")
+    if value.dim() != dim:
+        raise ValueError(f"{expected}, got shape {list(value.shape)}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{expected}, got a tensor that repeats elements")

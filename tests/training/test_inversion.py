@@ -159,6 +159,83 @@ def test_state_of_another_kind_of_monitor():
             other.load_state_dict(state)
 
 
+def monitored(per_class=True):
+    """A monitor after five epochs, in which class 0 has inverted."""
+    monitor = InversionMonitor(2, first_epoch=2, per_class=per_class)
+    for epoch, radii in enumerate(
+        ([3.0, 5.0], [2.0, 4.0], [2.5, 3.0], [2.0, 2.0], [3.0, math.nan])
+    ):
+        target = TARGET if per_class else None
+        monitor.update(torch.tensor(radii), wrong(epoch), target)
+    return monitor
+
+
+def damaged_states(state):
+    """The name of what is damaged, and the state."""
+    for key in state:
+        yield key, {name: value for name, value in state.items() if name != key}
+        for value in ("x", 3.5, [], {}, torch.empty(1, device="meta")):
+            yield key, {**state, key: value}
+    yield "more", {**state, "more": 1}
+    history = state["history"]
+    for value in (
+        *(None, history.tolist(), history.numpy(), history.float(), history[0], history[:, :1]),
+        *(history.repeat(1, 2), -history, history[:2], history.to("meta"), history.to_sparse()),
+        torch.zeros((), dtype=torch.float64).expand(2**33, 2),
+    ):
+        yield "history", {**state, "history": value}
+    for epochs in (
+        *(None, (3, None), [3], [3, None, None], [True, None], [3.0, None], [1, None], [2, None]),
+        *([6, None], [4, None], [None, None], [3, 3], [-3, None], ["3", None], torch.tensor([3])),
+    ):
+        yield "epochs", {**state, "epochs": epochs}
+    for population in (None, True, -6, 6.0, 5, 2**33, "6", torch.tensor(6)):
+        yield "population", {**state, "population": population}
+    mask = state["stragglers"]
+    for value in (
+        *(None, mask.long(), mask.tolist(), mask.numpy(), mask[:5], mask.repeat(2), mask[None]),
+        *(mask.to("meta"), torch.zeros((), dtype=torch.bool).expand(6)),
+    ):
+        yield "stragglers", {**state, "stragglers": value}
+    for name, value in (("num_classes", 2.0), ("first_epoch", 3), ("per_class", 1)):
+        arguments = {**state["arguments"], name: value}
+        yield "arguments", {**state, "arguments": arguments}
+    empty = InversionMonitor(2, first_epoch=2).state_dict()
+    yield "population", {**empty, "population": 6}
+    yield "stragglers", {**empty, "stragglers": mask}
+
+
+def test_a_damaged_state_changes_nothing():
+    monitor, state = monitored(), monitored().state_dict()
+    for key, damaged in damaged_states(state):
+        words = {"more": "keys"}.get(key, "")
+        with pytest.raises((TypeError, ValueError), match=f"state_dict: expected .*{words}"):
+            monitor.load_state_dict(damaged)
+        assert monitor.epoch == [3, None], key
+        assert torch.equal(monitor.stragglers, wrong(2))
+        assert torch.equal(monitor.history.nan_to_num(), state["history"].nan_to_num())
+        assert monitor.state_dict()["population"] == 6
+    for other in (None, [], "state", torch.ones(1)):
+        with pytest.raises(TypeError, match="state_dict: expected a mapping, got"):
+            monitor.load_state_dict(other)
+    monitor.load_state_dict(state)
+
+
+def test_states_of_all_stages_load():
+    monitor = InversionMonitor(2, first_epoch=3)
+    for radii in ([1.0, 2.0], [2.0, 1.0], [2.0, math.inf], [math.nan, math.inf], [0.0, 0.0]):
+        InversionMonitor(2, first_epoch=3).load_state_dict(monitor.state_dict())
+        monitor.update(torch.tensor(radii), wrong(1, 4), TARGET)
+    other = InversionMonitor(2, first_epoch=3)
+    other.load_state_dict(monitor.state_dict())
+    assert other.epoch == monitor.epoch == [3, 3]
+    one = monitored(per_class=False)
+    other = InversionMonitor(2, first_epoch=2, per_class=False)
+    other.load_state_dict(one.state_dict())
+    assert other.epoch == one.epoch == 3
+    InversionMonitor(1).load_state_dict(InversionMonitor(1).state_dict())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -166,6 +243,7 @@ def test_state_of_another_kind_of_monitor():
         ({"num_classes": 2.0}, TypeError, "num_classes: expected an int, got float"),
         ({"first_epoch": 1}, ValueError, "first_epoch: expected at least 2, got 1"),
         ({"first_epoch": True}, TypeError, "first_epoch: expected an int, got bool"),
+        ({"per_class": 1}, TypeError, "per_class: expected a bool, got int"),
     ],
 )
 def test_bad_monitors(arguments, error, message):

@@ -1,0 +1,89 @@
+"""The four properties of neural collapse in two passes, against the package neural-collapse."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import DEVICE
+from marginops.metrics import NeuralCollapse
+
+SHAPES = [(10_000, 128, 10), (20_000, 256, 50)]  # N, D, C
+BATCH = 1000
+
+Batches = list[tuple[Tensor, Tensor, Tensor]]
+
+
+def own_collapse(batches: Batches, weight: Tensor) -> tuple[float, float]:
+    """NC1 and NC4, with NC2 and NC3."""
+    metric = NeuralCollapse(*weight.shape).to(DEVICE)
+    for input, target, _ in batches:
+        metric.update(input, target, weight)
+    for input, _, logits in batches:
+        metric.update_nearest(input, logits)
+    summary = metric.compute()
+    return float(summary.nc1), float(summary.nc4)
+
+
+def peer_collapse(package: Any, batches: Batches, weight: Tensor) -> tuple[float, float]:
+    """The same as its README computes it, in float32; its NC1 has another factor."""
+    accumulate, measure = package
+    sizes = (*weight.shape, DEVICE)
+    mean = accumulate.MeanAccumulator(*sizes)
+    for input, target, _ in batches:
+        mean.accumulate(input, target)
+    means, center = mean.compute()
+    scatter = accumulate.CovarAccumulator(*sizes)
+    for input, target, _ in batches:
+        scatter.accumulate(input, target, means)
+    within = scatter.compute()
+    decisions = accumulate.DecAccumulator(*sizes)
+    for input, target, _ in batches:
+        decisions.accumulate(input, target, means, weight)
+    measure.simplex_etf_error(means, center)
+    measure.self_duality_error(means, weight, center)
+    nc1 = measure.covariance_pinv(means, within, center, svd=True)
+    agreement = measure.clf_ncc_agreement(decisions)
+    return nc1 / weight.shape[1], 1 - agreement
+
+
+@pytest.mark.parametrize("provider", ["marginops", "neural_collapse"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_collapse(time_call, shape, provider):
+    rows, features, classes = shape
+    target = torch.arange(rows, device=DEVICE) % classes
+    weight = torch.randn(classes, features, device=DEVICE)
+    input = weight[target] + 2 * torch.randn(rows, features, device=DEVICE)
+    logits = input @ weight.T
+    batches = list(zip(input.split(BATCH), target.split(BATCH), logits.split(BATCH), strict=True))
+    expected = own_collapse([(h.double(), y, z) for h, y, z in batches], weight)
+    if provider == "neural_collapse":
+        reason = "the package neural-collapse is not installed"
+        package = [
+            pytest.importorskip(f"neural_collapse.{name}", reason=reason)
+            for name in ("accumulate", "measure")
+        ]
+
+        def call() -> tuple[float, float]:
+            return peer_collapse(package, batches, weight)
+
+    else:
+
+        def call() -> tuple[float, float]:
+            return own_collapse(batches, weight)
+
+    def check(result: tuple[float, float]) -> None:
+        # Their float32 decides otherwise where two means are almost equally near.
+        assert result == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+    time_call(
+        call,
+        check,
+        op="NeuralCollapse",
+        shape=" x ".join(map(str, shape)),
+        dtype=torch.float32,
+        provider=provider,
+        bytes_read=2 * input.numel() * input.element_size(),
+        other_bytes=0,
+    )
