@@ -19,30 +19,21 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
-def build(plan: Plan, cache: Cache, since: float) -> Path:
+def build(plan: Plan, cache: Cache) -> None:
     """Compile a library into the cache, under the lock of the cache.
-
-    If a build of the same library failed after ``since``, while this process waited for the lock,
-    the function does not try again.
 
     Raises:
         UnavailableError: The build failed. The message holds the first error of the compiler.
     """
-    log = cache.failure_log(plan)
-    if log.exists() and log.stat().st_mtime > since:
-        raise UnavailableError(log.read_text().partition("\n")[0])
     say(f"compiling the {plan.device_type} kernels ({plan.label}), once for this machine")
     began = time.monotonic()
     with cache.build_folder() as folder:
         failed, output = _run(plan, folder)
         if failed:
-            reason = f"the build failed: {_first_error(output)} (full output: {log})"
-            log.write_text(f"{reason}\n{output}")
-            raise UnavailableError(reason)
+            reason = f"the build failed: {_first_error(output)}"
+            raise UnavailableError(cache.store_failure(plan, reason, output))
         library = cache.store(plan, folder / f"{plan.name}.so")
-    log.unlink(missing_ok=True)
     say(f"compiled in {time.monotonic() - began:.0f} s, stored in {library.parent}")
-    return library
 
 
 def _run(plan: Plan, folder: Path) -> tuple[bool, str]:
