@@ -89,29 +89,25 @@ class Cache:
         os.close(library)
         return None
 
-    def store(self, plan: Plan, built: Path) -> Path:
-        """Move a built library to its folder, under the lock. It replaces a damaged library.
+    def store(self, plan: Plan, build: Folder) -> Path:
+        """Move the library of a build to its folder, under the lock. It replaces a damaged library.
 
         Args:
             plan: The plan of the library.
-            built: The library in the folder that `build_folder` has made.
+            build: What `build_folder` has made. It holds the library.
         """
-        build = self.folder.folder(built.parent.name)
-        if build is None:
-            raise RefusedError(f"{built.parent}: the folder of this build has gone")
-        with build:
-            # The compiler gives others the right to write to the library if the umask allows it.
-            # They cannot reach it, because the folder is private.
-            library = os.open(built.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=build.descriptor)
-            with open(library, "rb") as file:
-                content = file.read()
-            facts = {"content": _fingerprint(content), "inputs": plan.inputs}
-            with build.make_folder("finished", 0o755) as finished:
-                finished.write(f"{plan.name}.so", content, 0o644)
-                finished.write(f"{plan.name}.json", json.dumps(facts, indent=1).encode(), 0o644)
-            if self.folder.facts(plan.key) is not None:
-                self._move(plan.key, self.folder, "damaged", build)
-            self._move("finished", build, plan.key, self.folder)
+        # The compiler gives others the right to write to the library if the umask allows it. They
+        # cannot reach it, because the folder is private.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(f"{plan.name}.so", flags, dir_fd=build.descriptor), "rb") as file:
+            content = file.read()
+        facts = {"content": _fingerprint(content), "inputs": plan.inputs}
+        with build.make_folder("finished", 0o755) as finished:
+            finished.write(f"{plan.name}.so", content, 0o644)
+            finished.write(f"{plan.name}.json", json.dumps(facts, indent=1).encode(), 0o644)
+        if self.folder.facts(plan.key) is not None:
+            self._move(plan.key, self.folder, "damaged", build)
+        self._move("finished", build, plan.key, self.folder)
         with contextlib.suppress(OSError, RefusedError):
             self.folder.remove(_log(plan))
         return self.folder.path / plan.key / f"{plan.name}.so"
@@ -180,7 +176,7 @@ class Cache:
         return descriptor if taken else None
 
     @contextlib.contextmanager
-    def build_folder(self) -> Iterator[Path]:
+    def build_folder(self) -> Iterator[Folder]:
         """Make a private folder for a build, under the lock. Leftovers of others are removed."""
         for name in self.folder.names():
             if name.startswith(TEMPORARY):
@@ -188,7 +184,7 @@ class Cache:
         name = f"{TEMPORARY}{secrets.token_hex(8)}"
         with self.folder.make_folder(name, 0o700) as build:
             try:
-                yield build.path
+                yield build
             finally:
                 self._clear(name)
 

@@ -27,12 +27,12 @@ def build(plan: Plan, cache: Cache) -> None:
     """
     say(f"compiling the {plan.device_type} kernels ({plan.label}), once for this machine")
     began = time.monotonic()
-    with cache.build_folder() as folder:
-        failed, output = _run(plan, folder)
+    with cache.build_folder() as build_folder:
+        failed, output = _run(plan, build_folder.path)
         if failed:
             reason = f"the build failed: {_first_error(output)}"
             raise UnavailableError(cache.store_failure(plan, reason, output))
-        library = cache.store(plan, folder / f"{plan.name}.so")
+        library = cache.store(plan, build_folder)
     say(f"compiled in {time.monotonic() - began:.0f} s, stored in {library.parent}")
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from . import jit, places, recipe, toolchain
-from .cache import Cache, Library, say
+from .cache import Cache, say
 from .plan import Plan, UnavailableError, csrc_folder, make_plan, torch_release
-from .trust import RefusedError, closed_on_error
+from .trust import RefusedError, closed_on_error, path_of_open
 
 
 class NativeUnavailableWarning(RuntimeWarning):
@@ -208,7 +208,9 @@ def _load(cache: Cache, plan: Plan, outcome: Outcome, implementation: str) -> No
         return
     with closed_on_error(library.descriptor):
         places.check_executable(library.descriptor, library.path)
-    opened_as = _path_of_descriptor(library)
+    # The C library knows loaded libraries by their paths. This path must not lead to another file
+    # later. So the descriptor stays open until the process ends.
+    opened_as = str(path_of_open(library.descriptor, library.path))
     try:
         outcome.accept(implementation, plan.name, library.path, opened_as)
     except ImportError as error:
@@ -218,22 +220,6 @@ def _load(cache: Cache, plan: Plan, outcome: Outcome, implementation: str) -> No
             f"the library {library.path} is intact and does not load: {obstacle}; "
             f"to compile it again, delete {library.path.parent}"
         ) from error
-
-
-def _path_of_descriptor(library: Library) -> str:
-    """A path that leads to the open file of a library, whatever happens to its folders.
-
-    The C library knows loaded libraries by their paths. So this path must not lead to another file
-    later, and the descriptor stays open until the process ends.
-    """
-    path = f"/proc/self/fd/{library.descriptor}"
-    try:
-        if os.path.samestat(os.stat(path), os.fstat(library.descriptor)):
-            return path
-    except OSError:
-        pass
-    # Without /proc, whoever may rename the folders above the cache can exchange the library here.
-    return str(library.path)
 
 
 def _obstacle(library: Path, device_type: str, csrc: Path) -> str | None:

@@ -69,6 +69,18 @@ def closed_on_error(descriptor: int) -> Iterator[None]:
         raise
 
 
+def path_of_open(descriptor: int, path: Path) -> Path:
+    """A path of an open file or folder that others cannot turn, whatever happens to its folders.
+
+    Without /proc it is the usual path, and then the folders above the cache have to be safe.
+    """
+    through_proc = Path(f"/proc/self/fd/{descriptor}")
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat(through_proc), os.fstat(descriptor)):
+            return through_proc
+    return path
+
+
 class Folder:
     """An open folder that only this user and root may change.
 
