@@ -6,7 +6,6 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from . import architectures, ninja_file, process, toolchain
@@ -32,25 +31,12 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
-def build(plan: Plan, cache: Cache, since: float, load: Callable[[Path], None]) -> Path:
+def build(plan: Plan, cache: Cache) -> None:
     """Compile a library into the cache, under the lock of the cache.
-
-    If a build of the same library failed after ``since``, while this process waited for the lock,
-    the function does not try again.
-
-    Args:
-        plan: The library.
-        cache: Where it is stored.
-        since: The time at which this process began to wait for the lock.
-        load: Loads the library from the folder that it was built in. Only a library that loads is
-            stored.
 
     Raises:
         UnavailableError: The build failed. The message holds the first error of the compiler.
     """
-    log = cache.failure_log(plan)
-    if log.exists() and log.stat().st_mtime > since:
-        raise UnavailableError(log.read_text().partition("\n")[0])
     try:
         ninja = [toolchain.find_ninja(), "-v", "-j", str(_jobs(len(plan.sources)))]
         if plan.toolkit is not None:
@@ -59,23 +45,16 @@ def build(plan: Plan, cache: Cache, since: float, load: Callable[[Path], None]) 
         raise UnavailableError(str(error)) from error
     say(f"compiling the {plan.device_type} kernels ({plan.label}), once for this machine")
     began = time.monotonic()
-    with cache.build_folder() as folder:
+    with cache.build_folder() as build_folder:
         try:
-            library = _compile(plan, folder, ninja)
-            try:
-                load(library)
-            except Exception as error:
-                raise _BuildError(f"the library does not load: {error}") from error
+            _compile(plan, build_folder.path, ninja)
         except toolchain.ToolchainError as error:
             raise UnavailableError(str(error)) from error
         except _BuildError as error:
-            reason = f"the build failed: {error} (full output: {log})"
-            log.write_text(f"{reason}\n{error.output}", errors="surrogateescape")
-            raise UnavailableError(reason) from error
-        library = cache.store(plan, library)
-    log.unlink(missing_ok=True)
+            reason = f"the build failed: {error}"
+            raise UnavailableError(cache.store_failure(plan, reason, error.output)) from error
+        library = cache.store(plan, build_folder)
     say(f"compiled in {time.monotonic() - began:.0f} s, stored in {library.parent}")
-    return library
 
 
 def _jobs(files: int) -> int:
@@ -88,7 +67,7 @@ def _jobs(files: int) -> int:
     return min(files, int(wanted) or files)
 
 
-def _compile(plan: Plan, folder: Path, ninja: list[str]) -> Path:
+def _compile(plan: Plan, folder: Path, ninja: list[str]) -> None:
     """Compile in the folder, for the baseline if the compiler knows no better instruction set."""
     ninja_file.write(plan, folder)
     status, output = _run(folder, ninja)
@@ -103,7 +82,6 @@ def _compile(plan: Plan, folder: Path, ninja: list[str]) -> Path:
         raise _BuildError(f"{old}; {_error(output)}" if old else _error(output), output)
     if not _is_whole(library):
         raise _BuildError(f"{plan.compiler.path} reports no error, but makes no library", output)
-    return library
 
 
 def _run(folder: Path, ninja: list[str]) -> tuple[int, str]:

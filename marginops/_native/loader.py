@@ -7,19 +7,18 @@ import importlib.util
 import os
 import re
 import threading
-import time
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import architectures, jit, recipe
-from .cache import Cache
-from .plan import UnavailableError, csrc_folder, make_plan, torch_release
+from . import architectures, jit, places, recipe
+from .cache import Cache, say
+from .plan import Plan, UnavailableError, csrc_folder, make_plan, torch_release
+from .trust import RefusedError, closed_on_error, path_of_open
 
 
 class NativeUnavailableWarning(RuntimeWarning):
@@ -59,12 +58,23 @@ class Outcome:
         self.reasons.append(reason)
         self.asked_for = self.asked_for and asked_for
 
-    def accept(self, implementation: str, name: str, library: Path) -> None:
-        """Load a library, which registers its kernels."""
-        spec = importlib.util.spec_from_file_location(f"{__package__}.{name}", library)
-        assert spec is not None and spec.loader is not None
+    def accept(
+        self, implementation: str, name: str, library: Path, opened_as: str | None = None
+    ) -> None:
+        """Load a library, which registers its kernels.
+
+        Args:
+            implementation: What the library is.
+            name: The name of the module.
+            library: The file of the library.
+            opened_as: Another path of the same file, which the system's loader is to open.
+        """
+        full_name, path = f"{__package__}.{name}", opened_as or str(library)
+        loader = importlib.machinery.ExtensionFileLoader(full_name, path)
+        spec = importlib.util.spec_from_file_location(full_name, path, loader=loader)
+        assert spec is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         self.build_info = module.build_info()
         self.implementation, self.library, self.module = implementation, library, module
 
@@ -142,32 +152,74 @@ class Loader:
         if jit.is_set("MARGINOPS_DISABLE_JIT"):
             raise UnavailableError("MARGINOPS_DISABLE_JIT is set", asked_for=True)
         plan = make_plan(device_type, self.csrc)
-        cache = Cache()
-
-        def try_cached() -> bool:
-            library = cache.find(plan)
-            if library is not None:
-                try:
-                    outcome.accept("cached", plan.name, library)
-                except ImportError as error:
-                    outcome.reject(f"the cached library {library} does not load: {error}")
-            return outcome.native
-
-        if try_cached():
-            return
-        if not build:
-            raise UnavailableError("not built yet", asked_for=True)
+        refused: dict[Path, str] = {}
         try:
-            since = time.time()
-            with cache.lock():
-                if not try_cached():
-                    load = partial(outcome.accept, "built now", plan.name)
-                    outcome.library = jit.build(plan, cache, since, load)
-        except OSError as error:
-            raise UnavailableError(
-                f"the cache folder {cache.folder} cannot be used ({error}); "
-                "set MARGINOPS_CACHE_DIR to a writable folder"
-            ) from error
+            candidates = places.candidates()
+        except RefusedError as error:
+            raise UnavailableError(str(error)) from error
+        for step in (_load_cached, _build) if build else (_load_cached,):
+            for place in candidates:
+                if place in refused:
+                    continue
+                try:
+                    step(place, plan, outcome)
+                except (RefusedError, OSError) as error:
+                    refused[place] = f"the cache folder {place} cannot be used: {error}"
+                    if step is _build and place != candidates[-1]:
+                        say(refused[place])
+                if outcome.native:
+                    outcome.reasons += refused.values()
+                    return
+        if build:
+            raise UnavailableError("; ".join([*refused.values(), places.ADVICE]))
+        outcome.reasons += refused.values()
+        raise UnavailableError("not built yet", asked_for=True)
+
+
+def _load_cached(place: Path, plan: Plan, outcome: Outcome) -> None:
+    folder = places.find(place)
+    if folder is not None:
+        with folder:
+            _load(Cache(folder), plan, outcome, "cached")
+
+
+def _build(place: Path, plan: Plan, outcome: Outcome) -> None:
+    with places.make(place) as folder:
+        cache = Cache(folder)
+        earlier = cache.failure(plan)
+        with cache.lock():
+            _load(cache, plan, outcome, "cached")
+            if outcome.native:
+                return
+            # A build that failed while this process waited would fail again. A build that failed
+            # before may succeed now.
+            failure = cache.failure(plan)
+            if failure is not None and failure != earlier:
+                raise UnavailableError(failure.reason)
+            jit.build(plan, cache)
+            _load(cache, plan, outcome, "built now")
+        if not outcome.native:
+            raise RefusedError("the library was stored, and its content is another now")
+
+
+def _load(cache: Cache, plan: Plan, outcome: Outcome, implementation: str) -> None:
+    library = cache.find(plan)
+    if library is None:
+        return
+    with closed_on_error(library.descriptor):
+        places.check_executable(library.descriptor, library.path)
+    # The C library knows loaded libraries by their paths. This path must not lead to another file
+    # later. So the descriptor stays open until the process ends.
+    opened_as = str(path_of_open(library.descriptor, library.path))
+    try:
+        outcome.accept(implementation, plan.name, library.path, opened_as)
+    except ImportError as error:
+        # The same inputs would give the same library, so nobody compiles it again.
+        obstacle = str(error).replace(opened_as, str(library.path))
+        raise UnavailableError(
+            f"the library {library.path} is intact and does not load: {obstacle}; "
+            f"to compile it again, delete {library.path.parent}"
+        ) from error
 
 
 def _obstacle(library: Path, device_type: str, csrc: Path) -> str | None:

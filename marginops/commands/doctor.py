@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import stat
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._native import architectures, recipe, toolchain
-from .._native.cache import cache_folder
+from .._native import architectures, places, recipe, toolchain
+from .._native.cache import Cache
 from .._native.loader import Loader
+from .._native.trust import RefusedError, user_name
 from .._version import __version__
 
 _PACKAGES = ("torch", "numpy", "pybind11", "ninja")
@@ -33,6 +36,8 @@ _VARIABLES = (
     "CC",
     "MAX_JOBS",
     "XDG_CACHE_HOME",
+    "HOME",
+    "TMPDIR",
 )
 
 
@@ -61,8 +66,11 @@ def report(loader: Loader, build: bool = True) -> dict[str, Any]:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report as text."""
-    return "\n".join(_lines(report, ""))
+    """The report as text that standard output can print."""
+    # A path may hold bytes that are no text, and standard output may know ASCII only.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    lines = "\n".join(_lines(report, ""))
+    return lines.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def _lines(value: dict[str, Any], indent: str) -> list[str]:
@@ -134,15 +142,69 @@ def _gpus() -> list[str]:
 
 
 def _cache() -> dict[str, Any]:
-    folder = cache_folder()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    """The first place that can be used, or the first of all if none can. Nothing is left there."""
+    try:
+        candidates = places.candidates()
+    except RefusedError as error:
+        return {"folder": None, "usable": False, "obstacles": [str(error)]}
+    described = [_place(place) for place in candidates]
+    chosen = next((each for each in described if each["usable"]), described[0])
+    others = described[: described.index(chosen)] or described[1:]
+    return {
+        **chosen,
+        "other places": [obstacle for each in others for obstacle in each["obstacles"]],
+    }
+
+
+def _place(place: Path) -> dict[str, Any]:
+    obstacles: list[str] = []
+
+    def tried(probe: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return probe()
+        except Exception as error:
+            obstacles.append(f"{place} cannot be used: {error}")
+            return otherwise
+
+    def libraries() -> dict[str, str]:
+        folder = places.find(place)
+        if folder is None:
+            return {}
+        with folder:
+            return Cache(folder).libraries()
 
     def size() -> int:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
 
+    def new_file() -> int:
+        folder = os.open(nearest, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return places.probe_file(folder)
+        finally:
+            os.close(folder)
+
+    found = tried(libraries, {})
+    trusted = not obstacles
+    # A folder that is missing will be made in the nearest folder above it.
+    version = [place / __version__] if os.path.isdir(place / __version__) else []
+    nearest = next(path for path in (*version, place, *place.parents) if os.path.lexists(path))
+    probe = tried(new_file, None)
+    loadable: bool | str = "unknown, because no file can be made there"
+    if probe is not None:
+        errors = len(obstacles)
+        tried(lambda: places.check_executable(probe, nearest), None)
+        loadable = len(obstacles) == errors
+        os.close(probe)
+    facts = place.stat() if os.path.exists(place) else None
     return {
-        "folder": str(folder),
-        "writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        "folder": str(place),
+        "usable": trusted and (loadable is True or "usable" in found.values()),
+        "owner": user_name(facts.st_uid) if facts else None,
+        "mode": f"{stat.S_IMODE(facts.st_mode):04o}" if facts else None,
+        "writable": probe is not None,
+        "loadable": loadable,
+        "obstacles": obstacles,
+        "libraries": found,
         "bytes": _guarded(size),
     }
 

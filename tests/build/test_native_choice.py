@@ -10,7 +10,6 @@ import torch
 
 from helpers.native_sources import expect_reference, new_loader, write_tiny
 from marginops._native import architectures, plan, recipe
-from marginops._native.cache import Cache
 from marginops._native.loader import _obstacle as obstacle
 
 
@@ -162,9 +161,3 @@ def test_other_devices_have_no_kernels_and_no_warning(tiny: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not new_loader(tiny).load("mps")
-
-
-def test_cache_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("MARGINOPS_CACHE_DIR", "~/kernels")
-    assert Cache().folder.parent == tmp_path / "kernels"

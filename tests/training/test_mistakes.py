@@ -168,7 +168,7 @@ USES = {
         values, torch.eye(C, dtype=values.dtype, device=values.device)
     ),
     "select_minimal_margin": lambda values: marginops.select_minimal_margin(
-        values, torch.eye(C, dtype=values.dtype), 3
+        values, torch.eye(C, dtype=values.dtype), k=3
     ),
 }
 
