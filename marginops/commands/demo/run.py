@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
         options,
         f"\n{table(results)}\n\n{conclusion(results, options.candidates)}",
         report(results, options),
-        lambda: draw(results, f"{data.name}, {network}, {options.updates:,} updates"),
+        lambda: draw(results, f"{data.name}, {network}, updates: {options.updates:,}"),
         150,
     )
 
