@@ -17,6 +17,8 @@ Defaults = Mapping[str, Mapping[str, Any]]
 
 # The largest whole number that torch takes.
 _LARGEST = 2**63 - 1
+# The largest float32, the type of the networks.
+_LARGEST_RATE = torch.finfo(torch.float32).max
 
 
 class UsageError(Exception):
@@ -77,7 +79,7 @@ def add_run_arguments(
     )
     parser.add_argument(
         "--learning-rate",
-        type=_positive_number,
+        type=_learning_rate,
         metavar="RATE",
         help=f"{learning_rate} (default: {_each(defaults, 'learning_rate')})",
     )
@@ -140,13 +142,13 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def _positive_number(text: str) -> float:
+def _learning_rate(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise _refusal("a positive number", text)
+    if not 0 < value <= _LARGEST_RATE:
+        raise _refusal("a positive number that float32 can hold", text)
     return value
 
 

@@ -42,12 +42,12 @@ def check(path: Path) -> None:
             raise OutputError(
                 f"expected a file that you may write, got {path}; change its permissions"
             )
-    except FileNotFoundError as error:
-        raise OutputError(
-            f"expected a file in an existing folder, got {path}; "
-            f"the folder {path.parent} does not exist; create it first"
-        ) from error
     except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            raise OutputError(
+                f"expected a file in an existing folder, got {path}; "
+                f"the folder {path.parent} does not exist; create it first"
+            ) from error
         # ValueError: the path has characters that the encoding of the file system lacks.
         reason = getattr(error, "strerror", None) or error
         raise OutputError(

@@ -64,8 +64,8 @@ def conclusion(results: Results, candidate_ratio: int) -> str:
             f"This is more than the spread over the seeds ({spread:.2f} points), so {winner} wins."
         )
     return (
-        f"After {updates:,} {'update' if updates == 1 else 'updates'}, minimal-margin selection reached {selected:.2f} % test "
-        f"accuracy and uniform sampling reached {uniform:.2f} %. The difference is "
+        f"After {updates:,} {'update' if updates == 1 else 'updates'}, minimal-margin selection "
+        f"reached {selected:.2f} % test accuracy and uniform sampling reached {uniform:.2f} %. The difference is "
         f"{difference:+.2f} points. {verdict} Selection scored {candidate_ratio} candidates per "
         f"trained sample and took {seconds['minimal_margin'] / seconds['uniform']:.1f} times as "
         "long."
