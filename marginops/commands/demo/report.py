@@ -65,8 +65,8 @@ def conclusion(results: Results, candidate_ratio: int) -> str:
         )
     return (
         f"After {updates:,} {'update' if updates == 1 else 'updates'}, minimal-margin selection "
-        f"reached {selected:.2f} % test accuracy and uniform sampling reached {uniform:.2f} %. The difference is "
-        f"{difference:+.2f} points. {verdict} Selection scored {candidate_ratio} candidates per "
+        f"reached {selected:.2f} % test accuracy and uniform sampling reached {uniform:.2f} %. "
+        f"The difference is {difference:+.2f} points. {verdict} Selection scored {candidate_ratio} candidates per "
         f"trained sample and took {seconds['minimal_margin'] / seconds['uniform']:.1f} times as "
         "long."
     )
