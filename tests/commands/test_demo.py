@@ -187,7 +187,7 @@ def test_figure_of_equal_margins_and_a_long_title() -> None:
     assert [patch.get_data().values.sum() for patch in margins.patches] == [1, 1, 1]
     assert all(tick == int(tick) for tick in by_update.get_xticks())
     title = figure._suptitle.get_window_extent()
-    assert 0 <= title.x0 and title.x1 <= figure.bbox.width
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
 
 
 def test_no_legend_of_the_figure_covers_a_curve() -> None:

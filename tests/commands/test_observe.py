@@ -241,7 +241,7 @@ def test_figure_of_values_that_a_logarithm_does_not_have(done: Run, value: float
     zeros = [axes.transData.transform((1, 0))[1] for axes in (scaled, other)]
     assert zeros[0] == pytest.approx(zeros[1])
     title = figure._suptitle.get_window_extent()
-    assert 0 <= title.x0 and title.x1 <= figure.bbox.width
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
 
 
 def test_quiet_and_regularized(
