@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
+import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from .. import _native
 from .._version import __version__
-from . import doctor
+from . import console, doctor
 from .demo import run as demo
 from .observe import run as observe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="marginops", description=__doc__)
+    return console.guard(lambda: _main(arguments))
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        console.fail(f"{self.prog}: {message}; see {self.prog} --help")
+        sys.exit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse hides that the help or the version cannot be written.
+        if file is sys.stdout:
+            console.say(message.removesuffix("\n"))
+        else:
+            super()._print_message(message, file)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser = _Parser(
+        prog="marginops",
+        description="The command line: marginops doctor, marginops demo and marginops observe.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -37,15 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.set_defaults(run=observe.run)
 
     options = parser.parse_args(arguments)
-    try:
-        status: int = options.run(options)
-    except KeyboardInterrupt:
-        # The exit status that a shell reports for a program ended by this signal.
-        return 128 + signal.SIGINT
+    status: int = options.run(options)
     return status
 
 
 def _doctor(options: argparse.Namespace) -> int:
     report = doctor.report(_native.loader, build=not options.no_build)
-    print(json.dumps(report, indent=2) if options.json else doctor.text(report))
+    console.say(json.dumps(report, indent=2) if options.json else doctor.text(report))
     return 0

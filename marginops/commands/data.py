@@ -1,26 +1,21 @@
 """The data sets of the commands: the digits of scikit-learn, and Fashion-MNIST from files."""
 
-import gzip
-import math
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_IMAGES_MAGIC = 0x00000803
-_LABELS_MAGIC = 0x00000801
+from .idx import DataError, read
+
+__all__ = ["ClassificationData", "DataError", "load_digits", "load_fashion_mnist"]
+
 _FASHION_MNIST_CLASSES = 10
 _FASHION_MNIST_SIZE = 28
 _WHERE = (
     "the four Fashion-MNIST files come from https://github.com/zalandoresearch/fashion-mnist or "
     "the Debian package dataset-fashion-mnist"
 )
-
-
-class DataError(ValueError):
-    """A data file is missing or damaged. The message names the file and says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +108,9 @@ def load_fashion_mnist(data_dir: str | Path) -> ClassificationData:
         Inputs ``[N, 1, 28, 28]`` float32, ten classes.
 
     Raises:
-        DataError: A file is missing or cannot be read, its length, format or image size is wrong,
-            or the numbers of images and labels differ.
+        DataError: A file is missing or cannot be read, is no regular file, has the wrong length,
+            format or image size or more than a million samples, or the numbers of images and
+            labels differ.
 
     Example:
         >>> from marginops.commands.data import load_fashion_mnist
@@ -123,30 +119,25 @@ def load_fashion_mnist(data_dir: str | Path) -> ClassificationData:
     """
     train_images, train_target = _read_split(Path(data_dir), "train")
     test_images, test_target = _read_split(Path(data_dir), "t10k")
-    deviation, mean = torch.std_mean(train_images.float(), correction=0)
+    train_inputs, test_inputs = train_images.float(), test_images.float()
+    deviation, mean = torch.std_mean(train_inputs, correction=0)
     # If all pixels are equal, the deviation is 0. Then only the mean is subtracted.
     deviation = torch.where(deviation == 0, 1, deviation)
     return ClassificationData(
         name="fashion-mnist",
         num_classes=_FASHION_MNIST_CLASSES,
-        train_inputs=(train_images.float() - mean) / deviation,
+        train_inputs=train_inputs.sub_(mean).div_(deviation),
         train_target=train_target,
-        test_inputs=(test_images.float() - mean) / deviation,
+        test_inputs=test_inputs.sub_(mean).div_(deviation),
         test_target=test_target,
     )
 
 
 def _read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images [N, 1, 28, 28] uint8 and labels [N] int64."""
-    image_path, images = _read_idx(folder, f"{split}-images-idx3-ubyte", _IMAGES_MAGIC)
-    label_path, labels = _read_idx(folder, f"{split}-labels-idx1-ubyte", _LABELS_MAGIC)
     size = _FASHION_MNIST_SIZE
-    if images.shape[1:] != (size, size):
-        height, width = images.shape[1:]
-        raise DataError(
-            f"{image_path}: expected images of {size} x {size} pixels, got {height} x {width}; "
-            f"{_WHERE}"
-        )
+    image_path, images = read(folder, f"{split}-images-idx3-ubyte", (size, size), _WHERE)
+    label_path, labels = read(folder, f"{split}-labels-idx1-ubyte", (), _WHERE)
     if len(images) != len(labels):
         raise DataError(
             f"{label_path}: expected {len(images)} labels, one for each image in "
@@ -158,48 +149,3 @@ def _read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
             f"got {labels.max().item()}; {_WHERE}"
         )
     return images.unsqueeze(1), labels.long()
-
-
-def _read_idx(folder: Path, name: str, magic: int) -> tuple[Path, Tensor]:
-    """Read a file in idx format: magic number, sizes (both 32 bit, big endian), then the bytes."""
-    plain, compressed = folder / name, folder / f"{name}.gz"
-    path = plain if plain.exists() else compressed
-    if not path.exists():
-        raise DataError(f"{plain}: expected this file or {compressed.name}, found none; {_WHERE}")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path == compressed else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: expected a complete gzip file, got a damaged one ({error}); download it again"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"{path}: expected a readable file, got: {error.strerror}; check its permissions"
-        ) from error
-
-    def number(index: int) -> int:
-        return int.from_bytes(content[4 * index : 4 * index + 4], "big")
-
-    dimensions = magic & 0xFF
-    header = 4 * (1 + dimensions)
-    if len(content) < header:
-        raise DataError(
-            f"{path}: expected a header of {header} bytes, got a file of {len(content)} bytes; "
-            "download it again"
-        )
-    if number(0) != magic:
-        raise DataError(
-            f"{path}: expected magic number 0x{magic:08x} (idx, unsigned bytes, {dimensions} "
-            f"dimensions), got 0x{number(0):08x}; {_WHERE}"
-        )
-    sizes = [number(1 + dimension) for dimension in range(dimensions)]
-    expected = header + math.prod(sizes)
-    if len(content) != expected:
-        raise DataError(
-            f"{path}: expected {expected:,} bytes for sizes {sizes}, got {len(content):,}; "
-            "download it again"
-        )
-    if expected == header:
-        raise DataError(f"{path}: expected at least one sample, got sizes {sizes}; {_WHERE}")
-    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
-    return path, values.view(sizes)

@@ -1,40 +1,28 @@
-"""Shared parts of the commands that train a network: options, checks, data, network, files."""
+"""Options that the commands which train a network share, and the types of their values."""
+
+from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-from .data import ClassificationData, DataError, load_digits, load_fashion_mnist
 
 MOMENTUM = 0.9
 Defaults = Mapping[str, Mapping[str, Any]]
 """The default values that depend on the data set, by data set and option."""
 
+# The largest whole number that torch takes.
+_LARGEST = 2**63 - 1
+# The largest float32, the type of the networks.
+_LARGEST_RATE = torch.finfo(torch.float32).max
+
 
 class UsageError(Exception):
     """The command cannot run with these options. The message says why and what to do."""
-
-
-def execute(
-    name: str, body: Callable[[argparse.Namespace], None], options: argparse.Namespace
-) -> int:
-    """Run a command, print an error as one line, and return the exit status."""
-    threads = torch.get_num_threads()
-    try:
-        body(options)
-    except (DataError, UsageError) as error:
-        print(f"marginops {name}: {error}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-    return 0
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
@@ -44,7 +32,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> N
     )
     parser.add_argument(
         "--data-dir",
-        type=Path,
+        type=path,
         default=Path("/usr/share/datasets/fashion-mnist"),
         metavar="DIR",
         help="folder with the four Fashion-MNIST files, plain or .gz (default: %(default)s)",
@@ -52,14 +40,18 @@ def add_data_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> N
 
 
 def add_count(
-    parser: argparse.ArgumentParser, name: str, help: str, default: int | Defaults
+    parser: argparse.ArgumentParser,
+    name: str,
+    help: str,
+    default: int | Defaults,
+    highest: int = _LARGEST,
 ) -> None:
     """Add an option for a positive whole number. Its default may depend on the data set."""
     field = name.removeprefix("--").replace("-", "_")
     shown = default if isinstance(default, int) else _each(default, field)
     parser.add_argument(
         name,
-        type=positive(int),
+        type=whole_number(1, highest),
         default=default if isinstance(default, int) else None,
         metavar="N",
         help=f"{help} (default: {shown})",
@@ -80,14 +72,14 @@ def add_run_arguments(
     """
     parser.add_argument(
         "--hidden",
-        type=positive(int),
+        type=whole_number(1),
         nargs="+",
         metavar="N",
         help=f"widths of the hidden layers (default: {_each(defaults, 'hidden')})",
     )
     parser.add_argument(
         "--learning-rate",
-        type=positive(float),
+        type=_learning_rate,
         metavar="RATE",
         help=f"{learning_rate} (default: {_each(defaults, 'learning_rate')})",
     )
@@ -97,46 +89,24 @@ def add_run_arguments(
         default=None,
         help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
     )
-    add_count(parser, "--threads", "CPU threads; more than a few do not help these networks", 1)
+    add_count(
+        parser,
+        "--threads",
+        "CPU threads; more than a few do not help these networks",
+        1,
+        highest=os.cpu_count() or 1,
+    )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         default=Path(output),
         metavar="FILE",
         help="file of the figure (default: %(default)s)",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write all results to this file"
+        "--json", type=path, metavar="FILE", help="also write all results to this file"
     )
     parser.add_argument("--quiet", action="store_true", help=quiet)
-
-
-def check_environment(options: argparse.Namespace, packages: Sequence[str]) -> None:
-    """Check packages, files and device now, so that no error comes after the training."""
-    needed = [*packages, *(["sklearn"] if options.data == "digits" else [])]
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"missing packages: {', '.join(missing)}; install them with: "
-            'pip install "marginops[demo]"'
-        )
-    from matplotlib.figure import Figure
-
-    formats = Figure().canvas.get_supported_filetypes()
-    if options.output.suffix[1:].lower() not in formats:
-        raise UsageError(
-            f"--output {options.output}: expected a name ending in one of "
-            f"{', '.join(f'.{name}' for name in sorted(formats))}"
-        )
-    for path in filter(None, (options.output, options.json)):
-        if not path.parent.is_dir():
-            raise UsageError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if options.device is not None and options.device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (options.device.index or 0) >= count:
-            raise UsageError(
-                f"--device {options.device}: PyTorch finds {count} CUDA devices; try --device cpu"
-            )
 
 
 def with_defaults(options: argparse.Namespace, defaults: Defaults) -> argparse.Namespace:
@@ -148,90 +118,53 @@ def with_defaults(options: argparse.Namespace, defaults: Defaults) -> argparse.N
     )
 
 
-def load(options: argparse.Namespace) -> ClassificationData:
-    """The data set that the options ask for, on the CPU."""
-    return load_digits() if options.data == "digits" else load_fashion_mnist(options.data_dir)
+def whole_number(lowest: int, highest: int = _LARGEST) -> Callable[[str], int]:
+    """An argparse type for whole numbers in a range."""
 
-
-def mlp(data: ClassificationData, hidden: Sequence[int]) -> nn.Sequential:
-    """A network of linear layers with biases and ReLU, for the inputs and classes of the data."""
-    width = data.train_inputs[0].numel()
-    layers: list[nn.Module] = [nn.Flatten()]
-    for next_width in hidden:
-        layers += [nn.Linear(width, next_width), nn.ReLU()]
-        width = next_width
-    return nn.Sequential(*layers, nn.Linear(width, data.num_classes))
-
-
-def describe(data: ClassificationData, options: argparse.Namespace) -> tuple[str, str]:
-    """Two texts: the data set with its numbers of samples, and the network with the batch size."""
-    layers = [data.train_inputs[0].numel(), *options.hidden, data.num_classes]
-    return (
-        f"{data.name}: {len(data.train_target):,} training and {len(data.test_target):,} test "
-        "samples",
-        f"MLP {'-'.join(map(str, layers))}, batch size {options.batch_size}",
-    )
-
-
-def prepare(
-    arguments: argparse.Namespace, packages: Sequence[str], defaults: Defaults
-) -> tuple[argparse.Namespace, ClassificationData]:
-    """Check the environment, fill in the options, and load the data to the device."""
-    check_environment(arguments, packages)
-    options = with_defaults(arguments, defaults)
-    torch.set_num_threads(options.threads)
-    return options, load(options).to(options.device)
-
-
-def write_results(
-    options: argparse.Namespace, figure: Any, dpi: int, report: Mapping[str, Any]
-) -> None:
-    """Write the figure and, where ``--json`` asks for it, the report."""
-    _write(options.output, lambda path: figure.savefig(path, dpi=dpi))
-    if options.json is not None:
-        text = json.dumps(report, indent=2) + "\n"
-        _write(options.json, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file and print its name."""
-    try:
-        write(path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
-    print(f"wrote {path}")
-
-
-def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """An argparse type for positive finite numbers of type ``kind``."""
-
-    def positive(text: str) -> float:
+    def whole_number(text: str) -> int:
         try:
-            value = kind(text)
+            value = int(text)
         except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"expected a positive {name}, got {text!r}")
+            value = lowest - 1
+        if value < lowest:
+            raise _refusal(f"a whole number of at least {lowest}", text)
+        if value > highest:
+            raise _refusal(f"a whole number of at most {highest}", text)
         return value
 
-    return positive
+    return whole_number
 
 
-def seed(text: str) -> int:
-    """An argparse type for the seeds of random numbers."""
-    if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"expected a whole number below 2^63, got {text!r}")
-    return int(text)
+def path(text: str) -> Path:
+    """An argparse type for the path of a file or folder."""
+    if not text or "\0" in text:
+        raise _refusal("a path", text)
+    return Path(text)
+
+
+def _learning_rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= _LARGEST_RATE:
+        raise _refusal("a positive number that float32 can hold", text)
+    return value
 
 
 def _device(text: str) -> torch.device:
     try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected a device such as cpu or cuda:0, got {text!r}"
-        ) from error
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise _refusal("a device: cpu, cuda or cuda:N", text)
+    return device
+
+
+def _refusal(expected: str, text: str) -> argparse.ArgumentTypeError:
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
+    return argparse.ArgumentTypeError(f"expected {expected}, got {shown!r}")
 
 
 def _each(defaults: Defaults, field: str) -> str:

@@ -26,7 +26,8 @@ def test_version_and_commands_are_told(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as exit_info:
         cli.main([])
     assert exit_info.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "COMMAND" in error and error.count("\n") == 1
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     listed = capsys.readouterr().out

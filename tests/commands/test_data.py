@@ -1,8 +1,13 @@
 """The data sets: what they hold, and what is said of damaged files."""
 
+import errno
 import gzip
+import os
 import struct
 import sys
+import tracemalloc
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,6 +93,14 @@ COMPRESSED = gzip.compress(idx_labels(), mtime=0)  # else named after the second
         (f"{LABELS}.gz", COMPRESSED[:-9], r"expected a complete gzip file"),
         (f"{LABELS}.gz", b"<html>not found</html>", r"expected a complete gzip file"),
         (f"{LABELS}.gz", COMPRESSED[:10] + b"\xff" * 20, r"a damaged one"),
+        (f"{LABELS}.gz", COMPRESSED[:-8] + b"\xff" * 8, r"a damaged one .CRC check failed"),
+        (f"{LABELS}.gz", COMPRESSED + b"garbage", r"a damaged one"),
+        (f"{LABELS}.gz", gzip.compress(idx_labels() + b"0"), r"14 bytes for sizes \[6\], got more"),
+        (f"{LABELS}.gz", gzip.compress(idx_labels()[:-1]), r"14 bytes .* got 13; download"),
+        (f"{LABELS}.gz", COMPRESSED + gzip.compress(b"0"), r"14 bytes .* got more"),
+        (f"{LABELS}.gz", gzip.compress(idx_labels()) + bytes(2000), r"at most 1,052 compressed "),
+        (f"{LABELS}.gz", gzip.compress(b""), r"a header of 8 bytes, got a file of 0 bytes"),
+        (IMAGES, struct.pack(">4I", 0x803, 2**32 - 1, 28, 28), r"at most 1,000,000 samples, got"),
     ],
 )
 def test_damaged_files_are_named(
@@ -102,10 +115,78 @@ def test_damaged_files_are_named(
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_in_place_of_a_file_is_named(folder: Path) -> None:
+def test_a_file_of_several_gzip_members_is_read(folder: Path) -> None:
+    content = idx_labels()
+    (folder / f"{LABELS}.gz").write_bytes(gzip.compress(content[:5]) + gzip.compress(content[5:]))
+    assert load_fashion_mnist(folder).train_target.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_file_is_unpacked_no_further_than_its_header_announces(folder: Path) -> None:
+    # 400 MB, from a file that is small enough for the 6 million samples that it could hold.
+    packer = zlib.compressobj(9, wbits=31)
     (folder / IMAGES).unlink()
-    (folder / IMAGES).mkdir()
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte: expected a readable file"):
+    with open(folder / f"{IMAGES}.gz", "wb") as file:
+        file.write(packer.compress(struct.pack(">4I", 0x803, 1000, 28, 28)))
+        for _ in range(400):
+            file.write(packer.compress(bytes(1 << 20)))
+        file.write(packer.flush())
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"expected 784,016 bytes for sizes .* got more"):
+        load_fashion_mnist(folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8e6
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (Path.mkdir, "got a folder"),
+        (pipe, "got a named pipe"),
+        (endless, "got a device"),
+        (loop, "got: Too many levels of symbolic links"),
+    ],
+)
+def test_only_regular_files_are_read(
+    folder: Path, make: Callable[[Path], None], kind: str, suffix: str
+) -> None:
+    (folder / IMAGES).unlink()
+    make(folder / f"{IMAGES}{suffix}")
+    with pytest.raises(DataError, match=f"{IMAGES}{suffix}: expected a readable file, {kind}"):
+        load_fashion_mnist(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("a" * 300, "File name too long"), ("a\0b", "null"), ("file", "Not a dir")]
+)
+def test_folders_that_cannot_be_opened_are_named(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=f"expected a readable file, got: .*{reason}"):
+        load_fashion_mnist(tmp_path / name)
+
+
+def test_a_folder_without_permission_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    # Root may open every folder.
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DataError, match=f"{IMAGES}: expected a readable file, got: Permission"):
         load_fashion_mnist(folder)
 
 

@@ -1,10 +1,12 @@
 """The demo command: what it prints, writes and refuses."""
 
 import argparse
+import dataclasses
 import gzip
 import json
 import re
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,11 +96,24 @@ def test_demo_prints_the_table_and_writes_figure_and_json(
     assert first["margin_quantiles_after"] != other["margin_quantiles_after"]
 
 
-def test_progress_is_shown_unless_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [option for option in SMALL if option != "--quiet"]
+@pytest.mark.parametrize(
+    ("terminal", "quiet", "shown"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+)
+def test_progress_is_shown_on_a_terminal_unless_quiet(
+    terminal: bool,
+    quiet: bool,
+    shown: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    options = [option for option in SMALL if quiet or option != "--quiet"]
     assert run(*options, "--seeds", "1", "--output", tmp_path / "figure.svg") == 0
     printed = capsys.readouterr()
-    assert "60/60" in printed.err
+    assert ("60/60" in printed.err) is shown
+    assert shown or printed.err == ""
     assert "±" not in printed.out
 
 
@@ -132,6 +147,12 @@ def test_conclusion_says_what_happened(
     assert sentence.endswith(" and took 3.0 times as long.")
 
 
+def test_a_single_update_is_one() -> None:
+    shown = results([0.5], [0.5])
+    once = {name: [dataclasses.replace(runs[0], updates=(0, 1))] for name, runs in shown.items()}
+    assert conclusion(once, 10).startswith("After 1 update, ")
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_figure_shows_the_runs(seeds: int) -> None:
     shown = results([0.90, 0.94][:seeds], [0.97, 0.95][:seeds])
@@ -147,6 +168,33 @@ def test_figure_shows_the_runs(seeds: int) -> None:
     for axes in figure.axes:
         assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
         assert axes.get_legend() is not None
+
+
+def test_figure_of_equal_margins_and_a_long_title() -> None:
+    shown = results([0.5], [0.5])
+    equal = {
+        name: [
+            dataclasses.replace(
+                run, margins_before=torch.zeros(9), margins_after=torch.zeros(9), updates=(0, 1, 2)
+            )
+            for run in runs
+        ]
+        for name, runs in shown.items()
+    }
+    figure = draw(equal, "MLP " + "-".join(["64"] * 99))
+    figure.draw_without_rendering()
+    by_update, _, margins = figure.axes
+    assert [patch.get_data().values.sum() for patch in margins.patches] == [1, 1, 1]
+    assert all(tick == int(tick) for tick in by_update.get_xticks())
+    title = figure._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
+
+
+def test_no_legend_of_the_figure_covers_a_curve() -> None:
+    figure = draw(results([0.9, 0.94], [0.97, 0.95]), "subtitle")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
 
 
 def test_fashion_mnist_files_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

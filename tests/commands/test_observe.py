@@ -1,9 +1,11 @@
 """The observe command: what it trains, prints, writes and draws."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +139,13 @@ def test_conclusion_tells_inversions_and_stragglers(done: Run) -> None:
     monitor = InversionMonitor(3, first_epoch=2)
     target, wrong = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 1, 0, 1, 1]).bool()
     before = dataclasses.replace(done.observation, inversion=monitor)
+    # The run has three epochs.
     assert "its radius does not fall: no class." in conclusion(before)
+    late = dataclasses.replace(done.observation, inversion=InversionMonitor(3, first_epoch=4))
+    assert (
+        "epoch from 4 on in which its radius does not fall: not looked for, because the training "
+        "ended in epoch 3."
+    ) in conclusion(late)
     assert "stragglers" not in conclusion(before)
     for radius in ([0.5, 0.5, 0.5], [0.5, 0.4, 0.4], [0.4, 0.45, 0.3]):
         monitor.update(torch.tensor(radius), wrong, target)
@@ -176,6 +184,64 @@ def test_figure_shows_what_was_observed(done: Run, data: ClassificationData) -> 
         assert list(axes.lines[-1].get_xdata()) == [3, 3]
     for axes in (margins, collapse, radii, scaled):
         assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
+
+
+def many(done: Run, epochs: int, **changes: Any) -> loop.Observation:
+    """A run of so many epochs: those of ``done`` again and again, with changes to each report."""
+    monitor = InversionMonitor(10, first_epoch=2)
+    target = torch.zeros(1347, dtype=torch.int64)
+    reports = []
+    for epoch in range(epochs):
+        seen = dataclasses.replace(done.observation.reports[epoch % 3], **changes)
+        monitor.update(seen.manifolds.radius, seen.misclassified, target)
+        reports.append(seen)
+    return dataclasses.replace(done.observation, inversion=monitor, reports=reports)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 12, 300])
+def test_ticks_are_epochs_and_no_text_lies_on_another(done: Run, epochs: int) -> None:
+    figure = draw(many(done, epochs, training_error=0.0), "subtitle")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.draw_without_rendering()
+    margins, collapse, radii, scaled, _ = figure.axes
+    (inset,) = margins.child_axes
+    for axes in (collapse, radii, scaled, inset):
+        lowest, highest = axes.get_xlim()
+        labels = [
+            label
+            for place, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+            if lowest <= place <= highest
+        ]
+        assert labels and all(re.fullmatch(r"\d+", label.get_text()) for label in labels)
+        extents = [label.get_window_extent() for label in labels]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(extents, 2))
+        assert not any(label.get_text() for label in axes.get_xticklabels(minor=True))
+    legend, small = margins.get_legend().get_window_extent(), inset.get_tightbbox()
+    assert not legend.overlaps(small)
+    assert small.x0 > margins.get_window_extent().x0
+    # Every curve stays below the legend and the small axes.
+    bottom = margins.transData.inverted().transform((0, min(legend.y0, small.y0)))[1]
+    assert all(np.max(line.get_ydata()) < bottom for line in margins.lines)
+    if epochs == 1:
+        assert all(line.get_marker() == "." for line in (*collapse.lines[:5], scaled.lines[0]))
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, -math.inf, 1e-30, -2.0])
+def test_figure_of_values_that_a_logarithm_does_not_have(done: Run, value: float) -> None:
+    collapse = type(done.observation.reports[0].collapse)(*[torch.tensor(value)] * 7)
+    shown = many(done, 4, collapse=collapse, tau_margin=value, lambda_max_margin=-value)
+    figure = draw(shown, "MLP " + "-".join(["64"] * 99))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert np.isfinite([*axes.get_xlim(), *axes.get_ylim()]).all()
+    *_, scaled, other = figure.axes
+    zeros = [axes.transData.transform((1, 0))[1] for axes in (scaled, other)]
+    assert zeros[0] == pytest.approx(zeros[1])
+    title = figure._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
 
 
 def test_quiet_and_regularized(

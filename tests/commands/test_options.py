@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
@@ -49,8 +50,13 @@ def assert_refused(
         (["--data", "fashion-mnist", "--data-dir", "nowhere"], "nowhere/train-images-idx3-ubyte: "),
         (["--output", "nowhere/figure.png"], "the folder nowhere does not exist; create it first"),
         (["--json", "nowhere/report.json"], "the folder nowhere does not exist; create it first"),
-        (["--output", "figure.docx"], "--output figure.docx: expected a name ending in one of "),
-        (["--device", "cuda:99"], "--device cuda:99: PyTorch finds "),
+        (["--output", "figure.docx"], "--output: expected a name ending in one of "),
+        (["--output", "/proc/figure.png"], "--output: expected a place where a file can be "),
+        (["--json", "/proc/report.json"], "--json: expected a place where a file can be "),
+        (["--output", "figure.pgf"], "--output: matplotlib cannot draw .pgf here: "),
+        (["--output", "a.svg", "--json", "./a.svg"], "--json: expected another file than that of"),
+        (["--device", "cuda:99"], "--device: expected one of the "),
+        (["--hidden", "100000", "1000000"], "--hidden: expected layers whose training fits into"),
         (["--learning-rate", "1e9"], "training diverged"),
     ],
 )
@@ -65,12 +71,14 @@ def test_errors_are_one_line_and_exit_with_two(
     monkeypatch.chdir(tmp_path)
     if message == "training diverged":
         message = DIVERGED[command]
+    if "figure.pgf" in options and which("xelatex"):
+        pytest.skip("this machine draws .pgf")
     assert_refused(capsys, command, [*SMALL[command], *options], message)
     assert not list(tmp_path.iterdir())
 
 
 def test_more_candidates_than_samples(capsys: pytest.CaptureFixture[str]) -> None:
-    message = "200 times --candidates 10 is 2000, more than the 1347 training"
+    message = "expected at most 1347, the number of training samples, got 200 times 10; lower"
     assert_refused(capsys, "demo", ["--batch-size", "200"], message)
 
 
@@ -89,14 +97,38 @@ def test_missing_packages_are_named(
     assert_refused(capsys, command, [], message)
 
 
+def test_memory_that_ends_during_the_training_is_one_line(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def no_memory(*_: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", no_memory)
+    options = [*SMALL[command], "--output", str(tmp_path / "figure.png")]
+    assert cli.main([command, *options]) == 1
+    error = capsys.readouterr().err
+    message = f"marginops {command}: the training needs more memory than there is ("
+    assert error.startswith(message) and error.endswith("lower --hidden or --batch-size\n")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("command", "option", "value"),
     [
-        *(("demo", "--updates", "0"), ("demo", "--seeds", "two")),
+        *(("demo", "--updates", "0"), ("demo", "--seeds", "two"), ("demo", "--batch", "-1")),
         *(("observe", "--epochs", "0"), ("observe", "--seed", "-1")),
-        ("observe", "--seed", str(2**63)),
+        *(("observe", "--seed", text) for text in (str(2**63), str(2**64), "1" * 5000)),
         *((command, "--learning-rate", value) for command in SMALL for value in ("nan", "inf")),
-        *((command, "--device", "abacus") for command in SMALL),
+        *(("demo", "--learning-rate", value) for value in ("1e39", "1e-400", "")),
+        *(("demo", "--device", value) for value in ("meta", "mps", "xpu", "cpu:7", "abacus", "")),
+        *(("demo", "--hidden", value) for value in ("0", str(2**63), "1.5")),
+        *(("demo", "--threads", value) for value in ("0", "1000000000000")),
+        *(("demo", option, "") for option in ("--output", "--json", "--data-dir")),
+        *(("demo", option, "a\0b") for option in ("--output", "--json", "--data-dir")),
     ],
 )
 def test_bad_options_are_refused(
@@ -105,4 +137,25 @@ def test_bad_options_are_refused(
     with pytest.raises(SystemExit) as exit_info:
         cli.main([command, option, value])
     assert exit_info.value.code == 2
-    assert f"argument {option}: expected a " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"marginops {command}: argument {option}")
+    assert ": expected a " in error and ", got '" in error
+    assert error.count("\n") == 1 and len(error) < 250
+
+
+@pytest.mark.parametrize(("broken", "other"), [("--output", "--json"), ("--json", "--output")])
+def test_a_result_that_fails_does_not_lose_the_others(
+    command: str,
+    broken: str,
+    other: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept = tmp_path / "kept.png"
+    assert cli.main([command, *SMALL[command], broken, "/dev/full", other, str(kept)]) == 1
+    printed = capsys.readouterr()
+    message = f"marginops {command}: {broken}: /dev/full cannot be written: No space left on device"
+    assert printed.err == f"{message}\n"
+    assert printed.out.endswith(f"\nwrote {kept}\n")
+    assert "test accuracy" in printed.out
+    assert kept.stat().st_size > 1000

@@ -1,10 +1,11 @@
 """The figure of ``marginops demo``."""
 
+import textwrap
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor
 
 from .loop import Sampling
@@ -26,11 +27,12 @@ def draw(results: Results, subtitle: str) -> Figure:
         results: The runs of each sampling, all evaluated after the same updates.
         subtitle: The data set, the network and the numbers of the run.
     """
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(15, 5.6), layout="constrained")
     by_update, by_second, margins = figure.subplots(1, 3)
     seeds = len(results["uniform"])
     band = f"; mean and standard deviation over {seeds} seeds" if seeds > 1 else ""
-    figure.suptitle(f"Minimal-margin selection and uniform sampling\n{subtitle}{band}", fontsize=13)
+    subtitle = textwrap.fill(f"{subtitle}{band}", 140)
+    figure.suptitle(f"Minimal-margin selection and uniform sampling\n{subtitle}", fontsize=13)
     lowest, highest = 1.0, 0.0
     for sampling, runs in results.items():
         label, color, line = _STYLES[sampling]
@@ -43,23 +45,27 @@ def draw(results: Results, subtitle: str) -> Figure:
             axes.fill_between(
                 x, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0
             )
-        later = updates >= updates[-1] / 20
+        # The accuracy of the first updates is much lower, and would compress a long curve.
+        later = updates >= (updates[-1] / 20 if len(updates) > 20 else 0)
         lowest = min(lowest, (mean - deviation)[later].min().item())
         highest = max(highest, (mean + deviation).max().item())
     by_update.set(title="Test accuracy for the same number of updates", xlabel="updates")
     by_second.set(title="Test accuracy for the same time", xlabel="training time in seconds")
+    by_update.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     by_update.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for axes in (by_update, by_second):
-        # The accuracy of the first updates is much lower, and would compress the rest of the curve.
         axes.set_ylim(max(0.0, lowest - 0.01), min(1.0, highest + 0.01))
         axes.set(ylabel="test accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     _draw_margins(margins, results)
-    for axes, corner in ((by_update, "lower right"), (by_second, "lower right"), (margins, "best")):
+    for axes in (by_second, margins):
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    for axes in (by_update, by_second, margins):
         axes.grid(color="#E5E5E5")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc=corner, framealpha=0.9, edgecolor="none")
+        # Below the axes, where it covers no curve.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
     return figure
 
 
@@ -72,7 +78,10 @@ def _draw_margins(axes: Any, results: Results) -> None:
     }
     # A few extreme samples would compress the rest of the histogram.
     ends = torch.cat([_inner_range(margins) for margins in (before, *after.values())])
-    edges = torch.linspace(ends.min().item(), ends.max().item(), _BINS + 1)
+    lowest, highest = ends.min().item(), ends.max().item()
+    if lowest == highest:
+        lowest, highest = lowest - 0.5, highest + 0.5
+    edges = torch.linspace(lowest, highest, _BINS + 1)
 
     share, _ = torch.histogram(before, edges)
     axes.stairs(
@@ -97,10 +106,10 @@ def _draw_margins(axes: Any, results: Results) -> None:
     axes.axvline(0, color="black", linewidth=1)
     axes.set(
         title="Margins of the training samples",
-        xlabel="margin / product of layer norms (below 0: misclassified)",
+        xlabel="margin / product of layer norms\n(below 0: misclassified)",
         ylabel="share of the training samples",
     )
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _inner_range(values: Tensor) -> Tensor:

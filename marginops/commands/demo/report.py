@@ -63,12 +63,12 @@ def conclusion(results: Results, candidate_ratio: int) -> str:
         verdict = (
             f"This is more than the spread over the seeds ({spread:.2f} points), so {winner} wins."
         )
+    factor = seconds["minimal_margin"] / seconds["uniform"]
     return (
-        f"After {updates:,} updates, minimal-margin selection reached {selected:.2f} % test "
-        f"accuracy and uniform sampling reached {uniform:.2f} %. The difference is "
-        f"{difference:+.2f} points. {verdict} Selection scored {candidate_ratio} candidates per "
-        f"trained sample and took {seconds['minimal_margin'] / seconds['uniform']:.1f} times as "
-        "long."
+        f"After {updates:,} {'update' if updates == 1 else 'updates'}, minimal-margin selection "
+        f"reached {selected:.2f} % test accuracy and uniform sampling reached {uniform:.2f} %. "
+        f"The difference is {difference:+.2f} points. {verdict} Selection scored "
+        f"{candidate_ratio} candidates per trained sample and took {factor:.1f} times as long."
     )
 
 

@@ -6,19 +6,10 @@ from typing import Any
 import torch
 
 from ...norms import log_norm_product
+from .. import console
 from ..data import ClassificationData
-from ..options import (
-    MOMENTUM,
-    UsageError,
-    add_count,
-    add_data_arguments,
-    add_run_arguments,
-    describe,
-    execute,
-    mlp,
-    prepare,
-    write_results,
-)
+from ..options import MOMENTUM, UsageError, add_count, add_data_arguments, add_run_arguments
+from ..preparation import describe, execute, finish, mlp, prepare
 from .loop import Sampling, TrainingHistory, train
 from .report import LABELS, Results, conclusion, report, table
 
@@ -49,19 +40,23 @@ def run(arguments: argparse.Namespace) -> int:
     return execute("demo", _run, arguments)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     options, data = prepare(arguments, ["matplotlib", "tqdm"], _DEFAULTS)
     _check_candidates(data, options)
-    results = compare(data, options)
-
-    samples, network = describe(data, options)
-    print(f"{samples}; {network}, seeds: {options.seeds}, device: {options.device}")
-    print(f"\n{table(results)}\n\n{conclusion(results, options.candidates)}")
 
     from .figure import draw
 
-    figure = draw(results, f"{data.name}, {network}, {options.updates:,} updates")
-    write_results(options, figure, 150, report(results, options))
+    samples, network = describe(data, options)
+    console.say(f"{samples}; {network}, seeds: {options.seeds}, device: {options.device}")
+    results = compare(data, options)
+    return finish(
+        "demo",
+        options,
+        f"\n{table(results)}\n\n{conclusion(results, options.candidates)}",
+        report(results, options),
+        lambda: draw(results, f"{data.name}, {network}, updates: {options.updates:,}"),
+        150,
+    )
 
 
 def compare(data: ClassificationData, options: argparse.Namespace) -> Results:
@@ -91,7 +86,9 @@ def compare(data: ClassificationData, options: argparse.Namespace) -> Results:
         run_once(sampling, 0, min(options.updates, 20), tqdm(disable=True))
     results: dict[Sampling, list[TrainingHistory]] = {sampling: [] for sampling in LABELS}
     total = len(LABELS) * options.seeds * options.updates
-    with tqdm(total=total, unit=" updates", disable=options.quiet, dynamic_ncols=True) as progress:
+    # None: the progress is shown on a terminal only, not in the file of a log.
+    hidden = options.quiet or None
+    with tqdm(total=total, unit=" updates", disable=hidden, dynamic_ncols=True) as progress:
         for seed in range(options.seeds):
             for sampling in LABELS:
                 progress.set_description(f"seed {seed + 1}/{options.seeds}, {LABELS[sampling]}")
@@ -109,7 +106,7 @@ def _check_candidates(data: ClassificationData, options: argparse.Namespace) -> 
     candidates = options.batch_size * options.candidates
     if candidates > len(data.train_target):
         raise UsageError(
-            f"--batch-size {options.batch_size} times --candidates {options.candidates} is "
-            f"{candidates}, more than the {len(data.train_target)} training samples; "
+            f"--batch-size times --candidates: expected at most {len(data.train_target)}, the "
+            f"number of training samples, got {options.batch_size} times {options.candidates}; "
             "lower one of the two"
         )

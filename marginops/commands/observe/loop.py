@@ -13,7 +13,8 @@ from ...homogeneity import rates
 from ...nn import MultiMarginRegularization
 from ...training import EpochReport, InversionMonitor, report_epoch
 from ..data import ClassificationData
-from ..options import MOMENTUM, UsageError, mlp
+from ..options import MOMENTUM, UsageError
+from ..preparation import mlp
 
 
 @dataclass
@@ -48,9 +49,10 @@ def watch(
     observation = Observation(
         network, rates(network, data.train_inputs[:2]), InversionMonitor(data.num_classes)
     )
+    batch_size = min(options.batch_size, len(data.train_target))
     for epoch in range(options.epochs):
         regularization.set_epoch(epoch)
-        for rows in torch.randperm(len(data.train_target)).split(options.batch_size):
+        for rows in torch.randperm(len(data.train_target)).split(batch_size):
             rows = rows.to(options.device)
             target = data.train_target[rows]
             features = network[:-1](data.train_inputs[rows])

@@ -56,14 +56,18 @@ def conclusion(observation: Observation) -> str:
     done = [f"{label} at {epoch}" for label, epoch in enumerate(epochs) if epoch is not None]
     others = [str(label) for label, epoch in enumerate(epochs) if epoch is None]
     count = len(observation.reports)
+    first = monitor.first_epoch
     text = (
         f"After {count} {'epoch' if count == 1 else 'epochs'} {100 * last.training_error:.2f} % of "
         f"the training samples are misclassified, and test accuracy is "
         f"{100 * last.test_accuracy:.2f} %.\nThe inversion of a class is the first epoch from "
-        f"{monitor.first_epoch} on in which its radius does not fall: "
+        f"{first} on in which its radius does not fall: "
     )
-    text += f"class {', '.join(done)}" if done else "no class"
-    text += f"; not yet class {', '.join(others)}." if done and others else "."
+    if count < first:
+        text += f"not looked for, because the training ended in epoch {count}."
+    else:
+        text += f"class {', '.join(done)}" if done else "no class"
+        text += f"; not yet class {', '.join(others)}." if done and others else "."
     if stragglers is not None:
         text += (
             f"\n{stragglers.sum()} of {len(stragglers):,} training samples are stragglers, "

@@ -4,17 +4,9 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from ..options import (
-    MOMENTUM,
-    add_count,
-    add_data_arguments,
-    add_run_arguments,
-    describe,
-    execute,
-    prepare,
-    seed,
-    write_results,
-)
+from .. import console
+from ..options import MOMENTUM, add_count, add_data_arguments, add_run_arguments, whole_number
+from ..preparation import describe, execute, finish, prepare
 
 if TYPE_CHECKING:
     from ...training import EpochReport
@@ -41,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=seed,
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="seed of the network and of the batches (default: %(default)s)",
@@ -56,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     return execute("observe", _run, arguments)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     options, data = prepare(arguments, ["matplotlib", "scipy", "torchmetrics"], _DEFAULTS)
 
     from .figure import draw
@@ -66,16 +58,21 @@ def _run(arguments: argparse.Namespace) -> None:
     samples, network = describe(data, options)
     if options.regularize:
         network += ", multi-margin regularization"
-    print(f"{samples}; {network}, seed {options.seed}, device: {options.device}")
+    console.say(f"{samples}; {network}, seed {options.seed}, device: {options.device}")
     if not options.quiet:
-        print(f"\n{HEADER}")
+        console.say(f"\n{HEADER}")
 
     def show(epoch: int, seen: "EpochReport") -> None:
         step = math.ceil(options.epochs / _LINES)
         if not options.quiet and (epoch % step == 0 or epoch in (1, options.epochs)):
-            print(line(epoch, seen), flush=True)
+            console.say(line(epoch, seen))
 
     observation = watch(data, options, show)
-    print(f"\n{conclusion(observation)}\n")
-    figure = draw(observation, f"{data.name}, {network}")
-    write_results(options, figure, 90, report(observation, options))
+    return finish(
+        "observe",
+        options,
+        f"\n{conclusion(observation)}\n",
+        report(observation, options),
+        lambda: draw(observation, f"{data.name}, {network}"),
+        90,
+    )
