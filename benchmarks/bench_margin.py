@@ -55,7 +55,11 @@ def exact_score(logits: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def make_logits(rows: int, classes: int, dtype: torch.dtype, values: str = "random") -> Tensor:
     torch.manual_seed(0)
-    return make_values(values, torch.randn(rows, classes, device=DEVICE)).to(dtype)
+    logits = torch.randn(rows, classes, device=DEVICE)
+    if values == "few pairs":  # as of a trained network, where a class has the same rivals
+        prototypes = torch.randn(classes, classes, device=DEVICE)
+        logits = prototypes[torch.randint(classes, (rows,), device=DEVICE)] + logits / 5
+    return make_values(values, logits).to(dtype)
 
 
 def eager_select_margin(logits: Tensor, target: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
@@ -93,6 +97,7 @@ def least_other_bytes(other: Tensor, rows: int) -> int:
 # op, shape, values
 CASES = [
     *(("select_minimal_margin", shape, "random") for shape in SHAPES),
+    *(("select_minimal_margin", shape, "few pairs") for shape in SHAPES[1:3]),
     *(("minimal_margin_score", SHAPES[i], "random") for i in (0, 2, 5)),
     *(
         (op, shape, "random")
