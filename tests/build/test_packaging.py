@@ -101,7 +101,7 @@ def test_wheel_holds_python_and_sources_only(wheel: Path) -> None:
     assert {f"marginops/{name}" for name in sources()} <= names
     assert {
         "marginops/py.typed",
-        "marginops/_native/build.py",
+        "marginops/_native/ninja_file.py",
         "marginops/commands/cli.py",
     } <= names
     assert {Path(name).parts[0] for name in names} == {
