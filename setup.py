@@ -5,9 +5,15 @@ With ``MARGINOPS_BUILD=aot`` this build compiles them, against the installed tor
 
 from __future__ import annotations
 
-import importlib.util
+import atexit
+import importlib
 import os
+import runpy
+import shlex
+import shutil
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,14 +40,25 @@ class BuildPackage(build_py):  # type: ignore[misc, unused-ignore]
                 path.unlink()
 
 
-def load_file(path: str) -> ModuleType:
-    """Load a file of the package alone. To import the package would import torch and define ops."""
-    name = "marginops_setup_" + Path(path).stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_build_files() -> ModuleType:
+    """The files of ``_native`` as a package of their own. marginops would import torch's ops."""
+    package = sys.modules["marginops_setup"] = ModuleType("marginops_setup")
+    package.__path__ = [str(Path("marginops/_native").resolve())]
+    for name in ("architectures", "recipe", "toolchain"):
+        setattr(package, name, importlib.import_module(f"{package.__name__}.{name}"))
+    return package
+
+
+def write_compiler(command: Sequence[str]) -> str:
+    """The path of a program that runs a command, because torch takes ``CXX`` as one word."""
+    if len(command) == 1:
+        return command[0]
+    folder = tempfile.mkdtemp(prefix="marginops-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    program = Path(folder, Path(command[0]).name)
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    program.chmod(0o755)
+    return str(program)
 
 
 def ahead_of_time() -> dict[str, Any]:
@@ -49,17 +66,28 @@ def ahead_of_time() -> dict[str, Any]:
     import pybind11
     import torch
 
-    recipe = load_file("marginops/_native/recipe.py")
-    toolchain = load_file("marginops/_native/toolchain.py")
-    version = load_file("marginops/_version.py").__version__
-    os.environ["CXX"] = toolchain.find_compiler().command
-    os.environ["PATH"] = os.pathsep.join([str(toolchain.find_ninja()), os.environ["PATH"]])
+    files = load_build_files()
+    architectures, recipe, toolchain = files.architectures, files.recipe, files.toolchain
+    version = runpy.run_path("marginops/_version.py")["__version__"]
+    try:
+        compiler = toolchain.find_compiler()
+        path = [str(Path(toolchain.find_ninja()).parent), os.environ.get("PATH", os.defpath)]
+    except toolchain.ToolchainError as error:
+        sys.exit(f"marginops: {error}")
+    os.environ["CXX"] = write_compiler(compiler.command)
+    os.environ["PATH"] = os.pathsep.join(path)
     archs: list[str] = []
+    nvcc_flags: list[str] = []
     if torch.version.cuda is not None:
         try:
-            archs = toolchain.find_archs()
-            os.environ["CUDA_HOME"] = str(toolchain.find_cuda_toolkit().home)
-            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
+            toolkit = toolchain.find_cuda_toolkit()
+            archs = architectures.find_archs()
+            architectures.check_archs(archs, toolkit)
+            nvcc_flags = [*recipe.NVCC_FLAGS, *architectures.nvcc_flags(archs)]
+            # torch itself passes CC to nvcc.
+            if not os.environ.get("CC"):
+                nvcc_flags += toolchain.host_compiler_flags(compiler)
+            os.environ["CUDA_HOME"] = str(toolkit.home)
         except toolchain.ToolchainError as error:
             archs = []
             print(f"marginops: no CUDA library: {error}", file=sys.stderr)
@@ -85,7 +113,7 @@ def ahead_of_time() -> dict[str, Any]:
         )
         arguments = {"cxx": [*recipe.COMPILER_FLAGS, "-g0", *flags, *definitions]}
         if device_type == "cuda":
-            arguments["nvcc"] = [*recipe.NVCC_FLAGS]
+            arguments["nvcc"] = nvcc_flags
         return kind(
             f"marginops._native.{recipe.module_name(device_type, instruction_set)}",
             [str(file) for file in recipe.sources(CSRC, device_type)],

@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <memory>
-#include <vector>
 
 #include "../common/margin_math.h"
 #include "tensor.h"
@@ -11,11 +10,9 @@
 namespace marginops::cpu {
 
 inline void check_bias(const std::optional<Tensor>& bias, const Tensor& weight) {
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
-                  "bias: expected shape [", weight.size(0), "] for the rows of weight, got ",
-                  bias->numel(), " values");
-  STD_TORCH_CHECK(!bias || bias->scalar_type() == weight.scalar_type(),
-                  "bias: expected the dtype of weight");
+  if (!bias) return;
+  check_size("bias", *bias, weight.size(0), "the rows of weight");
+  check_dtype("bias", *bias, weight.scalar_type());
 }
 
 template <class T>
@@ -147,7 +144,7 @@ class DistanceTable final : public Distances<Value> {
 
  private:
   std::unique_ptr<Distances<Value>> distances_;
-  std::vector<Value> table_;
+  Array<Value> table_;
 };
 
 // The distances that `count` rows of logits need. A table pays off if the pairs of classes are no
@@ -162,7 +159,9 @@ std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
       distances = std::make_unique<WeightDistances<T>>(weight, bias);
     }
   });
-  STD_TORCH_CHECK(distances, "weight: expected float64 with float64 logits and only with them");
+  MARGINOPS_CHECK(distances,
+                  "weight: expected float64 with float64 logits and only with them, got ",
+                  name_of(weight.scalar_type()));
   const int64_t classes = distances->classes;
   if (classes <= count / classes) {
     return std::make_unique<DistanceTable<Value>>(std::move(distances));
@@ -174,16 +173,16 @@ std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
 // some rows lies among the rows and so gives small radii. A radius is infinite where its square
 // overflows.
 template <class Value>
-std::vector<Value> radii(const Distances<Value>& distances) {
+Array<Value> radii(const Distances<Value>& distances) {
   const int64_t classes = distances.classes, columns = distances.columns;
   const int64_t step = classes / 1024 + 1, count = (classes - 1) / step + 1;
-  std::vector<Value> centre(columns), sample(columns), radius(classes);
+  Array<Value> centre(columns), sample(columns), radius(classes);
   for (int64_t i = 0; i < count; ++i) {
     distances.copy_row(i * step, sample.data());
     for (int64_t d = 0; d < columns; ++d) centre[d] += sample[d] / static_cast<Value>(count);
   }
   parallel(classes, kGrain / (columns + 1), [&](int64_t begin, int64_t end) {
-    std::vector<Value> row(columns);
+    Array<Value> row(columns);
     for (int64_t i = begin; i < end; ++i) {
       distances.copy_row(i, row.data());
       const Value square = squared_distance(row.data(), centre.data(), columns);

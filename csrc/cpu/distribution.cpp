@@ -8,7 +8,6 @@
 #include <limits>
 #include <mutex>
 #include <utility>
-#include <vector>
 
 #include "tensor.h"
 
@@ -205,11 +204,11 @@ Summary add_slab(const Vector<T>& margins, int64_t* bin_counts) {
     return Reader<T>(margins).template read<1>(0, margins.size, bin_counts);
   }
   const int64_t chunks = (margins.size + kChunk - 1) / kChunk;
-  std::vector<Summary> summaries(static_cast<size_t>(chunks));
-  std::vector<std::vector<uint32_t>> tables;
+  Array<Summary> summaries(static_cast<size_t>(chunks));
+  Array<Array<uint32_t>> tables;
   std::mutex mutex;
   parallel(chunks, kTableGrain / kChunk, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> counts(kTables * kBins);
+    Array<uint32_t> counts(kTables * kBins);
     Reader<T> reader(margins);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       summaries[chunk] = reader.template read<kTables>(
@@ -231,16 +230,19 @@ Summary add_slab(const Vector<T>& margins, int64_t* bin_counts) {
 
 template <class T>
 T* state(const char* name, const Tensor& tensor, int64_t size, ScalarType type) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type && tensor.numel() == size &&
-                      tensor.is_contiguous(),
-                  name, ": expected ", size, " contiguous values on the CPU");
+  MARGINOPS_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU, got one on ",
+                  device_of(tensor));
+  check_dtype(name, tensor, type);
+  MARGINOPS_CHECK(tensor.numel() == size && tensor.is_contiguous(), name, ": expected ", size,
+                  " contiguous values, got ", tensor.is_contiguous() ? "shape " : "strided shape ",
+                  shape_of(tensor));
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 void update_margin_distribution(const Tensor& bin_counts, const Tensor& counts, const Tensor& sums,
                                 const Tensor& minimum, const Tensor& maximum,
                                 const Tensor& margins) {
-  STD_TORCH_CHECK(margins.dim() == 1, "margins: expected shape [N], got ", margins.dim(), "-d");
+  check_dim("margins", margins, 1, "[N]");
   auto* bin = state<int64_t>("bin_counts", bin_counts, kBins, ScalarType::Long);
   auto* count = state<int64_t>("counts", counts, 2, ScalarType::Long);
   auto* sum = state<double>("sums", sums, 2, ScalarType::Double);
@@ -265,7 +267,7 @@ void update_margin_distribution(const Tensor& bin_counts, const Tensor& counts, 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
-  m.impl("update_margin_distribution", TORCH_BOX(&update_margin_distribution));
+  m.impl("update_margin_distribution", MARGINOPS_BOX(&update_margin_distribution));
 }
 
 }  // namespace

@@ -14,13 +14,14 @@ namespace {
 
 void check_head(const Tensor& logits, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_logits(logits);
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape [C, D], got ", weight.dim(), "-d");
-  STD_TORCH_CHECK(weight.size(0) == logits.size(1), "weight: expected ", logits.size(1),
+  check_dim("weight", weight, 2, "[C, D]");
+  MARGINOPS_CHECK(weight.size(0) == logits.size(1), "weight: expected ", logits.size(1),
                   " rows for the classes of logits, got ", weight.size(0));
-  STD_TORCH_CHECK(
+  MARGINOPS_CHECK(
       weight.scalar_type() == logits.scalar_type() ||
           (weight.scalar_type() == ScalarType::Float && logits.scalar_type() != ScalarType::Double),
-      "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits");
+      "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits, got ",
+      name_of(weight.scalar_type()), " for ", name_of(logits.scalar_type()), " logits");
   check_bias(bias, weight);
 }
 
@@ -67,7 +68,7 @@ template <class T>
 std::pair<int64_t, ValueOf<T>> nearest_boundary(const Matrix<T>& logits, int64_t row,
                                                 const Top2<ValueOf<T>>& top,
                                                 const Distances<ValueOf<T>>& distances,
-                                                const std::vector<ValueOf<T>>& radius) {
+                                                const Array<ValueOf<T>>& radius) {
   using Value = ValueOf<T>;
   const int64_t first = top.first;
   int64_t nearest = top.second;
@@ -96,7 +97,7 @@ void for_each_boundary(const Tensor& logits, const Tensor& weight,
                        const Use& use) {
   using Value = ValueOf<T>;
   const auto distances = make_distances<Value>(weight, bias, rows.count);
-  const auto radius = nearest && !distances->tabled ? radii(*distances) : std::vector<Value>{};
+  const auto radius = nearest && !distances->tabled ? radii(*distances) : Array<Value>{};
   const Matrix<T> view = matrix<T>(logits);
   for_each_top2<true>(view, rows, [&](int64_t r, int64_t row, const Top2<Value>& top) {
     if (top.nan) {
@@ -135,10 +136,11 @@ std::tuple<Tensor, Tensor> minimal_margin_pair(const Tensor& logits, const Tenso
 
 // The distance of each pair, as minimal_margin_pair() computes it.
 Tensor pair_distance(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& pair) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape [C, D], got ", weight.dim(), "-d");
+  check_dim("weight", weight, 2, "[C, D]");
   check_bias(bias, weight);
-  STD_TORCH_CHECK(pair.dim() == 2 && pair.size(1) == 2 && pair.scalar_type() == ScalarType::Long,
-                  "pair: expected int64 [K, 2]");
+  MARGINOPS_CHECK(pair.dim() == 2 && pair.size(1) == 2, "pair: expected shape [K, 2], got ",
+                  shape_of(pair));
+  check_dtype("pair", pair, ScalarType::Long);
   const Matrix<int64_t> pairs = matrix<int64_t>(pair);
   for (int64_t k = 0; k < pairs.rows; ++k) {
     check_class("pair", pairs.at(k, 0), weight.size(0));
@@ -181,11 +183,11 @@ Tensor minimal_margin_score(const Tensor& logits, const Tensor& weight,
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
-  m.impl("classification_margin", TORCH_BOX(&classification_margin));
-  m.impl("classification_margin_rival", TORCH_BOX(&classification_margin_rival));
-  m.impl("minimal_margin_score", TORCH_BOX(&minimal_margin_score));
-  m.impl("minimal_margin_pair", TORCH_BOX(&minimal_margin_pair));
-  m.impl("pair_distance", TORCH_BOX(&pair_distance));
+  m.impl("classification_margin", MARGINOPS_BOX(&classification_margin));
+  m.impl("classification_margin_rival", MARGINOPS_BOX(&classification_margin_rival));
+  m.impl("minimal_margin_score", MARGINOPS_BOX(&minimal_margin_score));
+  m.impl("minimal_margin_pair", MARGINOPS_BOX(&minimal_margin_pair));
+  m.impl("pair_distance", MARGINOPS_BOX(&pair_distance));
 }
 
 }  // namespace marginops::cpu

@@ -10,15 +10,19 @@ namespace marginops::cpu {
 namespace {
 
 void check_entries(const Tensor& key, const Tensor& coefficient, ScalarType value, int64_t end) {
-  STD_TORCH_CHECK(key.dim() == 1 && key.scalar_type() == ScalarType::Long && key.is_contiguous() &&
-                      coefficient.dim() == 1 && coefficient.size(0) == key.size(0) &&
-                      coefficient.is_contiguous() && coefficient.scalar_type() == value,
-                  "key, coefficient: expected contiguous int64 [M] and a value for each");
+  check_dim("key", key, 1, "[M]");
+  check_dtype("key", key, ScalarType::Long);
+  check_size("coefficient", coefficient, key.size(0), "the values of key");
+  check_dtype("coefficient", coefficient, value);
+  MARGINOPS_CHECK(key.is_contiguous() && coefficient.is_contiguous(),
+                  "key, coefficient: expected contiguous tensors, got strides ", key.stride(0),
+                  " and ", coefficient.stride(0));
   const auto* keys = static_cast<const int64_t*>(key.const_data_ptr());
   const int64_t count = key.size(0);
-  STD_TORCH_CHECK(
-      std::is_sorted(keys, keys + count) && (count == 0 || (keys[0] >= 0 && keys[count - 1] < end)),
-      "key: expected sorted values in [0, ", end, ")");
+  if (count == 0) return;
+  MARGINOPS_CHECK(std::is_sorted(keys, keys + count), "key: expected sorted values, got others");
+  MARGINOPS_CHECK(keys[0] >= 0 && keys[count - 1] < end, "key: expected values in [0, ", end,
+                  "), got ", keys[0], " to ", keys[count - 1]);
 }
 
 // The gradient of one class: the sum of coefficient * (w_class - w_partner) over its entries. The
@@ -26,7 +30,7 @@ void check_entries(const Tensor& key, const Tensor& coefficient, ScalarType valu
 // first.
 template <class T>
 void add_pairs(const int64_t* key, const int64_t* end, const ValueOf<T>* coefficient,
-               const WeightDistances<T>& weight, std::vector<ValueOf<T>>& total) {
+               const WeightDistances<T>& weight, Array<ValueOf<T>>& total) {
   std::fill(total.begin(), total.end(), ValueOf<T>{0});
   while (key < end) {
     const int64_t run = *key;
@@ -38,7 +42,7 @@ void add_pairs(const int64_t* key, const int64_t* end, const ValueOf<T>* coeffic
 
 std::tuple<Tensor, Tensor> pair_gradient(const Tensor& key, const Tensor& coefficient,
                                          const Tensor& weight, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape [C, D]");
+  check_dim("weight", weight, 2, "[C, D]");
   const int64_t classes = weight.size(0), columns = weight.size(1);
   check_entries(key, coefficient, result_type(weight), classes * classes);
   check_bias(bias, weight);
@@ -54,7 +58,7 @@ std::tuple<Tensor, Tensor> pair_gradient(const Tensor& key, const Tensor& coeffi
     auto* weight_gradient = static_cast<T*>(grad_weight.mutable_data_ptr());
     auto* bias_gradient = static_cast<T*>(grad_bias.mutable_data_ptr());
     parallel(classes, 1, [&](int64_t begin, int64_t end) {
-      std::vector<Value> total(rows.columns);
+      Array<Value> total(rows.columns);
       for (int64_t c = begin; c < end; ++c) {
         const int64_t* first = std::lower_bound(keys, keys_end, c * classes);
         const int64_t* last = std::lower_bound(first, keys_end, (c + 1) * classes);
@@ -88,9 +92,9 @@ void add_rows(const int64_t* key, const int64_t* end, int64_t base, const ValueO
 
 Tensor class_sum(const Tensor& key, const Tensor& coefficient, const Tensor& rows,
                  int64_t classes) {
-  STD_TORCH_CHECK(rows.dim() == 2, "rows: expected shape [R, D]");
+  check_dim("rows", rows, 2, "[R, D]");
   const int64_t count = rows.size(0), columns = rows.size(1);
-  STD_TORCH_CHECK(classes >= 0 && classes <= INT64_MAX / std::max<int64_t>(count, 1),
+  MARGINOPS_CHECK(classes >= 0 && classes <= INT64_MAX / std::max<int64_t>(count, 1),
                   "classes: expected at least 0, and keys below 2**63, got ", classes);
   check_entries(key, coefficient, result_type(rows), classes * count);
   Tensor result = new_tensor({classes, columns}, result_type(rows));
@@ -115,8 +119,8 @@ Tensor class_sum(const Tensor& key, const Tensor& coefficient, const Tensor& row
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
-  m.impl("pair_gradient", TORCH_BOX(&pair_gradient));
-  m.impl("class_sum", TORCH_BOX(&class_sum));
+  m.impl("pair_gradient", MARGINOPS_BOX(&pair_gradient));
+  m.impl("class_sum", MARGINOPS_BOX(&class_sum));
 }
 
 }  // namespace

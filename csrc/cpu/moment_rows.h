@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <vector>
 
 #include "../common/margin_math.h"
 #include "tensor.h"
@@ -25,7 +24,7 @@ class Buffer {
 
  private:
   int64_t vectors_;
-  std::vector<Aligned> data_;
+  Array<Aligned> data_;
 };
 
 // Loads a row's last `count` values and fills the vector with zeros. Memory may be read up to

@@ -5,7 +5,6 @@
 // number of threads.
 #include "moment_rows.h"
 
-#include <memory>
 #include <tuple>
 
 #include "rows.h"
@@ -29,14 +28,14 @@ struct SamplesByClass {
     targets.check();
     for (int64_t c = 0; c < classes; ++c) start[c + 1] += start[c];
     order.resize(static_cast<size_t>(start[classes]));
-    std::vector<int64_t> next = start;
+    Array<int64_t> next = start;
     for (int64_t n = 0; n < samples; ++n) {
       if (!targets.ignored(n)) order[next[targets[n]]++] = n;
     }
   }
 
-  std::vector<int64_t> start;  // the place where each class starts, and the end
-  std::vector<int64_t> order;  // the sample at each place
+  Array<int64_t> start;  // the place where each class starts, and the end
+  Array<int64_t> order;  // the sample at each place
 };
 
 // Some samples of one class.
@@ -45,8 +44,8 @@ struct Piece {
   int64_t part;               // place of its moments; -1 if it is a whole class
 };
 
-std::vector<Piece> make_pieces(const std::vector<int64_t>& start) {
-  std::vector<Piece> pieces;
+Array<Piece> make_pieces(const Array<int64_t>& start) {
+  Array<Piece> pieces;
   int64_t parts = 0;
   for (int64_t c = 0; c + 1 < static_cast<int64_t>(start.size()); ++c) {
     const bool whole = start[c + 1] - start[c] <= kMomentRows;
@@ -64,7 +63,7 @@ class PieceReader {
   using Value = ValueOf<T>;
 
  public:
-  PieceReader(const Matrix<T>& rows, const std::vector<int64_t>& order, bool normalize)
+  PieceReader(const Matrix<T>& rows, const Array<int64_t>& order, bool normalize)
       : rows_(rows),
         order_(order),
         last_(order.size() - 1),
@@ -135,7 +134,7 @@ class PieceReader {
   }
 
   Matrix<T> rows_;
-  const std::vector<int64_t>& order_;
+  const Array<int64_t>& order_;
   int64_t last_;
   const T* readable_;  // end of the tensor
   bool normalize_;
@@ -191,16 +190,16 @@ template <class T>
 void write_moments(const Matrix<T>& rows, const SamplesByClass& samples, bool normalize,
                    const Results<ValueOf<T>>& results) {
   const int64_t columns = rows.columns, grain = kGrain / (columns + 1);
-  const std::vector<Piece> pieces = make_pieces(samples.start);
+  const Array<Piece> pieces = make_pieces(samples.start);
   int64_t parts = 0;
   for (const Piece& piece : pieces) parts += piece.part >= 0;
-  const std::unique_ptr<double[]> means(new double[parts * columns]);
-  std::vector<double> squares(parts);
+  const auto means = uninitialized<double>(parts * columns);
+  Array<double> squares(parts);
   // Threads share the rows, not the pieces: a thread takes the pieces that begin among its rows.
   parallel(samples.order.size(), grain, [&](int64_t begin, int64_t end) {
     PieceReader<T> reader(rows, samples.order, normalize);
-    const std::vector<double> zeros(columns);
-    std::vector<double> mean(columns), base(columns);
+    const Array<double> zeros(columns);
+    Array<double> mean(columns), base(columns);
     auto piece =
         std::lower_bound(pieces.begin(), pieces.end(), begin,
                          [](const Piece& one, int64_t place) { return one.begin < place; });
@@ -223,7 +222,7 @@ void write_moments(const Matrix<T>& rows, const SamplesByClass& samples, bool no
   });
   parallel(pieces.size(), grain, [&](int64_t begin, int64_t end) {
     PieceReader<T> reader(rows, samples.order, normalize);
-    std::vector<double> base(columns);
+    Array<double> base(columns);
     for (int64_t p = begin; p < end; ++p) {
       const Piece& first = pieces[p];
       const int64_t start = samples.start[first.label], stop = samples.start[first.label + 1];
@@ -243,11 +242,10 @@ void write_moments(const Matrix<T>& rows, const SamplesByClass& samples, bool no
 std::tuple<Tensor, Tensor, Tensor> class_moments(const Tensor& input, const Tensor& target,
                                                  int64_t num_classes, bool normalize,
                                                  int64_t ignore_index) {
-  STD_TORCH_CHECK(input.dim() == 2, "input: expected shape [N, D], got ", input.dim(), "-d");
-  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target: expected dtype int64");
-  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == input.size(0), "target: expected shape [",
-                  input.size(0), "] for the rows of input, got ", target.numel(), " classes");
-  STD_TORCH_CHECK(num_classes >= 1, "num_classes: expected at least 1, got ", num_classes);
+  check_dim("input", input, 2, "[N, D]");
+  check_dtype("target", target, ScalarType::Long);
+  check_size("target", target, input.size(0), "the rows of input");
+  MARGINOPS_CHECK(num_classes >= 1, "num_classes: expected at least 1, got ", num_classes);
   const int64_t columns = input.size(1);
   Tensor count = new_tensor({num_classes}, ScalarType::Long);
   Tensor mean = new_tensor({num_classes, columns}, result_type(input));
@@ -261,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(const Tensor& input, const Tens
     for (int64_t c = 0; c < num_classes; ++c) counts[c] = samples.start[c + 1] - samples.start[c];
     // Rows are read singly, so the columns of a row have to be neighbours.
     const bool dense = columns <= 1 || input.stride(1) == 1;
-    const Tensor rows = dense ? input : torch::stable::contiguous(input);
+    const Tensor rows = dense ? input : contiguous(input, place());
     const Results<Value> results{columns, static_cast<Value*>(mean.mutable_data_ptr()),
                                  static_cast<Value*>(radius.mutable_data_ptr())};
     write_moments<T>(matrix<T>(rows), samples, normalize, results);
@@ -270,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(const Tensor& input, const Tens
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
-  m.impl("class_moments", TORCH_BOX(&class_moments));
+  m.impl("class_moments", MARGINOPS_BOX(&class_moments));
 }
 
 }  // namespace

@@ -10,26 +10,28 @@
 namespace marginops::cpu {
 
 inline void check_logits(const Tensor& logits, int64_t least_classes = 2) {
-  STD_TORCH_CHECK(logits.dim() == 2, "logits: expected shape [N, C], got ", logits.dim(), "-d");
-  STD_TORCH_CHECK(least_classes <= logits.size(1) && logits.size(1) < Top2<float>::kNone,
+  check_dim("logits", logits, 2, "[N, C]");
+  MARGINOPS_CHECK(least_classes <= logits.size(1) && logits.size(1) < Top2<float>::kNone,
                   "logits: expected ", least_classes, " <= C < 2**31 - 1 classes, got ",
                   logits.size(1));
 }
 
 inline void check_target(const Tensor& target, const Tensor& logits) {
-  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target: expected dtype int64");
-  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == logits.size(0), "target: expected shape [",
-                  logits.size(0), "] for the rows of logits, got ", target.numel(), " classes");
+  check_dtype("target", target, ScalarType::Long);
+  check_size("target", target, logits.size(0), "the rows of logits");
 }
 
 inline void check_log_norm(const std::optional<Tensor>& log_norm, const Tensor& logits) {
-  STD_TORCH_CHECK(!log_norm || (log_norm->numel() == 1 && log_norm->is_cpu() &&
-                                log_norm->scalar_type() == result_type(logits)),
-                  "log_norm: expected one value of the result dtype");
+  if (!log_norm) return;
+  MARGINOPS_CHECK(log_norm->numel() == 1, "log_norm: expected one value, got shape ",
+                  shape_of(*log_norm));
+  MARGINOPS_CHECK(log_norm->is_cpu(), "log_norm: expected a value on the CPU, got one on ",
+                  device_of(*log_norm));
+  check_dtype("log_norm", *log_norm, result_type(logits));
 }
 
 inline void check_class(const char* name, int64_t value, int64_t classes) {
-  STD_TORCH_CHECK(value >= 0 && value < classes, name, ": expected classes in [0, ", classes,
+  MARGINOPS_CHECK(value >= 0 && value < classes, name, ": expected classes in [0, ", classes,
                   "), got ", value);
 }
 
@@ -57,12 +59,12 @@ class Rows {
   Rows(const Tensor& logits, const std::optional<Tensor>& listed)
       : count(listed ? listed->size(0) : logits.size(0)) {
     if (!listed) return;
-    STD_TORCH_CHECK(listed->dim() == 1 && listed->scalar_type() == ScalarType::Long,
-                    "rows: expected int64 [K]");
+    check_dim("rows", *listed, 1, "[K]");
+    check_dtype("rows", *listed, ScalarType::Long);
     listed_ = vector<int64_t>(*listed);
     for (int64_t r = 0; r < count; ++r) {
-      STD_TORCH_CHECK(listed_[r] >= 0 && listed_[r] < logits.size(0),
-                      "rows: expected indices in [0, N), got ", listed_[r]);
+      MARGINOPS_CHECK(listed_[r] >= 0 && listed_[r] < logits.size(0),
+                      "rows: expected indices in [0, ", logits.size(0), "), got ", listed_[r]);
     }
   }
   int64_t operator[](int64_t result) const { return listed_.data ? listed_[result] : result; }
@@ -130,7 +132,7 @@ class Targets {
     for (int64_t row = 0; wrong_ && row < target_.size;
          ++row) {  // the first, whichever thread saw it
       const int64_t target = target_[row];
-      STD_TORCH_CHECK((target >= 0 && target < classes_) || target == ignore_index_,
+      MARGINOPS_CHECK((target >= 0 && target < classes_) || target == ignore_index_,
                       "target: expected classes in [0, ", classes_, ") or ignore_index ",
                       ignore_index_, ", got ", target);
     }

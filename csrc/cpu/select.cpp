@@ -30,12 +30,6 @@ struct Entry {
   }
 };
 
-// Memory that nothing has written: a vector would write zeros.
-template <class T>
-std::unique_ptr<T[]> uninitialized(int64_t size) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
-}
-
 template <class Score, class Index>
 class Selector {
   using Key = typename SortKey<Score>::type;
@@ -89,7 +83,7 @@ class Selector {
       count_ = collect(0, size_, bound, entries_.get());
       return;
     }
-    std::vector<int64_t> counts(static_cast<size_t>(parts));
+    Array<int64_t> counts(static_cast<size_t>(parts));
     parallel(parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         counts[part] =
@@ -212,11 +206,11 @@ void select_indices(const Score* scores, int64_t size, int64_t k, int64_t* indic
 
 void check_k(int64_t k, const Tensor& rows) {
   const int64_t size = rows.dim() == 0 ? 0 : rows.size(0);
-  STD_TORCH_CHECK(k >= 0 && k <= size, "k: expected 0 <= k <= ", size, ", got ", k);
+  MARGINOPS_CHECK(k >= 0 && k <= size, "k: expected 0 <= k <= ", size, ", got ", k);
 }
 
 std::tuple<Tensor, Tensor> select_smallest(const Tensor& scores, int64_t k) {
-  STD_TORCH_CHECK(scores.dim() == 1, "scores: expected shape [N], got ", scores.dim(), "-d");
+  check_dim("scores", scores, 1, "[N]");
   check_k(k, scores);
   const int64_t size = scores.size(0);
   Tensor chosen = new_tensor({k}, scores.scalar_type());
@@ -256,9 +250,9 @@ std::tuple<Tensor, Tensor> select_classification_margin(const Tensor& logits, co
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
-  m.impl("select_smallest", TORCH_BOX(&select_smallest));
-  m.impl("select_minimal_margin", TORCH_BOX(&select_minimal_margin));
-  m.impl("select_classification_margin", TORCH_BOX(&select_classification_margin));
+  m.impl("select_smallest", MARGINOPS_BOX(&select_smallest));
+  m.impl("select_minimal_margin", MARGINOPS_BOX(&select_minimal_margin));
+  m.impl("select_classification_margin", MARGINOPS_BOX(&select_classification_margin));
 }
 
 }  // namespace

@@ -15,9 +15,9 @@ Vector<Value> optional_vector(const std::optional<Tensor>& tensor) {
 }
 
 void check_values(const char* name, const std::optional<Tensor>& values, const Tensor& logits) {
-  STD_TORCH_CHECK(!values || (values->dim() == 1 && values->size(0) == logits.size(0) &&
-                              values->scalar_type() == result_type(logits)),
-                  name, ": expected a value of the result dtype for each row of logits");
+  if (!values) return;
+  check_size(name, *values, logits.size(0), "the rows of logits");
+  check_dtype(name, *values, result_type(logits));
 }
 
 using Fields =
@@ -123,9 +123,8 @@ Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, co
                                   const std::optional<Tensor>& grad_entropy, int64_t ignore_index) {
   check_logits(logits, 1);
   check_target(target, logits);
-  STD_TORCH_CHECK(rival.dim() == 1 && rival.size(0) == logits.size(0) &&
-                      rival.scalar_type() == ScalarType::Long,
-                  "rival: expected int64 [N]");
+  check_size("rival", rival, logits.size(0), "the rows of logits");
+  check_dtype("rival", rival, ScalarType::Long);
   check_values("confidence", confidence, logits);
   check_values("entropy", entropy, logits);
   check_values("maximum", maximum, logits);
@@ -225,9 +224,9 @@ std::tuple<Tensor, Tensor> row_sums(const Tensor& logits, const Tensor& target, 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CPU, m) {
-  m.impl("sample_statistics", TORCH_BOX(&sample_statistics));
-  m.impl("sample_statistics_gradient", TORCH_BOX(&sample_statistics_gradient));
-  m.impl("row_sums", TORCH_BOX(&row_sums));
+  m.impl("sample_statistics", MARGINOPS_BOX(&sample_statistics));
+  m.impl("sample_statistics_gradient", MARGINOPS_BOX(&sample_statistics_gradient));
+  m.impl("row_sums", MARGINOPS_BOX(&row_sums));
 }
 
 }  // namespace

@@ -1,21 +1,19 @@
 // Plain views of the tensors of torch's stable ABI, new tensors, and loops on torch's threads.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../binding/tensor.h"
 
 #include <algorithm>
+#include <exception>
+#include <mutex>
 #include <optional>
 
+#include "memory.h"
 #include "simd.h"
 
 namespace marginops::cpu {
 
 constexpr int64_t kGrain = 32768;  // reading so many numbers is worth a thread
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class T>
 struct Matrix {
@@ -60,7 +58,7 @@ void for_dtype(const char* name, const Tensor& tensor, const Action& action) {
     case ScalarType::Half:
       return action(static_cast<float16*>(nullptr));
     default:
-      STD_TORCH_CHECK(false, name, ": expected dtype float32, float64, bfloat16 or float16");
+      fail_dtype(name, tensor);
   }
 }
 
@@ -68,22 +66,39 @@ inline ScalarType result_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Calls the C shim. The dispatcher would cost a microsecond for each tensor.
+inline Place place() {
+  const auto no_memory = []() -> std::string {
+    return "not enough memory: DefaultCPUAllocator: can't allocate memory.";
+  };
+  return {aoti_torch_device_type_cpu(), 0, no_memory};
+}
+
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
-  const int64_t rows = *sizes.begin(), columns = sizes.size() == 2 ? *(sizes.begin() + 1) : 1;
-  const int64_t shape[2] = {rows, columns}, strides[2] = {columns, 1};
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle tensor;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), shape,
-                                                  strides, dtype, aoti_torch_device_type_cpu(), 0,
-                                                  &tensor));
-  return Tensor(tensor);
+  return marginops::new_tensor(sizes, type, place());
 }
 
 // Splits [0, count) into ranges of at least `grain` and calls body(begin, end) on torch's threads.
+// If calls fail, the error of the first is thrown here: it would lose its words in torch.
 template <class Body>
 void parallel(int64_t count, int64_t grain, const Body& body) {
-  torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
+  struct Call {
+    const Body& body;
+    std::mutex mutex;
+    std::exception_ptr error;
+  } call{body, {}, nullptr};
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    auto& [body, mutex, error] = *static_cast<Call*>(context);
+    try {
+      body(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (error == nullptr) error = std::current_exception();
+    }
+  };
+  const AOTITorchError status =
+      torch_parallel_for(0, count, std::max<int64_t>(grain, 1), run, &call);
+  if (call.error != nullptr) std::rethrow_exception(call.error);
+  if (status != AOTI_TORCH_SUCCESS) fail_like_torch("torch cannot run its threads");
 }
 
 }  // namespace marginops::cpu

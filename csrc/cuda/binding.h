@@ -7,28 +7,53 @@
 #define USE_CUDA  // the stable headers declare the CUDA stream and errors only with it
 #endif
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <tuple>
 
+#include "../binding/tensor.h"
 #include "margin_launch.h"
 
 namespace marginops::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// How an error for a lack of memory begins. Training libraries rely on these words. If the device
+// has failed before, the error is that one.
+inline std::string no_memory() {
+  const cudaError_t earlier = cudaPeekAtLastError();
+  if (earlier == cudaSuccess || earlier == cudaErrorMemoryAllocation) return "CUDA out of memory.";
+  return std::string("CUDA error: ") + cudaGetErrorString(earlier) + ".";
+}
+
+inline Place place_of(const Tensor& tensor) {
+  int32_t device_type = 0;
+  if (aoti_torch_get_device_type(tensor.get(), &device_type) != AOTI_TORCH_SUCCESS) {
+    fail_like_torch("torch does not know the device of a tensor");
+  }
+  return {device_type, tensor.get_device_index(), no_memory};
+}
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes,
+                         ScalarType type) {
+  return marginops::new_tensor(sizes, type, place_of(like));
+}
+
+inline void check_launch(cudaError_t launched) {
+  if (launched == cudaErrorMemoryAllocation) {
+    fail("CUDA out of memory. A kernel could not be launched");
+  }
+  STD_CUDA_CHECK(launched);
+}
 
 // Makes the tensor's device the current one and holds its current stream.
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+    if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) !=
+        AOTI_TORCH_SUCCESS) {
+      fail_like_torch("torch has no current stream for the device of the first argument");
+    }
   }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 
@@ -48,8 +73,13 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      STD_TORCH_CHECK(false, name, ": expected dtype float32, float64, bfloat16 or float16");
+      fail_dtype(name, tensor);
   }
+}
+
+inline const char* name_of(Dtype dtype) {
+  constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16"};
+  return kNames[static_cast<int>(dtype)];
 }
 
 inline ScalarType result_type(Dtype dtype) {
@@ -57,9 +87,10 @@ inline ScalarType result_type(Dtype dtype) {
 }
 
 inline void check_place(const Tensor& tensor, const char* name, int64_t dim, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.device() == like.device(), name, ": expected the device of the first ",
-                  "argument");
+  MARGINOPS_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got shape ",
+                  shape_of(tensor));
+  MARGINOPS_CHECK(tensor.device() == like.device(), name, ": expected a tensor on ",
+                  device_of(like), " like the first argument, got one on ", device_of(tensor));
 }
 
 inline Matrix matrix(const Tensor& tensor, const char* name, const Tensor& like) {
@@ -75,13 +106,13 @@ inline Vector vector(const Tensor& tensor, const char* name, const Tensor& like)
 
 inline IndexVector index_vector(const Tensor& tensor, const char* name, const Tensor& like) {
   check_place(tensor, name, 1, like);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long, name, ": expected dtype int64");
+  check_dtype(name, tensor, ScalarType::Long);
   return {tensor.const_data_ptr<int64_t>(), tensor.size(0), tensor.stride(0)};
 }
 
 inline Matrix logits_of(const Tensor& tensor, int64_t least_classes = 2) {
   const Matrix logits = matrix(tensor, "logits", tensor);
-  STD_TORCH_CHECK(least_classes <= logits.cols && logits.cols <= INT32_MAX, "logits: expected ",
+  MARGINOPS_CHECK(least_classes <= logits.cols && logits.cols <= INT32_MAX, "logits: expected ",
                   least_classes, " <= C < 2**31 classes, got ", logits.cols);
   return logits;
 }
@@ -93,8 +124,7 @@ inline Rows rows_of(const std::optional<Tensor>& rows, const Matrix& logits, con
 
 inline Target target_of(const Tensor& target, const Matrix& logits, const Tensor& like,
                         int64_t ignore_index) {
-  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == logits.rows, "target: expected shape [",
-                  logits.rows, "] for the rows of logits");
+  check_size("target", target, logits.rows, "the rows of logits");
   return {index_vector(target, "target", like), ignore_index};
 }
 
@@ -102,12 +132,13 @@ inline LogNorm log_norm_of(const std::optional<Tensor>& log_norm, const Matrix& 
                            const Tensor& like) {
   LogNorm result;
   if (!log_norm.has_value()) return result;
-  STD_TORCH_CHECK(log_norm->numel() == 1, "log_norm: expected one value, got ", log_norm->numel());
-  STD_TORCH_CHECK(log_norm->scalar_type() == result_type(logits.dtype),
-                  "log_norm: expected the dtype of the result");
+  MARGINOPS_CHECK(log_norm->numel() == 1, "log_norm: expected one value, got shape ",
+                  shape_of(*log_norm));
+  check_dtype("log_norm", *log_norm, result_type(logits.dtype));
   if (!log_norm->is_cpu()) {
-    STD_TORCH_CHECK(log_norm->device() == like.device(),
-                    "log_norm: expected the CPU or the device of logits");
+    MARGINOPS_CHECK(log_norm->device() == like.device(),
+                    "log_norm: expected a value on the CPU or on ", device_of(like),
+                    " like logits, got one on ", device_of(*log_norm));
     result.device = log_norm->const_data_ptr();
   } else if (logits.dtype == Dtype::kFloat64) {
     result.host = *log_norm->const_data_ptr<double>();
@@ -124,9 +155,8 @@ class HeadArguments {
       : head_{matrix(weight, "weight", like), nullptr} {
     if (!bias.has_value()) return;
     bias_ = vector(*bias, "bias", like);
-    STD_TORCH_CHECK(bias_.size == head_.weight.rows, "bias: expected ", head_.weight.rows,
-                    " values, got ", bias_.size);
-    STD_TORCH_CHECK(bias_.dtype == head_.weight.dtype, "bias: expected the dtype of weight");
+    check_size("bias", *bias, head_.weight.rows, "the rows of weight");
+    check_dtype("bias", *bias, weight.scalar_type());
     head_.bias = &bias_;
   }
   HeadArguments(const HeadArguments&) = delete;
@@ -134,11 +164,12 @@ class HeadArguments {
 
   const Head& head_for(const Matrix& logits) const {
     const Dtype dtype = head_.weight.dtype;
-    STD_TORCH_CHECK(head_.weight.rows == logits.cols, "weight: expected ", logits.cols,
+    MARGINOPS_CHECK(head_.weight.rows == logits.cols, "weight: expected ", logits.cols,
                     " rows, got ", head_.weight.rows);
-    STD_TORCH_CHECK(
+    MARGINOPS_CHECK(
         dtype == logits.dtype || (dtype == Dtype::kFloat32 && logits.dtype != Dtype::kFloat64),
-        "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits");
+        "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits, got ",
+        name_of(dtype), " for ", name_of(logits.dtype), " logits");
     return head_;
   }
 
@@ -148,7 +179,7 @@ class HeadArguments {
 };
 
 inline Tensor new_workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  return new_tensor(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
 Tensor classification_margin_op(const Tensor& logits, const Tensor& target,

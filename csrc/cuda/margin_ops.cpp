@@ -11,11 +11,11 @@ Tensor classification_margin_op(const Tensor& logits, const Tensor& target,
   const Target classes = target_of(target, matrix, logits, ignore_index);
   const LogNorm norm = log_norm_of(log_norm, matrix, logits);
   const Launch launch(logits);
-  Tensor margin = torch::stable::new_empty(logits, {matrix.rows}, result_type(matrix.dtype));
+  Tensor margin = new_tensor(logits, {matrix.rows}, result_type(matrix.dtype));
   Tensor workspace = new_workspace(
       logits, classification_margin_workspace_bytes(matrix, {nullptr, matrix.rows, 0}));
-  STD_CUDA_CHECK(classification_margin(matrix, classes, norm, margin.mutable_data_ptr(),
-                                       workspace.mutable_data_ptr(), launch.stream()));
+  check_launch(classification_margin(matrix, classes, norm, margin.mutable_data_ptr(),
+                                     workspace.mutable_data_ptr(), launch.stream()));
   return margin;
 }
 
@@ -25,11 +25,11 @@ Tensor minimal_margin_score_op(const Tensor& logits, const Tensor& weight,
   const HeadArguments arguments(weight, bias, logits);
   const Head& head = arguments.head_for(matrix);
   const Launch launch(logits);
-  Tensor score = torch::stable::new_empty(logits, {matrix.rows}, result_type(matrix.dtype));
+  Tensor score = new_tensor(logits, {matrix.rows}, result_type(matrix.dtype));
   Tensor workspace = new_workspace(
       logits, minimal_margin_workspace_bytes(matrix, head, {nullptr, matrix.rows, 0}, nearest));
-  STD_CUDA_CHECK(minimal_margin_score(matrix, head, nearest, score.mutable_data_ptr(),
-                                      workspace.mutable_data_ptr(), launch.stream()));
+  check_launch(minimal_margin_score(matrix, head, nearest, score.mutable_data_ptr(),
+                                    workspace.mutable_data_ptr(), launch.stream()));
   return score;
 }
 
@@ -45,12 +45,12 @@ std::tuple<Tensor, Tensor> classification_margin_rival_op(const Tensor& logits,
   const LogNorm norm = log_norm_of(log_norm, matrix, logits);
   const Rows chosen = rows_of(rows, matrix, logits);
   const Launch launch(logits);
-  Tensor margin = torch::stable::new_empty(logits, {chosen.size}, result_type(matrix.dtype));
-  Tensor rival = torch::stable::new_empty(logits, {chosen.size}, ScalarType::Long);
+  Tensor margin = new_tensor(logits, {chosen.size}, result_type(matrix.dtype));
+  Tensor rival = new_tensor(logits, {chosen.size}, ScalarType::Long);
   Tensor workspace = new_workspace(logits, classification_margin_workspace_bytes(matrix, chosen));
-  STD_CUDA_CHECK(classification_margin_rival(
-      matrix, classes, norm, chosen, margin.mutable_data_ptr(), rival.mutable_data_ptr<int64_t>(),
-      workspace.mutable_data_ptr(), launch.stream()));
+  check_launch(classification_margin_rival(matrix, classes, norm, chosen, margin.mutable_data_ptr(),
+                                           rival.mutable_data_ptr<int64_t>(),
+                                           workspace.mutable_data_ptr(), launch.stream()));
   return {margin, rival};
 }
 
@@ -62,23 +62,21 @@ std::tuple<Tensor, Tensor> minimal_margin_pair_op(const Tensor& logits, const Te
   const Head& head = arguments.head_for(matrix);
   const Rows chosen = rows_of(rows, matrix, logits);
   const Launch launch(logits);
-  Tensor pair = torch::stable::new_empty(logits, {chosen.size, 2}, ScalarType::Long);
-  Tensor distance = torch::stable::new_empty(logits, {chosen.size}, result_type(matrix.dtype));
+  Tensor pair = new_tensor(logits, {chosen.size, 2}, ScalarType::Long);
+  Tensor distance = new_tensor(logits, {chosen.size}, result_type(matrix.dtype));
   Tensor workspace =
       new_workspace(logits, minimal_margin_workspace_bytes(matrix, head, chosen, nearest));
-  STD_CUDA_CHECK(minimal_margin_pair(matrix, head, chosen, nearest,
-                                     pair.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr(),
-                                     workspace.mutable_data_ptr(), launch.stream()));
+  check_launch(minimal_margin_pair(matrix, head, chosen, nearest, pair.mutable_data_ptr<int64_t>(),
+                                   distance.mutable_data_ptr(), workspace.mutable_data_ptr(),
+                                   launch.stream()));
   return {pair, distance};
 }
 
 void check_coefficient(const Tensor& coefficient, const IndexVector& key, Dtype dtype,
                        const Tensor& like) {
   check_place(coefficient, "coefficient", 1, like);
-  STD_TORCH_CHECK(coefficient.size(0) == key.size, "coefficient: expected ", key.size,
-                  " values, got ", coefficient.size(0));
-  STD_TORCH_CHECK(coefficient.scalar_type() == result_type(dtype),
-                  "coefficient: expected the dtype of results");
+  check_size("coefficient", coefficient, key.size, "the values of key");
+  check_dtype("coefficient", coefficient, result_type(dtype));
 }
 
 std::tuple<Tensor, Tensor> pair_gradient_op(const Tensor& key, const Tensor& coefficient,
@@ -88,17 +86,17 @@ std::tuple<Tensor, Tensor> pair_gradient_op(const Tensor& key, const Tensor& coe
   const Matrix& matrix = arguments.get().weight;
   const IndexVector entries = index_vector(key, "key", key);
   check_coefficient(coefficient, entries, matrix.dtype, key);
-  STD_TORCH_CHECK(matrix.rows <= INT32_MAX, "weight: expected fewer than 2**31 rows, got ",
+  MARGINOPS_CHECK(matrix.rows <= INT32_MAX, "weight: expected fewer than 2**31 rows, got ",
                   matrix.rows);
   const Launch launch(key);
-  const Tensor dense_key = torch::stable::contiguous(key);
-  const Tensor dense_coefficient = torch::stable::contiguous(coefficient);
-  Tensor grad_weight = torch::stable::new_empty(weight, {matrix.rows, matrix.cols});
-  Tensor grad_bias = torch::stable::new_empty(weight, {matrix.rows});
-  STD_CUDA_CHECK(pair_gradient(dense_key.const_data_ptr<int64_t>(),
-                               dense_coefficient.const_data_ptr(), entries.size, arguments.get(),
-                               grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr(),
-                               launch.stream()));
+  const Tensor dense_key = contiguous(key, place_of(key));
+  const Tensor dense_coefficient = contiguous(coefficient, place_of(coefficient));
+  Tensor grad_weight = new_tensor(weight, {matrix.rows, matrix.cols}, weight.scalar_type());
+  Tensor grad_bias = new_tensor(weight, {matrix.rows}, weight.scalar_type());
+  check_launch(pair_gradient(dense_key.const_data_ptr<int64_t>(),
+                             dense_coefficient.const_data_ptr(), entries.size, arguments.get(),
+                             grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr(),
+                             launch.stream()));
   return {grad_weight, grad_bias};
 }
 
@@ -107,18 +105,18 @@ Tensor class_sum_op(const Tensor& key, const Tensor& coefficient, const Tensor& 
   const Matrix summands = matrix(rows, "rows", key);
   const IndexVector entries = index_vector(key, "key", key);
   check_coefficient(coefficient, entries, summands.dtype, key);
-  STD_TORCH_CHECK(classes >= 0 && classes <= INT64_MAX / std::max<int64_t>(summands.rows, 1),
+  MARGINOPS_CHECK(classes >= 0 && classes <= INT64_MAX / std::max<int64_t>(summands.rows, 1),
                   "classes: expected at least 0, and keys below 2**63, got ", classes);
-  STD_TORCH_CHECK(entries.size == 0 || summands.rows > 0, "rows: expected one for every key");
+  MARGINOPS_CHECK(entries.size == 0 || summands.rows > 0, "rows: expected at least one for ",
+                  entries.size, " keys, got none");
   const Launch launch(key);
-  const Tensor dense_key = torch::stable::contiguous(key);
-  const Tensor dense_coefficient = torch::stable::contiguous(coefficient);
-  Tensor result =
-      torch::stable::new_empty(rows, {classes, summands.cols}, result_type(summands.dtype));
+  const Tensor dense_key = contiguous(key, place_of(key));
+  const Tensor dense_coefficient = contiguous(coefficient, place_of(coefficient));
+  Tensor result = new_tensor(rows, {classes, summands.cols}, result_type(summands.dtype));
   Tensor workspace = new_workspace(key, class_sum_workspace_bytes(entries.size, summands));
-  STD_CUDA_CHECK(class_sum(dense_key.const_data_ptr<int64_t>(), dense_coefficient.const_data_ptr(),
-                           entries.size, summands, classes, result.mutable_data_ptr(),
-                           workspace.mutable_data_ptr(), launch.stream()));
+  check_launch(class_sum(dense_key.const_data_ptr<int64_t>(), dense_coefficient.const_data_ptr(),
+                         entries.size, summands, classes, result.mutable_data_ptr(),
+                         workspace.mutable_data_ptr(), launch.stream()));
   return result;
 }
 
@@ -126,28 +124,26 @@ Tensor pair_distance_op(const Tensor& weight, const std::optional<Tensor>& bias,
                         const Tensor& pair) {
   const HeadArguments arguments(weight, bias, weight);
   check_place(pair, "pair", 2, weight);
-  STD_TORCH_CHECK(pair.size(1) == 2, "pair: expected [K, 2], got ", pair.size(1), " columns");
-  STD_TORCH_CHECK(pair.scalar_type() == ScalarType::Long, "pair: expected dtype int64");
+  MARGINOPS_CHECK(pair.size(1) == 2, "pair: expected shape [K, 2], got ", shape_of(pair));
+  check_dtype("pair", pair, ScalarType::Long);
   const IndexMatrix pairs{pair.const_data_ptr<int64_t>(), pair.size(0), pair.stride(0),
                           pair.stride(1)};
   const Launch launch(weight);
-  Tensor distance =
-      torch::stable::new_empty(weight, {pairs.rows}, result_type(arguments.get().weight.dtype));
-  STD_CUDA_CHECK(
-      pair_distance(arguments.get(), pairs, distance.mutable_data_ptr(), launch.stream()));
+  Tensor distance = new_tensor(weight, {pairs.rows}, result_type(arguments.get().weight.dtype));
+  check_launch(pair_distance(arguments.get(), pairs, distance.mutable_data_ptr(), launch.stream()));
   return distance;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CUDA, m) {
-  m.impl("classification_margin", TORCH_BOX(&classification_margin_op));
-  m.impl("classification_margin_rival", TORCH_BOX(&classification_margin_rival_op));
-  m.impl("minimal_margin_score", TORCH_BOX(&minimal_margin_score_op));
-  m.impl("minimal_margin_pair", TORCH_BOX(&minimal_margin_pair_op));
-  m.impl("pair_gradient", TORCH_BOX(&pair_gradient_op));
-  m.impl("pair_distance", TORCH_BOX(&pair_distance_op));
-  m.impl("class_sum", TORCH_BOX(&class_sum_op));
+  m.impl("classification_margin", MARGINOPS_BOX(&classification_margin_op));
+  m.impl("classification_margin_rival", MARGINOPS_BOX(&classification_margin_rival_op));
+  m.impl("minimal_margin_score", MARGINOPS_BOX(&minimal_margin_score_op));
+  m.impl("minimal_margin_pair", MARGINOPS_BOX(&minimal_margin_pair_op));
+  m.impl("pair_gradient", MARGINOPS_BOX(&pair_gradient_op));
+  m.impl("pair_distance", MARGINOPS_BOX(&pair_distance_op));
+  m.impl("class_sum", MARGINOPS_BOX(&class_sum_op));
 }
 
 }  // namespace marginops::cuda

@@ -8,14 +8,13 @@ namespace marginops::cuda {
 namespace {
 
 void check_k(int64_t k, int64_t count) {
-  STD_TORCH_CHECK(0 <= k && k <= count, "k: expected 0 <= k <= ", count, ", got ", k);
+  MARGINOPS_CHECK(0 <= k && k <= count, "k: expected 0 <= k <= ", count, ", got ", k);
 }
 
 Tensor index_select(const Tensor& tensor, const Tensor& index) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(tensor), from(int64_t{0}), from(index)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  call_torch("aten::index_select", "", stack, place_of(tensor));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -23,16 +22,14 @@ Tensor stable_argsort(const Tensor& key) {
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack{from(key), from(std::optional<bool>(true)), from(int64_t{0}),
                                     from(false)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  call_torch("aten::sort", "stable", stack, place_of(key));
   const Tensor sorted =
       torch::stable::detail::to<Tensor>(stack[0]);  // owns the values, to free them
   return torch::stable::detail::to<Tensor>(stack[1]);
 }
 
 std::tuple<Tensor, Tensor> empty_selection(const Tensor& like, ScalarType dtype) {
-  return {torch::stable::new_empty(like, {0}, dtype),
-          torch::stable::new_empty(like, {0}, ScalarType::Long)};
+  return {new_tensor(like, {0}, dtype), new_tensor(like, {0}, ScalarType::Long)};
 }
 
 // A small k of few scores takes one launch. Otherwise the kernels choose the scores, and torch's
@@ -42,18 +39,18 @@ std::tuple<Tensor, Tensor> select_smallest_op(const Tensor& scores, int64_t k) {
   check_k(k, all.size);
   if (k == 0) return empty_selection(scores, scores.scalar_type());
   const Launch launch(scores);
-  Tensor index = torch::stable::new_empty(scores, {k}, ScalarType::Long);
+  Tensor index = new_tensor(scores, {k}, ScalarType::Long);
   if (fits_one_block(all.size, k)) {
-    Tensor values = torch::stable::new_empty(scores, {k});
-    STD_CUDA_CHECK(select_sorted(all, k, values.mutable_data_ptr(),
-                                 index.mutable_data_ptr<int64_t>(), launch.stream()));
+    Tensor values = new_tensor(scores, {k}, scores.scalar_type());
+    check_launch(select_sorted(all, k, values.mutable_data_ptr(), index.mutable_data_ptr<int64_t>(),
+                               launch.stream()));
     return {values, index};
   }
   const ScalarType key_type = all.dtype == Dtype::kFloat64 ? ScalarType::Long : ScalarType::Int;
-  Tensor key = torch::stable::new_empty(scores, {k}, key_type);
+  Tensor key = new_tensor(scores, {k}, key_type);
   Tensor workspace = new_workspace(scores, select_workspace_bytes(all));
-  STD_CUDA_CHECK(select_unsorted(all, k, key.mutable_data_ptr(), index.mutable_data_ptr<int64_t>(),
-                                 workspace.mutable_data_ptr(), launch.stream()));
+  check_launch(select_unsorted(all, k, key.mutable_data_ptr(), index.mutable_data_ptr<int64_t>(),
+                               workspace.mutable_data_ptr(), launch.stream()));
   index = index_select(index, stable_argsort(key));
   return {index_select(scores, index), index};
 }
@@ -80,9 +77,9 @@ std::tuple<Tensor, Tensor> select_classification_margin_op(const Tensor& logits,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CUDA, m) {
-  m.impl("select_smallest", TORCH_BOX(&select_smallest_op));
-  m.impl("select_minimal_margin", TORCH_BOX(&select_minimal_margin_op));
-  m.impl("select_classification_margin", TORCH_BOX(&select_classification_margin_op));
+  m.impl("select_smallest", MARGINOPS_BOX(&select_smallest_op));
+  m.impl("select_minimal_margin", MARGINOPS_BOX(&select_minimal_margin_op));
+  m.impl("select_classification_margin", MARGINOPS_BOX(&select_classification_margin_op));
 }
 
 }  // namespace marginops::cuda

@@ -14,10 +14,8 @@ class ColumnArgument {
       : given_(tensor.has_value()) {
     if (!given_) return;
     vector_ = vector(*tensor, name, like);
-    STD_TORCH_CHECK(vector_.size == logits.rows, name, ": expected ", logits.rows, " values, got ",
-                    vector_.size);
-    STD_TORCH_CHECK(tensor->scalar_type() == result_type(logits.dtype), name,
-                    ": expected the dtype of results");
+    check_size(name, *tensor, logits.rows, "the rows of logits");
+    check_dtype(name, *tensor, result_type(logits.dtype));
   }
   ColumnArgument(const ColumnArgument&) = delete;
   const Vector* get() const { return given_ ? &vector_ : nullptr; }
@@ -43,14 +41,14 @@ Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
   const LogNorm norm = log_norm_of(log_norm, matrix, logits);
   const Launch launch(logits);
   const auto values = [&](int64_t size) {
-    return torch::stable::new_empty(logits, {size}, result_type(matrix.dtype));
+    return new_tensor(logits, {size}, result_type(matrix.dtype));
   };
   const int64_t rows = matrix.rows;
   Tensor margin = values(rows), loss = values(rows), confidence = values(rows);
   Tensor entropy = values(rows), el2n = values(rows), maximum = values(rows);
   Tensor log_sum = values(rows), gradient_norm = values(input_norm.has_value() ? rows : 0);
-  Tensor rival = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
-  Tensor correct = torch::stable::new_empty(logits, {rows}, ScalarType::Bool);
+  Tensor rival = new_tensor(logits, {rows}, ScalarType::Long);
+  Tensor correct = new_tensor(logits, {rows}, ScalarType::Bool);
   Tensor workspace = new_workspace(logits, statistics_workspace_bytes(matrix));
   const StatisticsResult result{margin.mutable_data_ptr(),
                                 rival.mutable_data_ptr<int64_t>(),
@@ -62,8 +60,8 @@ Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
                                 input_norm.has_value() ? gradient_norm.mutable_data_ptr() : nullptr,
                                 maximum.mutable_data_ptr(),
                                 log_sum.mutable_data_ptr()};
-  STD_CUDA_CHECK(sample_statistics(matrix, labels, norms.get(), norm, result,
-                                   workspace.mutable_data_ptr(), launch.stream()));
+  check_launch(sample_statistics(matrix, labels, norms.get(), norm, result,
+                                 workspace.mutable_data_ptr(), launch.stream()));
   return {margin, rival, loss, confidence, entropy, correct, el2n, gradient_norm, maximum, log_sum};
 }
 
@@ -92,12 +90,11 @@ Tensor sample_statistics_gradient_op(
                                     grad_losses.get(),
                                     grad_confidences.get(),
                                     grad_entropies.get()};
-  STD_TORCH_CHECK(gradient.rival.size == matrix.rows, "rival: expected ", matrix.rows,
-                  " classes, got ", gradient.rival.size);
+  check_size("rival", rival, matrix.rows, "the rows of logits");
   const Launch launch(logits);
-  Tensor grad_logits = torch::stable::new_empty(logits, {matrix.rows, matrix.cols});
-  STD_CUDA_CHECK(sample_statistics_gradient(matrix, labels, norm, gradient,
-                                            grad_logits.mutable_data_ptr(), launch.stream()));
+  Tensor grad_logits = new_tensor(logits, {matrix.rows, matrix.cols}, logits.scalar_type());
+  check_launch(sample_statistics_gradient(matrix, labels, norm, gradient,
+                                          grad_logits.mutable_data_ptr(), launch.stream()));
   return grad_logits;
 }
 
@@ -105,21 +102,21 @@ std::tuple<Tensor, Tensor> row_sums_op(const Tensor& logits, const Tensor& targe
   const Matrix matrix = logits_of(logits, 1);
   const Target labels = target_of(target, matrix, logits, 0);
   const Launch launch(logits);
-  Tensor values = torch::stable::new_empty(logits, {matrix.rows, 6}, result_type(matrix.dtype));
-  Tensor classes = torch::stable::new_empty(logits, {matrix.rows, 2}, ScalarType::Long);
+  Tensor values = new_tensor(logits, {matrix.rows, 6}, result_type(matrix.dtype));
+  Tensor classes = new_tensor(logits, {matrix.rows, 2}, ScalarType::Long);
   Tensor workspace = new_workspace(logits, statistics_workspace_bytes(matrix));
-  STD_CUDA_CHECK(row_sums(matrix, labels.index, with_sums, values.mutable_data_ptr(),
-                          classes.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
-                          launch.stream()));
+  check_launch(row_sums(matrix, labels.index, with_sums, values.mutable_data_ptr(),
+                        classes.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
+                        launch.stream()));
   return {values, classes};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(marginops_kernels, CUDA, m) {
-  m.impl("sample_statistics", TORCH_BOX(&sample_statistics_op));
-  m.impl("sample_statistics_gradient", TORCH_BOX(&sample_statistics_gradient_op));
-  m.impl("row_sums", TORCH_BOX(&row_sums_op));
+  m.impl("sample_statistics", MARGINOPS_BOX(&sample_statistics_op));
+  m.impl("sample_statistics_gradient", MARGINOPS_BOX(&sample_statistics_gradient_op));
+  m.impl("row_sums", MARGINOPS_BOX(&row_sums_op));
 }
 
 }  // namespace marginops::cuda

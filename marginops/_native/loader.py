@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import jit, places, recipe, toolchain
+from . import architectures, jit, places, recipe
 from .cache import Cache, say
 from .plan import Plan, UnavailableError, csrc_folder, make_plan, torch_release
 from .trust import RefusedError, closed_on_error, path_of_open
@@ -239,8 +239,8 @@ def _obstacle(library: Path, device_type: str, csrc: Path) -> str | None:
         return f"built from other sources than those in {csrc}"
     archs = [arch for arch in archs_text.split(",") if arch]
     if archs:
-        for capability in toolchain.visible_capabilities():
-            if not toolchain.runs_on(archs, capability):
+        for capability in architectures.visible_capabilities():
+            if not architectures.runs_on(archs, capability):
                 gpu = "{}.{}".format(*capability)
                 return f"built for GPU architecture {', '.join(archs)}, running with {gpu}"
     return None

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from . import recipe, toolchain
+from . import architectures, recipe, toolchain
 
 
 class UnavailableError(Exception):
@@ -48,16 +48,34 @@ def torch_release(version: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to build one library. ``inputs`` holds everything that its content depends on."""
+    """How to build one library. ``inputs`` holds everything that its content depends on.
+
+    Attributes:
+        name: The name of the module that the library holds.
+        device_type: The device type whose kernels it holds.
+        label: The instruction set, or the GPU architectures.
+        csrc: The folder of the sources.
+        sources: The files to compile.
+        compiler: The compiler of the C++ files, and the program that links.
+        compiler_flags: Flags for each C++ file.
+        baseline_flags: The same for a compiler that does not know the instruction set.
+        toolkit: The CUDA toolkit, for kernels of CUDA.
+        archs: The GPU architectures.
+        nvcc_flags: Flags for each CUDA file.
+        inputs: What the content of the library depends on.
+    """
 
     name: str
     device_type: str
     label: str
-    sources: list[str]
-    include_paths: list[str]
+    csrc: Path
+    sources: list[Path]
+    compiler: toolchain.Compiler
     compiler_flags: list[str]
+    baseline_flags: list[str]
+    toolkit: toolchain.CudaToolkit | None
+    archs: list[str]
     nvcc_flags: list[str]
-    environment: dict[str, str]
     inputs: dict[str, object] = field(repr=False)
 
     @property
@@ -92,59 +110,63 @@ def _check_torch(device_type: str) -> None:
 
 
 def _plan(device_type: str, csrc: Path) -> Plan:
-    compiler = toolchain.find_compiler()
-    path = os.pathsep.join([str(toolchain.find_ninja()), os.environ.get("PATH", os.defpath)])
-    environment = {"PATH": path, "CXX": compiler.command}
-    inputs: dict[str, object] = {}
-    if device_type == "cuda":
-        toolkit = toolchain.find_cuda_toolkit()
-        archs = toolchain.find_archs()
-        environment |= {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": ";".join(archs)}
-        instruction_set, target_flags, label = "baseline", ["-DUSE_CUDA"], " ".join(archs)
-        inputs["cuda"] = [str(toolkit.home), toolkit.version, archs]
-        inputs["environment"] = {
-            name: os.environ.get(name) for name in ("CC", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
-        }
-    else:
-        archs = []
-        instruction_set = recipe.instruction_sets(torch.backends.cpu.get_cpu_capability())[0]
-        target_flags, label = [*recipe.INSTRUCTION_SETS[instruction_set]], instruction_set
-    definitions = recipe.definitions(
-        csrc,
-        version=__version__,
-        torch_version=str(torch.__version__),
-        device_type=device_type,
-        instruction_set=instruction_set,
-        archs=archs,
-    )
-    compiler_flags = [*recipe.COMPILER_FLAGS, *target_flags, *definitions]
-    nvcc_flags = [*recipe.NVCC_FLAGS]
     sources = recipe.sources(csrc, device_type)
     if len(sources) == 1:
         raise UnavailableError(f"there are no {device_type} sources in {csrc}")
+    compiler = toolchain.find_compiler()
+    toolkit, archs, nvcc_flags = None, list[str](), list[str]()
+    instruction_set = "baseline"
+    inputs: dict[str, object] = {}
+    if device_type == "cuda":
+        toolkit = toolchain.find_cuda_toolkit()
+        archs = architectures.find_archs()
+        nvcc_flags = [*recipe.NVCC_FLAGS, *architectures.nvcc_flags(archs)]
+        nvcc_flags += toolchain.host_compiler_flags(compiler)
+        inputs["cuda"] = [str(toolkit.home), toolkit.version, archs]
+        variables = ("CC", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+        inputs["environment"] = {name: os.environ.get(name) for name in variables}
+    else:
+        instruction_set = recipe.instruction_sets(torch.backends.cpu.get_cpu_capability())[0]
+
+    def compiler_flags(instruction_set: str) -> list[str]:
+        target = ("-DUSE_CUDA",) if archs else recipe.INSTRUCTION_SETS[instruction_set]
+        definitions = recipe.definitions(
+            csrc,
+            version=__version__,
+            torch_version=str(torch.__version__),
+            device_type=device_type,
+            instruction_set=instruction_set,
+            archs=archs,
+        )
+        return [*recipe.COMPILER_FLAGS, *target, *definitions]
+
     inputs |= {
         "files": recipe.content_hashes(csrc, device_type),
-        "flags": [compiler_flags, nvcc_flags],
-        "compiler": [compiler.command, compiler.path, compiler.version],
+        "flags": [compiler_flags(instruction_set), nvcc_flags],
+        "compiler": [*compiler.command, compiler.version],
         "torch": [torch_release(torch.__version__), torch.version.cuda],
         "python": sysconfig.get_config_var("SOABI"),
-        "pybind11": importlib.metadata.version("pybind11"),
+        "pybind11": _pybind11_version(),
         "machine": [platform.machine(), platform.system(), *platform.libc_ver()],
     }
     return Plan(
         name=recipe.module_name(device_type, instruction_set),
         device_type=device_type,
-        label=label,
-        sources=[str(file) for file in sources],
-        include_paths=[str(csrc), _pybind11_headers()],
-        compiler_flags=compiler_flags,
+        label=" ".join(archs) or instruction_set,
+        csrc=csrc,
+        sources=sources,
+        compiler=compiler,
+        compiler_flags=compiler_flags(instruction_set),
+        baseline_flags=compiler_flags("baseline"),
+        toolkit=toolkit,
+        archs=archs,
         nvcc_flags=nvcc_flags,
-        environment=environment,
         inputs=inputs,
     )
 
 
-def _pybind11_headers() -> str:
-    import pybind11
-
-    return pybind11.get_include()
+def _pybind11_version() -> str:
+    try:
+        return importlib.metadata.version("pybind11")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UnavailableError("pybind11 is missing: run pip install pybind11") from error

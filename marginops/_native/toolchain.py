@@ -1,18 +1,29 @@
-"""Finds the tools of a build: C++ compiler, ninja, CUDA toolkit, GPU architectures."""
+"""Finds the tools of a build: C++ compiler, ninja, CUDA toolkit.
+
+``setup.py`` uses this file without importing marginops.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
 import shlex
 import shutil
-import subprocess
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from . import process
+
+OLDEST_COMPILERS = {"GCC": 11, "clang": 12}
+# Programs that may stand before a compiler in a command. nvcc takes the compiler without them.
+_LAUNCHERS = {"buildcache", "ccache", "distcc", "env", "icecc", "ionice", "nice", "sccache", "time"}
+_ANSWER_TIME = 20.0  # seconds for a program to say its version
 
 
 class ToolchainError(Exception):
@@ -21,11 +32,33 @@ class ToolchainError(Exception):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: its command, its path, and the first line of its version text."""
+    """A C++ compiler: its command in words, its path, and the first line of its version text."""
 
-    command: str
+    command: tuple[str, ...]
     path: str
     version: str
+
+    @property
+    def program(self) -> str:
+        """The compiler alone, without arguments and without a launcher such as ccache."""
+        for word in self.command:
+            if Path(word).name not in _LAUNCHERS and not word.startswith("-") and "=" not in word:
+                path = shutil.which(word)
+                if path is not None:
+                    return os.path.abspath(path)
+        return self.path
+
+    @property
+    def too_old(self) -> str | None:
+        """What is wrong with the version of this compiler; None if nothing is known to be."""
+        clang = re.search(r"\bclang version (\d+)\.(\d+)", self.version)
+        gcc = re.search(r"^\S*(?:g\+\+|gcc|c\+\+|cc)\S* \(.*?\)+ (\d+)\.(\d+)", self.version)
+        for name, found in (("clang", clang), ("GCC", gcc)):
+            if found and int(found.group(1)) < OLDEST_COMPILERS[name]:
+                needed = " or ".join(f"{name} {major}" for name, major in OLDEST_COMPILERS.items())
+                version = ".".join(found.groups())
+                return f"{self.path} is {name} {version}, but marginops needs {needed}, or later"
+        return None
 
 
 @dataclass(frozen=True)
@@ -35,38 +68,133 @@ class CudaToolkit:
     home: Path
     version: str
 
+    @property
+    def nvcc(self) -> Path:
+        """The CUDA compiler."""
+        return self.home / "bin/nvcc"
+
+    @property
+    def runtime(self) -> Path:
+        """The library to link with. Toolkits from wheels have only the one with a number."""
+        folders = [self.home / name for name in ("lib64", "lib") if (self.home / name).is_dir()]
+        for pattern in ("libcudart.so", "libcudart.so.*"):
+            for folder in folders:
+                for path in sorted(folder.glob(pattern)):
+                    return path
+        # A compiler finds the libraries of its system without being told where they are.
+        return Path("libcudart.so")
+
 
 def find_compiler() -> Compiler:
-    """The compiler named by ``CXX``, else the first of c++, g++ and clang++ on ``PATH``."""
+    """The compiler named by ``CXX``, else the first of c++, g++ and clang++ that runs."""
     wanted = os.environ.get("CXX", "").strip()
-    for command in [wanted] if wanted else ["c++", "g++", "clang++"]:
-        program, *arguments = shlex.split(command)
-        path = shutil.which(program)
-        if path is not None:
-            return Compiler(command, path, _version_text([path, *arguments, "--version"]))
     if wanted:
-        raise ToolchainError(f"no C++ compiler: CXX={wanted} cannot be run")
-    raise ToolchainError("no C++ compiler: install g++ or clang++, or set CXX")
+        return _compiler(wanted, f"CXX: expected the command of a C++ compiler, got {wanted}")
+    reasons = []
+    for command in ("c++", "g++", "clang++"):
+        try:
+            return _compiler(command, command)
+        except ToolchainError as error:
+            if shutil.which(command) is not None:
+                reasons.append(str(error))
+    raise ToolchainError(
+        "; ".join(["no C++ compiler: install g++ or clang++, or set CXX", *reasons])
+    )
 
 
-def _version_text(command: list[str]) -> str:
+def _compiler(command: str, subject: str) -> Compiler:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ToolchainError(f"no C++ compiler: {shlex.join(command)} failed: {error}") from error
-    return done.stdout.partition("\n")[0].strip()
-
-
-def find_ninja() -> Path:
-    """The folder of the ninja program. pip may install it to a folder that is not on ``PATH``."""
-    if importlib.util.find_spec("ninja") is not None:
-        import ninja
-
-        return Path(ninja.BIN_DIR)
-    path = shutil.which("ninja")
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ToolchainError(f"{subject} ({error})") from error
+    if not words or "\n" in command:
+        raise ToolchainError(f"{subject} (a command is one line with at least one word)")
+    program = os.path.expanduser(words[0])
+    path = shutil.which(program)
     if path is None:
-        raise ToolchainError("ninja is missing: run pip install ninja")
-    return Path(path).parent
+        raise ToolchainError(f"{subject} ({program} {_obstacle(program)})")
+    # The build runs in another folder.
+    words = [os.path.abspath(path), *(_absolute(word) for word in words[1:])]
+    try:
+        done = process.run([*words, "--version"], limit=_ANSWER_TIME)
+    except process.ProgramError as error:
+        raise ToolchainError(f"{subject} ({shlex.join(words)} --version: {error})") from error
+    line = first_line(done.output)
+    if done.status != 0:
+        failure = f"{shlex.join(words)} --version fails with exit status {done.status}: {line}"
+        raise ToolchainError(f"{subject} ({failure})")
+    return Compiler(tuple(words), words[0], line)
+
+
+def _absolute(word: str) -> str:
+    return os.path.abspath(word) if word.startswith(("./", "../")) else word
+
+
+def _obstacle(program: str) -> str:
+    if "/" not in program:
+        return "is not on PATH"
+    if os.path.isdir(program):
+        return "is a folder"
+    return "is not executable" if os.path.exists(program) else "does not exist"
+
+
+def first_line(text: str, longest: int = 300) -> str:
+    """The first line of an output that has text, cut off where it is very long."""
+    lines = (line.strip() for line in text.splitlines())
+    line = next((line for line in lines if line), "")
+    line = "".join(character if character.isprintable() else "?" for character in line)
+    return line if len(line) <= longest else line[:longest] + " ..."
+
+
+def host_compiler_flags(compiler: Compiler) -> list[str]:
+    """Flags that make nvcc use the compiler of the C++ files, unless the user has named another.
+
+    As in torch, ``CC`` names a host compiler for nvcc only. nvcc itself reads ``NVCC_CCBIN``,
+    ``NVCC_PREPEND_FLAGS`` and ``NVCC_APPEND_FLAGS``.
+    """
+    if os.environ.get("NVCC_CCBIN"):
+        return []
+    for variable in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        if re.search(r"(?:^|\s)(?:-ccbin|--compiler-bindir)", os.environ.get(variable, "")):
+            return []
+    wanted = os.environ.get("CC", "").strip()
+    if wanted:
+        compiler = _compiler(wanted, f"CC: expected a host compiler for nvcc, got {wanted}")
+    return ["-ccbin", compiler.program]
+
+
+def find_ninja() -> str:
+    """The ninja program. pip may install it to a folder that is not on ``PATH``.
+
+    The package is not imported, because another one may own the name ``ninja``.
+    """
+    reasons = []
+    for path in dict.fromkeys(_ninja_programs()):
+        if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+            continue
+        try:
+            done = process.run([path, "--version"], limit=_ANSWER_TIME)
+        except process.ProgramError as error:
+            reasons.append(f"{path} --version: {error}")
+            continue
+        version = first_line(done.output)
+        if done.status == 0 and re.match(r"\d+\.\d+", version):
+            return path
+        reasons.append(f"{path} --version gives {version or 'nothing'}")
+    raise ToolchainError("; ".join(["ninja is missing: run pip install ninja", *reasons]))
+
+
+def _ninja_programs() -> Iterator[str]:
+    yield os.path.join(sysconfig.get_path("scripts"), "ninja")
+    for distribution in importlib.metadata.distributions(name="ninja"):
+        for file in distribution.files or []:
+            if file.name == "ninja" and file.parent.name == "bin":
+                yield os.path.abspath(str(distribution.locate_file(file)))
+    user = sysconfig.get_preferred_scheme("user")
+    yield os.path.join(sysconfig.get_path("scripts", user), "ninja")
+    path = shutil.which("ninja")
+    if path is not None:
+        yield os.path.abspath(path)
 
 
 def find_cuda_toolkit() -> CudaToolkit:
@@ -93,7 +221,7 @@ def find_cuda_toolkit() -> CudaToolkit:
 def _toolkit_folders() -> Iterator[Path]:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
-            yield Path(os.environ[variable])
+            yield Path(os.environ[variable]).absolute()
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         yield Path(nvcc).resolve().parent.parent
@@ -109,49 +237,3 @@ def _toolkit_version(home: Path) -> str:
     found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
     number = int(found.group(1)) if found else 0
     return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def find_archs() -> list[str]:
-    """The GPU architectures to compile for.
-
-    ``MARGINOPS_CUDA_ARCH_LIST`` or ``TORCH_CUDA_ARCH_LIST`` names them, or else they are those of
-    the visible GPUs.
-    """
-    for variable in ("MARGINOPS_CUDA_ARCH_LIST", "TORCH_CUDA_ARCH_LIST"):
-        wanted = re.split(r"[\s;,]+", os.environ.get(variable, "").strip())
-        if wanted != [""]:
-            return sorted(set(wanted))
-    capabilities = visible_capabilities()
-    if not capabilities:
-        raise ToolchainError(
-            "no GPU is visible, so its architecture is unknown: "
-            "set MARGINOPS_CUDA_ARCH_LIST, e.g. to 9.0"
-        )
-    return [f"{major}.{minor}" for major, minor in capabilities]
-
-
-def visible_capabilities() -> list[tuple[int, int]]:
-    """The distinct compute capabilities of the visible GPUs, lowest first."""
-    if not torch.cuda.is_available():
-        return []
-    devices = range(torch.cuda.device_count())
-    return sorted({torch.cuda.get_device_capability(device) for device in devices})
-
-
-def runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code for ``archs`` runs on a GPU of this compute capability.
-
-    Machine code runs on GPUs of the same major version. PTX is translated for newer GPUs.
-    """
-    for arch in archs:
-        found = re.match(r"(\d+)\.(\d)(a|f)?(\+PTX)?$", arch)
-        if found is None:
-            return True
-        version = (int(found.group(1)), int(found.group(2)))
-        if found.group(3) == "a":
-            fits = version == capability
-        else:
-            fits = version <= capability and version[0] == capability[0]
-        if fits or (found.group(4) and version <= capability):
-            return True
-    return False

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .._native import places, recipe, toolchain
+from .._native import architectures, places, recipe, toolchain
 from .._native.cache import Cache
 from .._native.loader import Loader
 from .._native.trust import RefusedError, user_name
@@ -125,9 +125,9 @@ def _toolchain() -> dict[str, Any]:
 
     return {
         "compiler": _guarded(compiler),
-        "ninja": _guarded(lambda: str(toolchain.find_ninja())),
+        "ninja": _guarded(toolchain.find_ninja),
         "cuda toolkit": _guarded(toolkit),
-        "cuda architectures": _guarded(toolchain.find_archs) if torch.version.cuda else None,
+        "cuda architectures": _guarded(architectures.find_archs) if torch.version.cuda else None,
     }
 
 

@@ -152,13 +152,6 @@ def test_compile_error_is_the_reason(tiny: Path, cache_folder: Path) -> None:
     assert not list(cache_folder.glob("*/building-*"))
 
 
-def test_python_that_does_not_start_is_the_reason(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    expect_reference(new_loader(tiny), "; /nonexistent/python cannot run the build: ")
-
-
 @pytest.mark.parametrize("closed", [True, False])
 def test_build_needs_no_standard_error(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, closed: bool
@@ -170,9 +163,11 @@ def test_build_needs_no_standard_error(
     assert new_loader(tiny).load("cpu")
 
 
-def test_library_that_does_not_load_is_a_failed_build(tiny: Path) -> None:
+def test_library_that_does_not_load_is_the_reason(tiny: Path) -> None:
     write_tiny(tiny, kernel="int absent(); int tiny = absent();")
-    expect_reference(new_loader(tiny), "the build failed: ImportError: .*undefined symbol.*absent")
+    expect_reference(
+        new_loader(tiny), "intact and does not load: .*undefined symbol.*absent.*; .* delete "
+    )
 
 
 def test_threads_share_one_attempt(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +229,7 @@ def test_op_without_a_compiler_gives_the_reference_and_one_warning() -> None:
     output, errors = process.communicate(timeout=PATIENCE)
     assert output == "[1, 3, 0];[1, 3, 0];reference\n", errors
     assert errors.count("NativeUnavailableWarning") == 1
-    assert "CXX=/nonexistent" in errors
+    assert "CXX: expected" in errors
 
 
 @pytest.mark.slow

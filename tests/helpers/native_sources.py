@@ -42,6 +42,14 @@ def write_tiny(folder: Path, *, kernel: str = "int tiny() { return 0; }") -> Pat
     return folder
 
 
+def write_program(path: Path, body: str) -> str:
+    """Writes a shell script that stands for a compiler, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def new_loader(csrc: Path) -> Loader:
     """A loader as a new process has it, without libraries built ahead of time."""
     return Loader(csrc, installed=csrc)

@@ -1,0 +1,127 @@
+"""Programs of a build end with this process, and when they no longer do anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import marginops
+from marginops._native import process
+
+INSTALLED = Path(marginops.__file__).resolve().parents[1]
+
+
+def shell(script: str, **options: float) -> process.Finished:
+    return process.run(["/bin/sh", "-c", script], **{"limit": 60.0, **options})
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(number: int) -> bool:
+    with contextlib.suppress(OSError):
+        stat = Path(f"/proc/{number}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_status_and_output() -> None:
+    done = shell("echo out; echo err >&2; printf '\\351'; exit 7")
+    assert (done.status, done.output) == (7, "out\nerr\n\N{REPLACEMENT CHARACTER}")
+    assert shell("kill -9 $$").status == 128 + signal.SIGKILL
+    missing = process.run(["/nonexistent/program"], limit=60)
+    assert missing.status == 127
+    assert "/nonexistent/program" in missing.output
+
+
+def test_folder_and_environment(tmp_path: Path) -> None:
+    command = ["/bin/sh", "-c", "pwd; echo $COLOUR $LC_ALL"]
+    done = process.run(command, limit=60, folder=tmp_path, environment={"COLOUR": "blue"})
+    assert done.output.split() == [str(tmp_path.resolve()), "blue", "C"]
+
+
+def test_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(process.ProgramError, match=r"true cannot be started: .*gone"):
+        process.run(["true"], limit=60, folder=tmp_path / "gone")
+
+
+def test_huge_output_keeps_both_ends() -> None:
+    done = shell("echo first; head -c 9000000 /dev/zero | tr '\\0' x; echo; echo last")
+    assert done.output.startswith("first\n")
+    assert done.output.endswith("\nlast\n")
+    assert "bytes are left out here" in done.output
+    assert len(done.output) < 4_000_000
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "sleep 100",
+        "exec >&- 2>&-; sleep 100",
+        "trap '' TERM INT HUP; sleep 100 & sleep 100",
+        "kill -STOP $$",
+    ],
+    ids=["waits", "closes its output", "ignores signals", "stops"],
+)
+def test_idle_program_is_ended(script: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(process.ProgramError, match="no processor time and wrote nothing for 2 s"):
+        shell(f"echo $$ >{tmp_path}/pid; {script}", idle_limit=2.0)
+    assert time.monotonic() - began < 30
+    wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["for i in 1 2 3 4; do sleep 1; echo; done", "timeout 4 sh -c 'while :; do :; done'; true"],
+    ids=["writes", "computes"],
+)
+def test_busy_program_is_not_ended(script: str) -> None:
+    assert shell(script, idle_limit=3.0).status == 0
+
+
+def test_limit_holds_for_busy_programs() -> None:
+    with pytest.raises(process.ProgramError, match="took longer than 2 s"):
+        shell("while :; do :; done", limit=2.0)
+
+
+def test_program_works_where_children_are_not_waited_for() -> None:
+    """Where SIGCHLD is ignored, the kernel tells nobody the status, also not the program."""
+    code = (
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+        "from marginops._native import process;"
+        "print(process.run(['sh', '-c', 'sh -c \"exit 5\"; echo $?'], limit=60).output)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(INSTALLED)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.stdout.strip() == b"5", done.stderr
+
+
+@pytest.mark.parametrize("event", [signal.SIGKILL, signal.SIGINT])
+def test_program_ends_with_this_process(tmp_path: Path, event: signal.Signals) -> None:
+    """Neither the program nor what it has started outlives a process that is killed."""
+    new, pids = tmp_path / "new", tmp_path / "pids"
+    script = f"trap '' TERM; sleep 600 & echo $! $$ >{new}; mv {new} {pids}; wait"
+    code = (
+        f"from marginops._native import process; process.run(['sh', '-c', {script!r}], limit=600)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(INSTALLED)}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    wait_until(pids.exists)
+    numbers = [int(text) for text in pids.read_text().split()]
+    assert all(map(alive, numbers))
+    parent.send_signal(event)
+    parent.wait(60)
+    wait_until(lambda: not any(map(alive, numbers)))
