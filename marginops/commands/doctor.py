@@ -186,7 +186,7 @@ def _place(place: Path) -> dict[str, Any]:
     found = tried(libraries, {})
     trusted = not obstacles
     # A folder that is missing will be made in the nearest folder above it.
-    version = [place / __version__] if (place / __version__).is_dir() else []
+    version = [place / __version__] if os.path.isdir(place / __version__) else []
     nearest = next(path for path in (*version, place, *place.parents) if os.path.lexists(path))
     probe = tried(new_file, None)
     loadable: bool | str = "unknown, because no file can be made there"
@@ -195,7 +195,7 @@ def _place(place: Path) -> dict[str, Any]:
         tried(lambda: places.check_executable(probe, nearest), None)
         loadable = len(obstacles) == errors
         os.close(probe)
-    facts = _guarded(place.stat) if place.exists() else None
+    facts = place.stat() if os.path.exists(place) else None
     return {
         "folder": str(place),
         "usable": trusted and (loadable is True or "usable" in found.values()),

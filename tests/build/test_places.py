@@ -174,6 +174,9 @@ def test_cache_of_root_is_read_by_others(folder: Path) -> None:
     assert implementation == "reference"
     assert "MARGINOPS_CACHE_DIR" in reasons[-1]
     assert "Permission denied" in reasons[-1]
+    report = load(folder / "csrc", "doctor", user=NOBODY)
+    assert (report["folder"], report["usable"]) == (str(folder / "cache"), False)
+    assert "Permission denied" in report["obstacles"][0]
 
 
 @needs_root
@@ -192,6 +195,11 @@ def test_default_place_that_cannot_be_written_gives_way_to_a_private_one(folder:
     report = load(folder / "csrc", "doctor", user=NOBODY, **home)
     assert report["folder"] == str(private)
     assert "Permission denied" in report["other places"][0]
+
+    # A home that is no folder, and one in which only root may write.
+    for other in ("/dev/null", "/"):
+        found = load(folder / "csrc", user=NOBODY, **variables | {"HOME": other})
+        assert (found[0], found[2]) == ("cached", library)
 
     # Another user has taken the name of the private folder of a user without a home.
     (folder / "tmp/marginops-4242").mkdir()

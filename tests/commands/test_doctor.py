@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import platform
+import pwd
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +49,12 @@ def test_report_builds_and_names_what_is_used(loader: Loader) -> None:
     kernels = report["kernels"]["cpu"]
     assert kernels["op families"] == {"tiny": "built now"}
     assert Path(kernels["library"]).is_file()
-    assert report["cache"]["writable"]
+    assert report["cache"]["usable"] is True
+    assert report["cache"]["writable"] is True
+    assert report["cache"]["loadable"] is True
+    assert report["cache"]["owner"] == pwd.getpwuid(os.geteuid()).pw_name
+    assert report["cache"]["obstacles"] == report["cache"]["other places"] == []
+    assert list(report["cache"]["libraries"].values()) == ["usable"]
     assert report["cache"]["bytes"] >= Path(kernels["library"]).stat().st_size
     assert "tiny: built now" in doctor.text(report)
 
@@ -71,10 +80,55 @@ def test_report_prints_when_everything_is_broken(
     assert report["platform"]["system"] == "unknown (OSError: this probe is broken)"
     assert report["versions"]["numpy"] == "unknown (OSError: this probe is broken)"
     assert "CXX=/nonexistent cannot be run" in report["toolchain"]["compiler"]
+    assert report["cache"]["usable"] is False
     assert report["cache"]["writable"] is False
+    assert "file/cache cannot be used: [Errno 20]" in report["cache"]["obstacles"][0]
     assert report["kernels"]["cpu"]["op families"] == {"tiny": "reference"}
     assert json.loads(json.dumps(report)) == report
     assert "this probe is broken" in doctor.text(report)
+
+
+def test_report_leaves_nothing_in_the_cache(loader: Loader, tmp_path: Path) -> None:
+    report = doctor.report(loader, build=False)["cache"]
+    assert (report["usable"], report["writable"], report["loadable"]) == (True, True, True)
+    assert (report["owner"], report["mode"], report["libraries"]) == (None, None, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["csrc"]
+
+
+def test_report_tells_damaged_and_refused_libraries(loader: Loader) -> None:
+    library = Path(doctor.report(loader)["kernels"]["cpu"]["library"])
+    facts = library.with_suffix(".json")
+    described = facts.read_text()
+    facts.write_text("[]")
+    (state,) = doctor.report(loader, build=False)["cache"]["libraries"].values()
+    assert state.startswith("damaged; ")
+    facts.write_text(described)
+    library.parent.chmod(0o777)
+    (state,) = doctor.report(loader, build=False)["cache"]["libraries"].values()
+    assert f"{library.parent}: expected that only its owner may write to it" in state
+    library.parents[2].chmod(0o777)
+    report = doctor.report(loader, build=False)["cache"]
+    assert (report["usable"], report["writable"], report["mode"]) == (False, True, "0777")
+    assert "expected that only its owner may write" in report["obstacles"][0]
+
+
+def test_report_on_a_relative_cache_folder(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARGINOPS_CACHE_DIR", "cache")
+    report = doctor.report(loader)["cache"]
+    assert (report["folder"], report["usable"]) == (None, False)
+    assert "MARGINOPS_CACHE_DIR: expected an absolute path" in report["obstacles"][0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_report_prints_any_path(
+    loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.setenv("MARGINOPS_CACHE_DIR", f"{tmp_path}/caché-\udcff")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        report = doctor.text(doctor.report(loader, build=False))
+    assert "cach" in report
+    report.encode(encoding)
 
 
 def test_command_prints_json(
