@@ -13,7 +13,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,14 +48,14 @@ def load_build_files() -> ModuleType:
     return package
 
 
-def write_compiler(command: Sequence[str]) -> str:
-    """The path of a program that runs a command, because torch takes ``CXX`` as one word."""
-    if len(command) == 1:
-        return command[0]
+def one_word(compiler: Any) -> str:
+    """The path of a program that runs the compiler: torch takes ``CXX`` as one word."""
+    if len(compiler.command) == 1:
+        return str(compiler.path)
     folder = tempfile.mkdtemp(prefix="marginops-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    program = Path(folder, Path(command[0]).name)
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    program = Path(folder, Path(compiler.program).name)
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(compiler.command)} "$@"\n')
     program.chmod(0o755)
     return str(program)
 
@@ -74,7 +73,7 @@ def ahead_of_time() -> dict[str, Any]:
         path = [str(Path(toolchain.find_ninja()).parent), os.environ.get("PATH", os.defpath)]
     except toolchain.ToolchainError as error:
         sys.exit(f"marginops: {error}")
-    os.environ["CXX"] = write_compiler(compiler.command)
+    os.environ["CXX"] = one_word(compiler)
     os.environ["PATH"] = os.pathsep.join(path)
     archs: list[str] = []
     nvcc_flags: list[str] = []

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import marginops
+from helpers.native_sources import write_program, write_tiny
 from marginops._native import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,3 +250,33 @@ def test_ahead_of_time_build(tree: Path, tmp_path: Path) -> None:
         source.write("// changed\n")
     *_, implementation = run([sys.executable, "-c", SELECT], tmp_path, **environment()).splitlines()
     assert implementation == "reference"
+
+
+@pytest.fixture
+def small_tree(tree: Path, tmp_path: Path) -> Path:
+    """A copy of the sources whose native code compiles in a second."""
+    folder = shutil.copytree(tree, tmp_path / "small", ignore=shutil.ignore_patterns("csrc"))
+    write_tiny(folder / "csrc")
+    return folder
+
+
+def test_ahead_of_time_build_with_a_launcher_and_arguments(
+    small_tree: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "calls"
+    compiler = write_program(tmp_path / "g++", f'echo "$@" >>{log}\nexec c++ "$@"')
+    install(
+        small_tree,
+        tmp_path / "site",
+        MARGINOPS_BUILD="aot",
+        CXX=f"env A=1 '{compiler}' -DX='a b'",
+    )
+    assert list((tmp_path / "site").glob("marginops/_native/_cpu_baseline*.so"))
+    compiled = [line for line in log.read_text().splitlines() if "tiny.cpp" in line]
+    assert len(compiled) == len(recipe.instruction_sets())
+    assert all("-DX=a b" in line for line in compiled)
+
+
+def test_ahead_of_time_build_without_a_compiler_says_why(small_tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="marginops: CXX: expected the command"):
+        install(small_tree, tmp_path / "site", MARGINOPS_BUILD="aot", CXX="nonexistent-g++")
