@@ -149,9 +149,11 @@ def test_lock_is_waited_for_with_a_limit(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cache, "PATIENCE", 0.3)
+    began = time.monotonic()
     with lock.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         expect_reference(new_loader(tiny), "another process has held .*/lock for 0.3 s; end that")
+    assert time.monotonic() - began < 60
     assert "waiting for another process that builds" in capfd.readouterr().err
 
 
