@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -81,8 +80,6 @@ def run(
     Raises:
         ProgramError: The program cannot be started, or a limit has been reached.
     """
-    # A program that ignores SIGCHLD would hand that down to ninja, which then cannot wait.
-    ignored = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
     try:
         child = subprocess.Popen(
             ["/bin/sh", "-c", _LEADER, "sh", *command],
@@ -92,7 +89,6 @@ def run(
             cwd=folder,
             env={**os.environ, "LC_ALL": "C", **(environment or {})},
             start_new_session=True,
-            preexec_fn=_default_sigchld if ignored else None,
         )
     except (OSError, ValueError) as error:
         raise ProgramError(f"{command[0]} cannot be started: {error}") from error
@@ -102,10 +98,6 @@ def run(
     finally:
         _end(child)
     return Finished(child.returncode, output.text())
-
-
-def _default_sigchld() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _watch(

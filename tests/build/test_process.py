@@ -92,13 +92,24 @@ def test_busy_program_is_not_ended(script: str) -> None:
     assert shell(script, idle_limit=3.0).status == 0
 
 
+def test_activity_of_a_session() -> None:
+    """A program that waits for a processor is busy, though it uses no time."""
+    for script, busy in (("while :; do :; done", True), ("exec sleep 600", False)):
+        child = subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True)
+        try:
+            wait_until(lambda child=child, busy=busy: process._activity(child.pid)[0] is busy)
+        finally:
+            child.kill()
+            child.wait()
+
+
 def test_limit_holds_for_busy_programs() -> None:
     with pytest.raises(process.ProgramError, match="took longer than 2 s"):
         shell("while :; do :; done", limit=2.0)
 
 
 def test_program_works_where_children_are_not_waited_for() -> None:
-    """Where SIGCHLD is ignored, the kernel tells nobody the status, also not the program."""
+    """Where SIGCHLD is ignored, the kernel tells no status. The program does not ignore it."""
     code = (
         "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
         "from marginops._native import process;"
