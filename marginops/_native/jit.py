@@ -11,6 +11,7 @@ from pathlib import Path
 from . import architectures, ninja_file, process, toolchain
 from .cache import Cache, say, show
 from .plan import Plan, UnavailableError
+from .trust import path_of_open
 
 # Seconds. A compiler that waits for something that never comes is ended by the first limit. The
 # second one is for a build on a slow machine for many GPU architectures.
@@ -46,13 +47,15 @@ def build(plan: Plan, cache: Cache) -> None:
     say(f"compiling the {plan.device_type} kernels ({plan.label}), once for this machine")
     began = time.monotonic()
     with cache.build_folder() as build_folder:
+        # This path is for this process and for the working directory of its children.
+        folder = path_of_open(build_folder.descriptor, build_folder.path)
         try:
-            _compile(plan, build_folder.path, ninja)
+            _compile(plan, folder, ninja)
         except toolchain.ToolchainError as error:
             raise UnavailableError(str(error)) from error
         except _BuildError as error:
-            reason = f"the build failed: {error}"
-            raise UnavailableError(cache.store_failure(plan, reason, error.output)) from error
+            reason = cache.store_failure(plan, f"the build failed: {error}", error.output)
+            raise UnavailableError(reason) from error
         library = cache.store(plan, build_folder)
     say(f"compiled in {time.monotonic() - began:.0f} s, stored in {library.parent}")
 

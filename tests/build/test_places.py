@@ -356,3 +356,24 @@ def test_too_many_open_files_is_no_damage(folder: Path, no_build: None) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "Too many open files" in " ".join(outcome.reasons)
     assert only_library(folder).is_file()
+
+
+def test_build_stays_in_its_folder_when_the_cache_is_exchanged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, cache = folder / "compiler", folder / "cache"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-c*) ;; *) exec c++ "$@";; esac\n'
+        f"if mv {cache} {folder}/moved; then\n"
+        f"  mkdir -p {cache}/{__version__}\n"
+        f"  ln -s {folder} {cache}/{__version__}/$(basename $PWD)\n"
+        'fi\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("MAX_JOBS", "1")
+    loader = new_loader(folder / "csrc")
+    assert loader.load("cpu"), loader.outcome("cpu").reasons
+    assert loader.outcome("cpu").implementation == "built now"
+    assert len(list(folder.glob("moved/*/*/*.so"))) == 2
+    assert not list(folder.glob("*.o"))
