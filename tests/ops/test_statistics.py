@@ -225,7 +225,7 @@ def test_another_ignore_index(device, which):
         result = marginops.sample_statistics(
             logits, target, input=torch.ones(6, 2, device=device), ignore_index=7
         )
-    assert [field[2].item() for field in result] == [math.inf, 0, 0, 1, 0, True, 0, 0]
+    assert [field[2].item() for field in result] == [math.inf, 0, 0, 1, 0, True, 0, 0, False]
 
 
 @pytest.mark.parametrize("ignored", [0, 3, 12])

@@ -154,10 +154,9 @@ def test_no_rows(device, dtype, which):
         result = marginops.sample_statistics(logits, target, input=logits)
         values, classes = row_sums.row_sums_op(logits, target, True)
     wide = result_dtype(dtype)
-    assert [field.dtype for field in result] == [
-        torch.int64 if name == "rival" else torch.bool if name == "correct" else wide
-        for name in result._fields
-    ]
+    others = {"rival": torch.int64, "correct": torch.bool, "counted": torch.bool}
+    dtypes = [others.get(name, wide) for name in result._fields]
+    assert [field.dtype for field in result] == dtypes
     assert all(field.shape == (0,) for field in result)
     assert values.shape == (0, 6) and classes.shape == (0, 2)
 
