@@ -49,7 +49,7 @@ _FLOAT = {
         lambda v: v + 0j, TypeError, r"expected dtype .*\.complex64; pass \w+\.real"
     ),
     "nested": Mistake(
-        lambda v: torch.nested.nested_tensor([v, v]),
+        lambda v: torch.nested.nested_tensor(list(v.unbind())),
         TypeError,
         r".* got a nested tensor; pass torch\.cat\(\w+\.unbind\(\)\)",
     ),

@@ -250,6 +250,12 @@ def test_a_check_that_can_tell_nothing_does_not_count(rows: int) -> None:
         select_batch(network, INPUTS, 0)
 
 
+def test_compiled_code_selects_without_a_check() -> None:
+    network = network_with()
+    chosen = torch.compile(lambda x: select_batch(network, x, 5), backend="eager")(INPUTS)
+    assert torch.equal(chosen, select_batch(network_with(), INPUTS, 5))
+
+
 def test_masked_classes_do_not_disturb() -> None:
     mask = torch.tensor([False, True, False, False])
     network = network_with(lambda logits: logits.masked_fill(mask, -torch.inf))
