@@ -105,6 +105,14 @@ def test_the_last_weight_counts():
     assert torch.equal(first.weight, batches[0][2].double())
 
 
+def test_forward_takes_the_weight_of_its_call():
+    batches = parts("collapse")
+    later = (*batches[2][:2], batches[2][2] * 2 + 1)
+    metric = updated("collapse", batches[:1])
+    metric(*later)
+    assert_same(metric.compute(), updated("collapse", [batches[0], later]).compute())
+
+
 def test_merged_second_passes():
     batches = parts("collapse")
     logits = torch.randn(50, CLASSES).split([9, 0, 22, 19])
@@ -126,6 +134,12 @@ def test_merged_second_passes():
             shard.update_nearest(batch[0], values)
     shards[0].merge_state(shards[1])
     assert_same(shards[0].compute(), whole.compute())
+    # A pass that an update has stopped does not go on.
+    stopped, other = (NeuralCollapse(CLASSES, FEATURES) for _ in range(2))
+    stopped.load_state_dict({**whole.state_dict(), "has_centers": torch.tensor(False)})
+    other.load_state_dict(whole.state_dict())
+    other.merge_state(stopped)
+    assert other.compute().nc4.isnan()
     # An empty metric changes no mean. More samples do, so the pass starts again.
     whole.merge_state(NeuralCollapse(CLASSES, FEATURES))
     assert not whole.compute().nc4.isnan()

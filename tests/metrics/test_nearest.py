@@ -23,6 +23,7 @@ def cases():
         yield "clusters", input, centers
         yield "far from the origin", input + 1e8, centers + 1e8
         yield "tiny", input * 1e-170, centers * 1e-170
+        yield "subnormal squares", input * 1e-161, centers * 1e-161
         yield "huge", input * 1e150, centers * 1e150
         middle = (centers[torch.arange(500) % 7] + centers[torch.arange(500) // 7 % 7]) / 2
         yield "between two", middle, centers

@@ -180,7 +180,7 @@ def damaged_states(state):
     history = state["history"]
     for value in (
         *(None, history.tolist(), history.numpy(), history.float(), history[0], history[:, :1]),
-        *(history.repeat(1, 2), -history, history[:2], history.to("meta"), history.to_sparse()),
+        *(history.repeat(1, 2), history - 10, history[:2], history.to("meta"), history.to_sparse()),
         torch.zeros((), dtype=torch.float64).expand(2**33, 2),
     ):
         yield "history", {**state, "history": value}
