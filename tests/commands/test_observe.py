@@ -200,9 +200,10 @@ def many(done: Run, epochs: int, **changes: Any) -> loop.Observation:
 
 @pytest.mark.parametrize("epochs", [1, 2, 12, 300])
 def test_ticks_are_epochs_and_no_text_lies_on_another(done: Run, epochs: int) -> None:
-    figure = draw(many(done, epochs, training_error=0.0), "subtitle")
+    shown = many(done, epochs, training_error=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        figure = draw(shown, "subtitle")
         figure.draw_without_rendering()
     margins, collapse, radii, scaled, _ = figure.axes
     (inset,) = margins.child_axes
@@ -231,9 +232,9 @@ def test_ticks_are_epochs_and_no_text_lies_on_another(done: Run, epochs: int) ->
 def test_figure_of_values_that_a_logarithm_does_not_have(done: Run, value: float) -> None:
     collapse = type(done.observation.reports[0].collapse)(*[torch.tensor(value)] * 7)
     shown = many(done, 4, collapse=collapse, tau_margin=value, lambda_max_margin=-value)
-    figure = draw(shown, "MLP " + "-".join(["64"] * 99))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        figure = draw(shown, "MLP " + "-".join(["64"] * 99))
         figure.draw_without_rendering()
     for axes in figure.axes:
         assert np.isfinite([*axes.get_xlim(), *axes.get_ylim()]).all()
