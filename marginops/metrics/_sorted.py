@@ -81,5 +81,5 @@ class SortedMargins(NamedTuple):
         The rank is a share of all margins. Equal margins have one rank, the middle of theirs.
         """
         occurs = self.starts.diff() > 0
-        ranks = (self.starts[1:] + self.starts[:-1]) / 2 / self.starts[-1]
+        ranks = (self.starts[1:] + self.starts[:-1]).double() / 2 / self.starts[-1]
         return ranks[occurs], self.values[occurs]

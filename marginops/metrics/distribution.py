@@ -145,7 +145,7 @@ class MarginDistribution(CheckedMetric):
             raise TypeError(
                 f"margins: expected one tensor [N], got {1 + len(others)} arguments; {_HINT}"
             )
-        if isinstance(margins, Tensor) and margins.dim() == 2:
+        if isinstance(margins, Tensor) and margins.dim() == 2 and margins.shape[1] != 1:
             raise ValueError(f"margins: expected shape [N], got {list(margins.shape)}; {_HINT}")
         checks.check_tensor("margins", margins, 1, "[N]")
         checks.check_device("margins", margins, self.bin_counts, "the metric")
