@@ -18,7 +18,14 @@ from ..metrics import (
     NeuralCollapse,
     NeuralCollapseSummary,
 )
-from ..networks import check_inputs, features_and_logits, last_linear, predict, unwrap
+from ..networks import (
+    check_inputs,
+    evaluation_mode,
+    features_and_logits,
+    last_linear,
+    predict,
+    unwrap,
+)
 from ..norms import log_norm_product
 from ..ops.margin_pair import normalize
 from ..ops.statistics import sample_statistics
@@ -131,56 +138,57 @@ def report_epoch(
     _check_samples(inputs, target, test_inputs, test_target)
     check_int("chunk_size", chunk_size, 1)
     network = unwrap(network)
-    layer, sizes = _head_and_sizes(network, target, num_classes, head, weight)
-    if weight is None:
-        check_head(network, inputs[:64], layer)
-    device = target.device
-    distribution = MarginDistribution(quantiles=QUANTILES).to(device)
-    collapse, manifolds = NeuralCollapse(*sizes).to(device), ClassManifolds(*sizes).to(device)
-    log_norm = log_norm_product(network, example_input=inputs[:2]).detach()
-    margins, smallest, misclassified = [], [], []
-    chunks = inputs.split(chunk_size)
-    for chunk, labels in zip(chunks, target.split(chunk_size), strict=True):
-        features, logits = features_and_logits(network, chunk, layer)
-        statistics = sample_statistics(logits, labels)
-        margins.append(normalize(statistics.margin, log_norm))
-        smallest.append(statistics.margin.amin())
-        misclassified.append(~statistics.correct)
-        distribution.update(margins[-1])
-        collapse.update(features, labels, layer.weight if weight is None else weight)
-        manifolds.update(features, labels)
-    for chunk in chunks:
-        collapse.update_nearest(*features_and_logits(network, chunk, layer))
+    # In training mode, reading a weight under spectral_norm would change it.
+    with evaluation_mode(network):
+        layer, sizes = _head_and_sizes(network, target, num_classes, head, weight)
+        if weight is None:
+            check_head(network, inputs[:64], layer)
+        device = target.device
+        distribution = MarginDistribution(quantiles=QUANTILES).to(device)
+        collapse, manifolds = NeuralCollapse(*sizes).to(device), ClassManifolds(*sizes).to(device)
+        log_norm = log_norm_product(network, example_input=inputs[:2]).detach()
+        margins, smallest, misclassified = [], [], []
+        chunks = inputs.split(chunk_size)
+        for chunk, labels in zip(chunks, target.split(chunk_size), strict=True):
+            features, logits = features_and_logits(network, chunk, layer)
+            statistics = sample_statistics(logits, labels)
+            margins.append(normalize(statistics.margin, log_norm))
+            smallest.append(statistics.margin.amin())
+            misclassified.append(~statistics.correct)
+            distribution.update(margins[-1])
+            collapse.update(features, labels, layer.weight if weight is None else weight)
+            manifolds.update(features, labels)
+        for chunk in chunks:
+            collapse.update_nearest(*features_and_logits(network, chunk, layer))
 
-    wrong = torch.cat(misclassified)
-    summary = distribution.compute()
-    # The normalised margins may underflow, so the smallest margin comes from the others.
-    smallest_margin = torch.stack(smallest).amin().reshape(1)
+        wrong = torch.cat(misclassified)
+        # The normalised margins may underflow, so the smallest margin comes from the others.
+        smallest_margin = torch.stack(smallest).amin().reshape(1)
 
-    def margin_at_scale_one(version: Literal["tau", "lambda_max"]) -> float:
-        if rates is None:
-            return math.nan
-        scaled = homogeneity.normalized_margin(
-            smallest_margin.double(), network, rates, version=version
+        def margin_at_scale_one(version: Literal["tau", "lambda_max"]) -> float:
+            if rates is None:
+                return math.nan
+            scaled = homogeneity.normalized_margin(
+                smallest_margin.double(), network, rates, version=version
+            )
+            return scaled.item()
+
+        test_accuracy = math.nan
+        if test_inputs is not None and test_target is not None:
+            predicted = predict(network, test_inputs, chunk_size=chunk_size).argmax(1)
+            test_accuracy = predicted.eq(test_target).double().mean().item()
+        return EpochReport(
+            training_error=wrong.double().mean().item(),
+            test_accuracy=test_accuracy,
+            misclassified=wrong.cpu(),
+            margins=torch.cat(margins).cpu(),
+            log_norm=log_norm.item(),
+            distribution=distribution.cpu().compute(),
+            collapse=NeuralCollapseSummary._make(value.cpu() for value in collapse.compute()),
+            manifolds=ClassManifoldsSummary._make(value.cpu() for value in manifolds.compute()),
+            tau_margin=margin_at_scale_one("tau"),
+            lambda_max_margin=margin_at_scale_one("lambda_max"),
         )
-        return scaled.item()
-
-    test_accuracy = math.nan
-    if test_inputs is not None and test_target is not None:
-        predicted = predict(network, test_inputs, chunk_size=chunk_size).argmax(1)
-        test_accuracy = predicted.eq(test_target).double().mean().item()
-    return EpochReport(
-        training_error=wrong.double().mean().item(),
-        test_accuracy=test_accuracy,
-        misclassified=wrong.cpu(),
-        margins=torch.cat(margins).cpu(),
-        log_norm=log_norm.item(),
-        distribution=MarginSummary._make(value.cpu() for value in summary),
-        collapse=NeuralCollapseSummary._make(value.cpu() for value in collapse.compute()),
-        manifolds=ClassManifoldsSummary._make(value.cpu() for value in manifolds.compute()),
-        tau_margin=margin_at_scale_one("tau"),
-        lambda_max_margin=margin_at_scale_one("lambda_max"),
-    )
 
 
 def _head_and_sizes(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
 
 pytest.importorskip("scipy")
 pytest.importorskip("torchmetrics")
@@ -199,6 +200,15 @@ def test_margins_at_scale_one_do_not_underflow() -> None:
     assert report.lambda_max_margin == pytest.approx(1e-54, rel=1e-6)
 
 
+def test_the_results_of_the_metrics_have_scalars(trained: Trained) -> None:
+    report = trained.report
+    scalars = report.distribution.scalars()
+    assert scalars["mean"] == report.distribution.mean
+    assert [scalars[f"quantile_{p}"] for p in QUANTILES] == report.distribution.quantiles.tolist()
+    assert report.collapse.scalars()["nc1"] == report.collapse.nc1
+    assert report.manifolds.scalars()["samples"] == len(trained.target)
+
+
 def test_without_test_samples_and_rates(trained: Trained) -> None:
     report = report_epoch(trained.network, **trained.samples)
     unknown = {"test_accuracy": math.nan, "tau_margin": math.nan, "lambda_max_margin": math.nan}
@@ -214,10 +224,13 @@ def test_chunks_make_no_difference(trained: Trained, chunk_size: int) -> None:
     assert_reports_close(report, trained.report)
 
 
-def test_the_network_evaluates_and_stays_as_it_was() -> None:
-    network = nn.Sequential(
-        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4)
-    )
+@pytest.mark.parametrize("wrap_head", [lambda layer: layer, parametrizations.spectral_norm])
+def test_the_network_evaluates_and_stays_as_it_was(
+    wrap_head: Callable[[nn.Module], nn.Module],
+) -> None:
+    # In training mode, each read of the weight under spectral_norm changes it.
+    head = wrap_head(nn.Linear(16, 4))
+    network = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), head)
     inputs, target = torch.randn(80, 6), torch.arange(80) % 4
     network(inputs)
     network[1].eval()
