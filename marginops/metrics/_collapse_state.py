@@ -5,19 +5,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def collapse_fault(state: Mapping[str, Any]) -> str | None:
     """What is impossible about a state, "expected ..., got ...", or None."""
-    count, mean, within = state["count"], state["mean"], state["within_scatter"]
-    compared, differing = state["compared"].item(), state["differing"].item()
-    empty, spread = count == 0, within.diagonal().sqrt()
+    count, mean = state["count"], state["mean"]
     if (count < 0).any():
         return f"expected count >= 0, got {count.min().item()}"
-    if mean[empty].ne(0).any():
+    if mean[count == 0].ne(0).any():
         return "expected 0 as mean of classes without samples, got other values"
-    if mean.isinf().any() or within.isinf().any():
-        return "expected no infinity in mean and within_scatter, got one"
+    if mean.isinf().any():
+        return "expected no infinity in mean, got one"
+    if not state["has_weight"] and not state["weight"].isnan().all():
+        return "expected a weight of NaN with has_weight=False, got numbers"
+    within = state.get("within_scatter")
+    return (None if within is None else _within_fault(count, mean, within)) or _pass_fault(state)
+
+
+def _within_fault(count: Tensor, mean: Tensor, within: Tensor) -> str | None:
+    spread = within.diagonal().sqrt()
+    if within.isinf().any():
+        return "expected no infinity in within_scatter, got one"
     if (within.diagonal() < 0).any():
         return "expected a diagonal of within_scatter >= 0, got a negative value"
     if (spread.isnan() != mean.isnan().any(0)).any():
@@ -26,28 +35,33 @@ def collapse_fault(state: Mapping[str, Any]) -> str | None:
         return (
             "expected within_scatter as a sum of outer products, got larger values off the diagonal"
         )
-    if empty.all() and within.ne(0).any():
+    if not count.any() and within.ne(0).any():
         return "expected 0 as within_scatter without samples, got other values"
-    if not state["has_weight"] and not state["weight"].isnan().all():
-        return "expected a weight of NaN with has_weight=False, got numbers"
+    return None
+
+
+def _pass_fault(state: Mapping[str, Any]) -> str | None:
+    compared, differing = state["compared"].item(), state["differing"].item()
     if compared < 0:
         return f"expected compared >= 0, got {compared}"
     if not math.isnan(differing) and not (differing.is_integer() and 0 <= differing <= compared):
         return f"expected differing as a whole number from 0 to {compared}, got {differing}"
+    ratio = state["ratio"].item() if "ratio" in state else 0.0
+    if ratio < 0 or (ratio > 0 and compared == 0):
+        return f"expected ratio >= 0, and 0 without compared samples, got {ratio}"
     return None
 
 
 def second_pass(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """The second pass over the samples of two states: both, that of one, or a new one."""
-    names = ("centers", "has_centers", "compared", "differing")
+    sums = [name for name in ("compared", "differing", "ratio") if name in later]
     for own, other in ((earlier, later), (later, earlier)):
         if not other["has_centers"] and not other["count"].any():  # the means stay as they are
-            return {name: own[name] for name in names}
+            return {name: own[name] for name in ("centers", "has_centers", *sums)}
     both = earlier["has_centers"] & later["has_centers"]
     same = both & torch.eq(earlier["centers"], later["centers"]).all()
     return {
         "centers": earlier["centers"],
         "has_centers": same,
-        "compared": earlier["compared"] + later["compared"],
-        "differing": earlier["differing"] + later["differing"],
+        **{name: earlier[name] + later[name] for name in sums},
     }

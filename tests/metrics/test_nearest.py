@@ -40,7 +40,7 @@ def test_decisions_are_those_of_exact_distances():
     for name, input, centers in cases():
         logits = torch.randn(500, 7).mul(2).round()
         actual = _nearest.differs_from_nearest(input, logits, centers)
-        assert torch.equal(actual, _nearest._differs_exactly(input, logits, centers)), name
+        assert torch.equal(actual, _nearest.differs_exactly(input, logits, centers)), name
         if name in ("clusters", "far from the origin", "equal centers", "grid"):
             assert torch.equal(actual, exactly(input, logits, centers)), name
 
@@ -75,7 +75,7 @@ def test_few_samples_need_exact_distances(monkeypatch):
         counted.append(len(input))
         return torch.zeros(len(input), dtype=torch.float64)
 
-    monkeypatch.setattr(_nearest, "_differs_exactly", count)
+    monkeypatch.setattr(_nearest, "differs_exactly", count)
     centers = torch.randn(10, 64, dtype=torch.float64) + 1e6
     input = centers[torch.arange(20_000) % 10] + torch.randn(20_000, 64)
     input[17] = (centers[3] + centers[5]) / 2
