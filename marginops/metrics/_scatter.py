@@ -47,7 +47,7 @@ class Scatter(NamedTuple):
         samples, mean, _ = class_moments(
             input, target, len(self.samples), ignore_index=ignore_index
         )
-        mean = torch.where((samples == 0).unsqueeze(1), 0, mean)
+        mean.masked_fill_((samples == 0).unsqueeze(1), 0)
         merged = self._with_means(samples, mean)
         if merged.within is None:
             return merged

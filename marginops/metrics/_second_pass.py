@@ -17,22 +17,23 @@ class _Form(NamedTuple):
     """The class means in the dtype of the product, with K = min(C, D).
 
     Attributes:
-        mean: ``[C, D]``.
-        rest: ``[C, D]``, what the rounding of ``mean`` has left out; None in float64.
+        mean: ``[C, D]``, rounded to the dtype.
         directions: ``[K, D]``, the right singular vectors of the centred means.
-        twice: ``[C, K]``, twice the coordinates of the centred means along them.
+        rest: ``[K, C]``, what the rounding has left out of the means, along the directions.
+        twice: ``[C, K]``, twice the coordinates of the centred means along the directions.
         pairs: ``[C, C]``, the squared distances between the means.
-        per_length: 0-d, the error of an order for each unit of length of a deviation.
-        fixed: 0-d, the error of an order that does not depend on this length.
+        lost: 0-d, the largest length of what the rounding has left out.
+        bound: 0-d, the coefficients of the bound, a polynomial of degree 2 of the length of a
+            deviation, highest first.
     """
 
     mean: Tensor
-    rest: Tensor | None
     directions: Tensor
+    rest: Tensor
     twice: Tensor
     pairs: Tensor
-    per_length: Tensor
-    fixed: Tensor
+    lost: Tensor
+    bound: tuple[Tensor, Tensor, Tensor]
 
 
 class SecondPass:
@@ -42,26 +43,27 @@ class SecondPass:
     :math:`p = V x`, the sum over the samples of :math:`\lVert S^{-1} p \rVert_2^2` leads to NC1,
     and the squared distances to the means have the order of
 
-    .. math:: q_c = \lVert \mu_c - \mu_y \rVert_2^2 - 2 p \cdot (U S)_c.
+    .. math:: q_c = \lVert \mu_c - \mu_y \rVert_2^2 - 2 (U S)_c \cdot p.
 
-    So both follow from p, which takes one product [N, D] x [D, K] with K = min(C, D). The product
-    has the dtype of the features, but float32 for shorter ones. Nothing cancels: x is a difference
-    of the features and of means in float64, of which float32 holds two parts.
+    So both follow from p, which takes one product [K, D] x [D, N] with K = min(C, D). The product
+    is in float64 for float64 features, else in float32. Nothing cancels, also in float32: there
+    :math:`\mu_y = a_y + b_y`, where :math:`a_y` is the mean rounded to float32, and
+    :math:`p = V (h - a_y) - V b_y`, where the second product needs only the classes.
 
-    The means whose order is not certain in float32 are compared in float64, and those whose order
-    is not certain there by distances as in :func:`marginops.metrics._nearest.differs_exactly`. Let
-    u be the unit roundoff of the product, :math:`r = \max_c \lVert M_c \rVert_2`,
-    :math:`m = \max_c \lVert \mu_c \rVert_2`, and :math:`\rho` the largest row of M - U S V. Sums of
-    n products have a relative error of at most n u of the sum of their magnitudes. Each component
-    of p has an error below :math:`(D + 4) u \lVert x \rVert_2`, and the sum of its products with
-    :math:`|U S|_c` one of :math:`\sqrt{K}` times that. So rounding changes :math:`q_c` by less than
+    Samples whose decision is not certain in float32 are compared in float64, and those whose
+    decision is not certain there by :func:`marginops.metrics._nearest.differs_exactly`. Let u be
+    the unit roundoff of the product, :math:`r = \max_c \lVert M_c \rVert_2`,
+    :math:`l = \lVert h - a_y \rVert_2 + \max_c \lVert b_c \rVert_2`, and :math:`\rho` the length of
+    the largest row of M - U S V. Sums of n products have a relative error of at most n u of the sum
+    of their magnitudes. So each component of p has an error below :math:`(D + 4) u l`, and the sum
+    of its products with :math:`|U S|_c` one of :math:`\sqrt{K} r` times that. Rounding changes
+    :math:`q_c` by less than
 
-    .. math::
-        2 u r \lVert x \rVert_2 (\sqrt{K} (D + 4) + K + 3) + 4 (D + K + 8) u r^2
-        + 2 \rho \lVert x \rVert_2 + 2 u^2 m r.
+    .. math:: 2 u r l (\sqrt{K} (D + 4) + K + 3) + 2 \rho l + 4 (D + K + 8) u r^2.
 
-    A comparison of two classes is safe where they differ by twice as much, and by the error of the
-    exact distances. The bound in the code has three times as much.
+    A comparison of two classes is safe where they differ by twice as much, plus the error of the
+    exact distances. The bound in the code has three times as much, which covers the rounding of the
+    bound itself.
 
     Args:
         centers: ``[C, D]`` float64, the class means. Without a finite mean of every class all
@@ -72,12 +74,12 @@ class SecondPass:
         self.centers = centers
         shifted = centers - centers.mean(0)
         left, self._singular, directions, self._kept = singular_directions(shifted)
-        coordinates = left * self._singular
-        self._forms = {torch.float64: self._form(torch.float64, shifted, coordinates, directions)}
         self._radius = torch.linalg.vector_norm(shifted, dim=1).max()
+        coordinates = left * self._singular
+        dtypes = [torch.float64]
         if self._radius > _SMALLEST and centers.abs().max() < _LARGEST:
-            form = self._form(torch.float32, shifted, coordinates, directions)
-            self._forms[torch.float32] = form
+            dtypes.append(torch.float32)
+        self._forms = {dtype: self._form(dtype, coordinates, directions) for dtype in dtypes}
 
     def compare(self, input: Tensor, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Compare samples with all means.
@@ -127,40 +129,47 @@ class SecondPass:
         """The sums of squares along the directions, the decisions, and which are not certain."""
         form = self._forms[dtype]
         deviation = form.mean.index_select(0, label).sub_(input)  # with the opposite sign
-        if form.rest is not None:
-            deviation += form.rest.index_select(0, label)
-        along = deviation @ form.directions.T
-        order = form.pairs.index_select(0, label).addmm_(along, form.twice.T)
-        length = torch.linalg.vector_norm(deviation, dim=1, keepdim=True).double()
-        limits = torch.finfo(torch.float64)
-        exact = limits.eps * (length + 2 * self._radius).square() + limits.tiny
-        bound = 3 * (form.per_length * length + form.fixed) + 4 * (input.shape[1] + 8) * exact
-        differs, unsure = decide(order, logits, bound)
-        return along.double().square_().sum(0), differs, unsure
+        along = form.directions @ deviation.T
+        if dtype != torch.float64:
+            along += form.rest.index_select(1, label)
+        order = form.pairs.index_select(1, label).addmm_(form.twice, along)
+        length = torch.linalg.vector_norm(deviation, dim=1).double() + form.lost
+        square, linear, fixed = form.bound
+        differs, unsure = decide(order, logits, (length * square + linear) * length + fixed)
+        return along.double().square_().sum(1), differs, unsure
 
-    def _form(
-        self, dtype: torch.dtype, shifted: Tensor, coordinates: Tensor, directions: Tensor
-    ) -> _Form:
-        centers = self.centers
-        mean = centers.to(dtype)
-        rest = None if dtype == torch.float64 else (centers - mean).to(dtype)
+    def _form(self, dtype: torch.dtype, coordinates: Tensor, directions: Tensor) -> _Form:
+        centers, mean = self.centers, self.centers.to(dtype)
         exact = "donot_use_mm_for_euclid_dist"
-        pairs = torch.cdist(centers, centers, compute_mode=exact).square()
-        count, columns = len(directions), centers.shape[1]
-        root = math.sqrt(count)
-        radius = torch.linalg.vector_norm(shifted, dim=1).max()
-        unit, smallest = (torch.finfo(kind).eps / 2 for kind in (dtype, torch.float64))
-        residual = torch.linalg.vector_norm(shifted - coordinates @ directions, dim=1).max()
-        residual = residual + (count + 2) * root * smallest * radius
-        fixed = 4 * (columns + count + 8) * unit * radius.square()
-        if rest is not None:
-            fixed = fixed + 2 * unit**2 * radius * torch.linalg.vector_norm(centers, dim=1).max()
+        left_out = centers - mean
         return _Form(
             mean,
-            rest,
             directions.to(dtype),
+            (directions @ left_out.T).to(dtype),
             (2 * coordinates).to(dtype),
-            pairs.to(dtype),
-            2 * unit * radius * (root * (columns + 4) + count + 3) + 2 * residual,
-            fixed,
+            torch.cdist(centers, centers, compute_mode=exact).square().to(dtype),
+            torch.linalg.vector_norm(left_out, dim=1).max(),
+            self._bound(dtype, coordinates, directions),
+        )
+
+    def _bound(
+        self, dtype: torch.dtype, coordinates: Tensor, directions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count, columns = directions.shape
+        root, radius = math.sqrt(count), self._radius
+        limits = torch.finfo(torch.float64)
+        unit = torch.finfo(dtype).eps / 2
+        residual = self.centers - self.centers.mean(0) - coordinates @ directions
+        longest = torch.linalg.vector_norm(residual, dim=1).max()
+        longest = longest + (count + 2) * root * limits.eps * radius  # its own rounding
+        linear = 2 * unit * radius * (root * (columns + 4) + count + 3) + 2 * longest
+        fixed = 4 * (columns + count + 8) * unit * radius.square()
+        # The bound of the exact distances, factor (eps (length + 2 radius)^2 + tiny), multiplied
+        # out.
+        factor = 4 * (columns + 8)
+        square = torch.full_like(radius, factor * limits.eps)
+        return (
+            square,
+            3 * linear + 4 * radius * square,
+            3 * fixed + 4 * radius.square() * square + factor * limits.tiny,
         )
