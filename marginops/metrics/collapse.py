@@ -177,9 +177,9 @@ class NeuralCollapse(CollapseState):
                 kept = ~ignored
                 input, logits, target = input[kept], logits[kept], target[kept]
         elif self.two_passes:
-            raise ValueError(
-                "target: expected the targets of input with two_passes=True, got None; "
-                "pass those of update"
+            raise TypeError(
+                "target: expected a tensor [N] with two_passes=True, got NoneType; "
+                "pass the targets that update took"
             )
         if not self.has_centers:
             self._fix_centers()

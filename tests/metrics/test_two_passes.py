@@ -269,7 +269,11 @@ def test_the_means_are_decomposed_once(monkeypatch):
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [
-        (None, ValueError, "target: expected the targets of input with two_passes=True, got None"),
+        (
+            None,
+            TypeError,
+            r"target: expected a tensor \[N\] with two_passes=True, got NoneType; pass",
+        ),
         (torch.zeros(2).long(), ValueError, "target: expected"),
         (torch.zeros(3), TypeError, "target: expected dtype torch.int64"),
         (torch.tensor([0, 4, 1]), RuntimeError, r"target: expected classes in \[0, 4\)"),
