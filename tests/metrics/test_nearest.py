@@ -27,6 +27,8 @@ def cases():
         yield "huge", input * 1e150, centers * 1e150
         middle = (centers[torch.arange(500) % 7] + centers[torch.arange(500) // 7 % 7]) / 2
         yield "between two", middle, centers
+        for scale in (1e-23, 1e-21, 1e20):  # squares leave the range of float32
+            yield f"between two, {scale}", middle * scale, centers * scale
         step = 2.0**-51 * torch.randint(-4, 5, (500, features))
         yield "next to the middle", middle * (1 + step), centers
         yield "equal centers", input, centers[[0, 1, 1, 2, 0, 3, 3]]
