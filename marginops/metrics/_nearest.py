@@ -42,25 +42,40 @@ def differs_from_nearest(input: Tensor, logits: Tensor, centers: Tensor) -> Tens
 def _differs(
     input: Tensor, logits: Tensor, centers: Tensor, origin: Tensor, shifted: Tensor
 ) -> Tensor:
-    largest, predicted = logits.max(1, keepdim=True)
     rows = input - origin
-    order = torch.addmm(shifted.square().sum(1), rows, shifted.T, alpha=-2)
-    own = order.gather(1, predicted)
-    other = order.scatter_(1, predicted, torch.inf).amin(1, keepdim=True)
-    scale = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    order = torch.addmm(shifted.square().sum(1, keepdim=True), shifted, rows.T, alpha=-2)
+    scale = torch.linalg.vector_norm(rows, dim=1)
     scale = scale + torch.linalg.vector_norm(shifted, dim=1).max()
     limits = torch.finfo(torch.float64)
     bound = 4 * (input.shape[1] + 8) * (limits.eps * scale.square() + limits.tiny)
-    certain = (own - other).abs() > bound  # False where a NaN or an infinite bound is
-    differs = (other < own).double()
-    differs = torch.where(largest.isnan(), torch.nan, differs).squeeze(1)
-    unsure = (~certain).squeeze(1).nonzero().squeeze(1)
+    differs, unsure = decide(order, logits, bound)
     if len(unsure) > 0:
-        differs[unsure] = _differs_exactly(input[unsure], logits[unsure], centers)
+        differs[unsure] = differs_exactly(input[unsure], logits[unsure], centers)
     return differs
 
 
-def _differs_exactly(input: Tensor, logits: Tensor, centers: Tensor) -> Tensor:
+def decide(order: Tensor, logits: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the class of the largest logit is not the first one in an order of the classes.
+
+    Args:
+        order: ``[C, N]``, small where a class is near. The function overwrites it.
+        logits: ``[N, C]``.
+        bound: ``[N]``. Two classes have a certain order if they differ by more than that.
+
+    Returns:
+        ``[N]`` float64, 1 or 0, NaN for a logit NaN; and the samples whose result is not certain.
+    """
+    largest, predicted = logits.max(1)
+    predicted = predicted.unsqueeze(0)
+    own = order.gather(0, predicted).squeeze(0)
+    other = order.scatter_(0, predicted, torch.inf).amin(0)
+    certain = (own - other).abs() > bound  # False where a NaN or an infinite bound is
+    differs = (other < own).double().masked_fill_(largest.isnan(), torch.nan)
+    return differs, (~certain).nonzero().squeeze(1)
+
+
+def differs_exactly(input: Tensor, logits: Tensor, centers: Tensor) -> Tensor:
+    """As :func:`differs_from_nearest`, from all distances. ``input`` is float64."""
     # Without a matrix product, which would cancel where means are close.
     exact = "donot_use_mm_for_euclid_dist"
     distance, nearest = torch.cdist(input, centers, compute_mode=exact).min(1)

@@ -17,17 +17,22 @@ class Scatter(NamedTuple):
         mean: ``[C, D]`` float64, the mean of each class, 0 for a class without samples.
         within: ``[D, D]`` float64, the sum of the outer products of all deviations from the class
             means. The sum is symmetric. Only its upper triangle is computed; some entries below
-            the diagonal are 0.
+            the diagonal are 0. None if the sum is not needed.
     """
 
     samples: Tensor
     mean: Tensor
-    within: Tensor
+    within: Tensor | None
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Scatter":
         """The sums in the state of a metric."""
-        return cls(state["count"], state["mean"], state["within_scatter"])
+        return cls(state["count"], state["mean"], state.get("within_scatter"))
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums as the state of a metric."""
+        state = {"count": self.samples, "mean": self.mean}
+        return state if self.within is None else {**state, "within_scatter": self.within}
 
     def add(self, input: Tensor, target: Tensor, ignore_index: int) -> "Scatter":
         """Add the samples of a batch."""
@@ -42,18 +47,21 @@ class Scatter(NamedTuple):
         samples, mean, _ = class_moments(
             input, target, len(self.samples), ignore_index=ignore_index
         )
-        mean = torch.where((samples == 0).unsqueeze(1), 0, mean)
+        mean.masked_fill_((samples == 0).unsqueeze(1), 0)
+        merged = self._with_means(samples, mean)
+        if merged.within is None:
+            return merged
         ignored = target == ignore_index
         deviation = input - mean.index_select(0, torch.where(ignored, 0, target))
         deviation.masked_fill_(ignored.unsqueeze(1), 0)
-        merged = self._with_means(samples, mean)
         _add_product(merged.within, deviation)
         return merged
 
     def merge(self, other: "Scatter") -> "Scatter":
         """Merge the sums of two sets of samples (Chan, Golub, LeVeque, 1979)."""
         merged = self._with_means(other.samples, other.mean)
-        merged.within.add_(other.within)
+        if merged.within is not None and other.within is not None:
+            merged.within.add_(other.within)
         return merged
 
     def _with_means(self, other_samples: Tensor, other_mean: Tensor) -> "Scatter":
@@ -61,9 +69,11 @@ class Scatter(NamedTuple):
         samples = self.samples + other_samples
         share = (other_samples.double() / samples.clamp(min=1)).unsqueeze(1)
         step = other_mean - self.mean
-        within = self.within.clone()
-        _add_product(within, (self.samples.unsqueeze(1) * share).sqrt() * step)
-        return Scatter(samples, self.mean + share * step, within)
+        within = self.within
+        if within is not None:
+            within = within.clone()
+            _add_product(within, (self.samples.unsqueeze(1) * share).sqrt() * step)
+        return Scatter(samples, torch.addcmul(self.mean, share, step), within)
 
     def means(self) -> Tensor:
         """The mean of each class, NaN for a class without samples."""
@@ -71,6 +81,7 @@ class Scatter(NamedTuple):
 
     def symmetric_within(self) -> Tensor:
         """``within`` with all its entries."""
+        assert self.within is not None
         return self.within.triu() + self.within.triu(1).T
 
 

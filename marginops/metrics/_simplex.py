@@ -7,18 +7,29 @@ from ._scatter import Scatter
 
 
 def within_over_between(scatter: Scatter, means: Tensor) -> Tensor:
-    """``tr(S_W pinv(S_B)) / C``, where ``S_B = M^T M / C = V S^2 V^T / C``."""
+    """``tr(S_W pinv(S_B)) / C``, where ``S_B = M^T M / C = V^T S^2 V / C``."""
+    _, singular, directions, kept = singular_directions(means)
+    along = ((directions @ scatter.symmetric_within()) * directions).sum(1)
+    return ratio_along(along, singular, kept) / scatter.samples.sum()
+
+
+def singular_directions(means: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, S, V of the centred means U S V, and which singular values count. NaN lets none count."""
     # The decomposition of a matrix with NaN raises an error, so zeros replace such a matrix.
     finite = means.isfinite().all()
-    _, singular, directions = torch.linalg.svd(torch.where(finite, means, 0), full_matrices=False)
-    rank = min(len(means) - 1, means.shape[1])
-    singular, directions = singular[:rank], directions[:rank]
+    left, singular, directions = torch.linalg.svd(
+        torch.where(finite, means, 0), full_matrices=False
+    )
     rounding = torch.finfo(means.dtype).eps * max(means.shape)
-    kept = singular > rounding * singular[0]
-    along = ((directions @ scatter.symmetric_within()) * directions).sum(1)
-    variance = along / scatter.samples.sum()
-    ratio = torch.where(kept, variance / singular.square(), 0).sum()
-    return torch.where(kept.any() & finite, ratio, torch.nan)
+    kept = (singular > rounding * singular[0]) & finite
+    kept[len(means) - 1 :] = False  # the centred means are dependent
+    return left, singular, directions, kept
+
+
+def ratio_along(squares: Tensor, singular: Tensor, kept: Tensor) -> Tensor:
+    """The sum of squares over those of the singular values that count; NaN if none does."""
+    ratio = torch.where(kept, squares / singular.square(), 0).sum()
+    return torch.where(kept.any(), ratio, torch.nan)
 
 
 def distance_to_simplex(rows: Tensor) -> tuple[Tensor, Tensor]:

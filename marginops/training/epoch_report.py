@@ -119,8 +119,8 @@ def report_epoch(
             assertion.
 
     The network runs in evaluation mode and without gradient, twice on the training data and once
-    on the test data. The second pass is for NC4, which needs the class means of the first one. The
-    function waits for the device.
+    on the test data. The second pass is for NC1 and NC4, which need the class means of the first
+    one. The function waits for the device.
 
     Example:
         >>> import torch
@@ -145,7 +145,8 @@ def report_epoch(
             check_head(network, inputs[:64], layer)
         device = target.device
         distribution = MarginDistribution(quantiles=QUANTILES).to(device)
-        collapse, manifolds = NeuralCollapse(*sizes).to(device), ClassManifolds(*sizes).to(device)
+        collapse = NeuralCollapse(*sizes, two_passes=True).to(device)
+        manifolds = ClassManifolds(*sizes).to(device)
         log_norm = log_norm_product(network, example_input=inputs[:2]).detach()
         margins, smallest, misclassified = [], [], []
         chunks = inputs.split(chunk_size)
@@ -158,8 +159,8 @@ def report_epoch(
             distribution.update(margins[-1])
             collapse.update(features, labels, layer.weight if weight is None else weight)
             manifolds.update(features, labels)
-        for chunk in chunks:
-            collapse.update_nearest(*features_and_logits(network, chunk, layer))
+        for chunk, labels in zip(chunks, target.split(chunk_size), strict=True):
+            collapse.update_nearest(*features_and_logits(network, chunk, layer), labels)
 
         wrong = torch.cat(misclassified)
         # The normalised margins may underflow, so the smallest margin comes from the others.

@@ -19,7 +19,9 @@ METRICS = {
     "exact margins": lambda **options: MarginDistribution(exact=True, **options),
     "manifolds": lambda **options: ClassManifolds(CLASSES, FEATURES, **options),
     "collapse": lambda **options: NeuralCollapse(CLASSES, FEATURES, **options),
+    "two passes": lambda **options: NeuralCollapse(CLASSES, FEATURES, two_passes=True, **options),
 }
+WITH_WEIGHT = ("collapse", "two passes")
 
 
 def parts(name, count=4):
@@ -31,7 +33,7 @@ def parts(name, count=4):
     batches = []
     for first, last in itertools.pairwise(cuts):
         rows, classes = input[first:last], target[first:last]
-        whole = (rows, classes, weight) if name == "collapse" else (rows, classes)
+        whole = (rows, classes, weight) if name in WITH_WEIGHT else (rows, classes)
         batches.append((rows[:, 0],) if "margins" in name else whole)
     return batches
 
@@ -218,6 +220,7 @@ PAIRS = {
         lambda: ClassManifolds(2, 4, ignore_index=10**6 + 1),
     ],
     "collapse": [lambda: NeuralCollapse(2, 4, ignore_index=7), lambda: NeuralCollapse(2, 4)],
+    "two passes": [lambda: NeuralCollapse(2, 4, two_passes=True), lambda: NeuralCollapse(2, 4)],
     "metrics": [lambda: NeuralCollapse(2, 4), lambda: ClassManifolds(2, 4)],
     "subclass": [lambda: Scaled(2.0), lambda: ClassManifolds(2, 4)],
     "attribute": [lambda: Scaled(2.0), lambda: Scaled(3.0)],

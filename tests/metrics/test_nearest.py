@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from marginops.metrics import _nearest
+from marginops.metrics import _nearest, _second_pass
 
 
 def exactly(input, logits, centers):
@@ -27,6 +27,8 @@ def cases():
         yield "huge", input * 1e150, centers * 1e150
         middle = (centers[torch.arange(500) % 7] + centers[torch.arange(500) // 7 % 7]) / 2
         yield "between two", middle, centers
+        for scale in (1e-23, 1e-21, 1e20):  # squares leave the range of float32
+            yield f"between two, {scale}", middle * scale, centers * scale
         step = 2.0**-51 * torch.randint(-4, 5, (500, features))
         yield "next to the middle", middle * (1 + step), centers
         yield "equal centers", input, centers[[0, 1, 1, 2, 0, 3, 3]]
@@ -40,9 +42,49 @@ def test_decisions_are_those_of_exact_distances():
     for name, input, centers in cases():
         logits = torch.randn(500, 7).mul(2).round()
         actual = _nearest.differs_from_nearest(input, logits, centers)
-        assert torch.equal(actual, _nearest._differs_exactly(input, logits, centers)), name
+        assert torch.equal(actual, _nearest.differs_exactly(input, logits, centers)), name
         if name in ("clusters", "far from the origin", "equal centers", "grid"):
             assert torch.equal(actual, exactly(input, logits, centers)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_decisions_of_two_passes_are_those_of_exact_distances(dtype):
+    for name, input, centers in cases():
+        logits = torch.randn(500, 7).mul(2).round()
+        rows = input.to(dtype)
+        expected = _nearest.differs_exactly(rows.double(), logits, centers)
+        second = _second_pass.SecondPass(centers)
+        for label in (torch.arange(500) % 7, torch.randint(0, 7, (500,))):
+            _, actual = second._compare_part(rows, logits, label)
+            assert torch.equal(actual.nan_to_num(9), expected.nan_to_num(9)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_errors_of_the_product_are_within_the_bound(dtype):
+    """The largest error of all orders, against an exact order, stays below what is safe."""
+    for name, input, centers in cases():
+        second = _second_pass.SecondPass(centers)
+        if name not in ("clusters", "far from the origin", "between two", "close centers", "grid"):
+            continue
+        if dtype not in second._forms:
+            continue
+        seen = []
+
+        def keep(order, logits, bound, seen=seen):
+            seen.append((order.clone(), bound))
+            return _nearest.decide(order, logits, bound)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_second_pass, "decide", keep)
+            label = torch.arange(500) % 7
+            second._multiply(dtype, input.to(dtype), torch.zeros(500, 7), label)
+        ((order, bound),) = seen
+        rows = input.to(dtype).double().numpy().astype("longdouble")
+        means = centers.numpy().astype("longdouble")
+        squares = ((rows[:, None] - means) ** 2).sum(2)
+        exact = torch.from_numpy((squares - squares[:, :1]).astype("float64")).T
+        error = ((order - order[:1]).double() - exact).abs().amax(0)
+        assert (error < bound).all(), name
 
 
 def test_samples_without_a_finite_distance():
@@ -75,7 +117,7 @@ def test_few_samples_need_exact_distances(monkeypatch):
         counted.append(len(input))
         return torch.zeros(len(input), dtype=torch.float64)
 
-    monkeypatch.setattr(_nearest, "_differs_exactly", count)
+    monkeypatch.setattr(_nearest, "differs_exactly", count)
     centers = torch.randn(10, 64, dtype=torch.float64) + 1e6
     input = centers[torch.arange(20_000) % 10] + torch.randn(20_000, 64)
     input[17] = (centers[3] + centers[5]) / 2
@@ -83,3 +125,24 @@ def test_few_samples_need_exact_distances(monkeypatch):
     logits[17, 5] = 1
     _nearest.differs_from_nearest(input, logits, centers)
     assert sum(counted) <= 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_few_samples_of_two_passes_need_exact_distances(monkeypatch, dtype):
+    counted = []
+
+    def count(input, logits, centers):
+        counted.append(len(input))
+        return torch.zeros(len(input), dtype=torch.float64)
+
+    monkeypatch.setattr(_second_pass, "differs_exactly", count)
+    centers = torch.randn(10, 64, dtype=torch.float64) + 100
+    input = centers[torch.arange(20_000) % 10] + torch.randn(20_000, 64)
+    input[17] = (centers[3] + centers[5]) / 2
+    logits = torch.zeros(20_000, 10)
+    logits[17, 5] = 1
+    second = _second_pass.SecondPass(centers)
+    second.compare(input.to(dtype), logits, torch.arange(20_000) % 10)
+    assert sum(counted) <= 20
+    unsure = second._multiply(dtype, input.to(dtype), logits, torch.arange(20_000) % 10)[2]
+    assert len(unsure) < 200

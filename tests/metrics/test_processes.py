@@ -10,29 +10,31 @@ CLASSES, FEATURES = 4, 7
 RANKS = 2
 
 
-def results(batches):
+def results(batches, two_passes):
     """The results of both metrics; those of the second pass also after an update that follows."""
-    collapse, manifolds = NeuralCollapse(CLASSES, FEATURES), ClassManifolds(CLASSES, FEATURES)
+    collapse = NeuralCollapse(CLASSES, FEATURES, two_passes=two_passes)
+    manifolds = ClassManifolds(CLASSES, FEATURES)
     for input, target, weight, _ in batches:
         collapse.update(input, target, weight)
         manifolds.update(input, target)
     early = collapse.compute()
-    assert early.nc4.isnan()
-    for input, _, _, logits in batches:
-        collapse.update_nearest(input, logits)
+    assert early.nc4.isnan() and early.nc1.isnan() == two_passes
+    for input, target, _, logits in batches:
+        collapse.update_nearest(input, logits, target)
     late = collapse.compute()
-    collapse.update_nearest(input[:0], logits[:0])
+    collapse.update_nearest(input[:0], logits[:0], target[:0])
     # compute() has restored the state of this process.
     assert collapse.count.shape == manifolds.count.shape == (CLASSES,)
     assert collapse.centers.shape == manifolds.mean.shape == (CLASSES, FEATURES)
-    return [*early[:6], *late, collapse.compute().nc4, *manifolds.compute()]
+    return [*early[1:6], *late, collapse.compute().nc4, *manifolds.compute()]
 
 
-def results_of_rank(groups, batches):
-    return results(batches)
+def results_of_rank(groups, arguments):
+    return results(*arguments)
 
 
-def test_processes_give_the_results_of_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_processes_give_the_results_of_one(tmp_path, monkeypatch, two_passes):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     target = torch.randint(0, CLASSES, (80,))
     input = torch.randn(CLASSES, FEATURES)[target] + torch.randn(80, FEATURES) / 2 + 3
@@ -43,10 +45,12 @@ def test_processes_give_the_results_of_one(tmp_path, monkeypatch):
         (input[cut].double(), target[cut], given, logits[cut])
         for cut, given in zip(cuts, weights, strict=True)
     ]
-    expected = results(batches)
+    expected = results(batches, two_passes)
     ranks = Ranks(RANKS, str(tmp_path / "store"))
     try:
-        answers = ranks(results_of_rank, [batches[:2], batches[2:]], timeout=120)
+        answers = ranks(
+            results_of_rank, [(batches[:2], two_passes), (batches[2:], two_passes)], timeout=120
+        )
     finally:
         ranks.close()
     for answer in answers:

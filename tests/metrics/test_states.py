@@ -27,7 +27,7 @@ def filled(metric):
         metric.update(columns, TARGET)
         return metric
     metric.update(columns, TARGET, WEIGHT.repeat(3, 3)[: metric.num_classes, : columns.shape[1]])
-    metric.update_nearest(columns, FEATURES.repeat(1, 3)[:, : metric.num_classes])
+    metric.update_nearest(columns, FEATURES.repeat(1, 3)[:, : metric.num_classes], TARGET)
     return metric
 
 
@@ -36,6 +36,7 @@ METRICS = {
     "exact margins": lambda: MarginDistribution(exact=True),
     "manifolds": lambda: ClassManifolds(3, 4),
     "collapse": lambda: NeuralCollapse(3, 4),
+    "two passes": lambda: NeuralCollapse(3, 4, two_passes=True),
 }
 # Another metric, and what the error says about it.
 OTHERS = {
@@ -51,8 +52,10 @@ OTHERS = {
     "collapse": [
         (lambda: NeuralCollapse(5, 6), "num_classes=3, num_features=4, got num_classes=5, num_f"),
         (lambda: NeuralCollapse(3, 4, ignore_index=7), "ignore_index=-100, got ignore_index=7"),
+        (lambda: NeuralCollapse(3, 4, two_passes=True), "two_passes=False, got two_passes=True"),
         (lambda: ClassManifolds(3, 4), "metric='NeuralCollapse'.*got metric='ClassManifolds'"),
     ],
+    "two passes": [(lambda: NeuralCollapse(3, 4), "two_passes=True, got two_passes=False")],
 }
 CASES = [(name, make, text) for name, cases in OTHERS.items() for make, text in cases]
 
@@ -184,6 +187,12 @@ def damaged(state):
         yield "within_scatter", -state["within_scatter"]
         yield "within_scatter", state["within_scatter"] + 1e3 * torch.eye(4).flip(0)
         yield "count", state["count"] * 0
+    if "ratio" in state:
+        for value in (-1.0, -math.inf):
+            yield "ratio", torch.tensor(value, dtype=torch.float64)
+        yield "compared", state["compared"] * 0
+        yield "mean", torch.full_like(state["mean"], math.inf)
+    if "centers" in state:
         yield "has_weight", torch.tensor(False)
         for value in (-1.0, 0.5, 41.0, math.inf):
             yield "differing", torch.tensor(value, dtype=torch.float64)
@@ -259,7 +268,7 @@ def test_every_honest_state_loads(pairs):
         metrics = [
             *(lambda: MarginDistribution(), lambda: MarginDistribution(exact=True)),
             *(lambda: ClassManifolds(4, 3), lambda: ClassManifolds(4, 3, normalize=False)),
-            lambda: NeuralCollapse(4, 3),
+            *(lambda: NeuralCollapse(4, 3), lambda: NeuralCollapse(4, 3, two_passes=True)),
         ]
         for make in metrics:
             metric = make()

@@ -49,7 +49,7 @@ CALLS = [
     (homogeneity.rates, {"example_input": INPUT}),
     (MarginDistribution().update, {"margins": MARGINS}),
     (NeuralCollapse(4, 3).update, {"input": INPUT, "target": TARGET, "weight": WEIGHT}),
-    (NeuralCollapse(4, 3).update_nearest, {"input": INPUT, "logits": LOGITS}),
+    (NeuralCollapse(4, 3).update_nearest, {"input": INPUT, "logits": LOGITS, "target": TARGET}),
     (ClassManifolds(4, 3).update, {"input": INPUT, "target": TARGET}),
     (
         InversionMonitor(4, per_class=False).update,

@@ -55,6 +55,7 @@ def calls() -> dict[str, Call]:
     }
     found = {name: Call(getattr(marginops, name), given) for name, given in arguments.items()}
     collapse, manifolds = metrics.NeuralCollapse(C, D), metrics.ClassManifolds(C, D)
+    second = metrics.NeuralCollapse(C, D, two_passes=True).update_nearest
     regularization = marginops.nn.MultiMarginRegularization(2)
     samples = {"input": input, "target": target}
     epoch = {"radius": torch.rand(C), "misclassified": target > 0}
@@ -62,7 +63,7 @@ def calls() -> dict[str, Call]:
         ("without logits", marginops.multi_margin_regularization, linear | labels),
         ("MultiMarginRegularization", regularization, linear | {"target": target} | plain),
         ("NeuralCollapse", collapse.update, samples | {"weight": weight}),
-        ("NeuralCollapse second pass", collapse.update_nearest, {"input": input} | plain),
+        ("NeuralCollapse second pass", second, samples | plain),
         ("ClassManifolds", manifolds.update, samples),
         ("MarginDistribution", metrics.MarginDistribution().update, margins),
         ("InversionMonitor", InversionMonitor(C).update, epoch | {"target": target}),
