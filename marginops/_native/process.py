@@ -89,7 +89,7 @@ def run(
             here, there = map(opened.enter_context, socket.socketpair())
             child = subprocess.Popen(
                 ["/bin/sh", "-c", _LEADER, "sh", *command],
-                stdin=there,
+                stdin=there.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
