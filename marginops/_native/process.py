@@ -63,7 +63,7 @@ def run(
     *,
     limit: float,
     idle_limit: float | None = None,
-    folder: Path | None = None,
+    folder: Path = Path("/"),
     environment: Mapping[str, str] | None = None,
     show: Callable[[str], None] | None = None,
 ) -> Finished:
@@ -75,7 +75,8 @@ def run(
         idle_limit: Seconds after which the program is ended if it writes nothing, and if all its
             processes only wait and use no processor time. Waiting for a processor or a disk does
             not count.
-        folder: The folder in which the program runs.
+        folder: The folder in which the program runs. The current folder may no longer exist, and a
+            shell would complain of that.
         environment: Variables on top of those of this process.
         show: Receives the output as it comes.
 

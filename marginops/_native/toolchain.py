@@ -182,10 +182,10 @@ def find_ninja() -> str:
         except process.ProgramError as error:
             reasons.append(f"{path} --version: {error}")
             continue
-        version = first_line(done.output)
-        if done.status == 0 and re.match(r"\d+\.\d+", version):
+        # The system's loader may write lines of its own, for example about LD_PRELOAD.
+        if done.status == 0 and re.search(r"^\d+\.\d+", done.output, re.MULTILINE):
             return path
-        reasons.append(f"{path} --version gives {version or 'nothing'}")
+        reasons.append(f"{path} --version gives {first_line(done.output) or 'nothing'}")
     raise ToolchainError("; ".join(["ninja is missing: run pip install ninja", *reasons]))
 
 

@@ -202,6 +202,8 @@ def test_wrong_number_of_jobs_is_the_reason(
         "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
         "sys.stdout.flush(); sys.stderr = None",
         "import os; os.close(0)",
+        "import os, torch; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')",
+        "import os; os.environ['LD_PRELOAD'] = '/nonexistent.so'",
     ],
 )
 def test_any_process_can_build(tiny: Path, tmp_path: Path, program: str) -> None:
