@@ -202,7 +202,7 @@ def test_wrong_number_of_jobs_is_the_reason(
         "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
         "sys.stdout.flush(); sys.stderr = None",
         "import os; os.close(0)",
-        "import os, torch; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')",
+        "import os, torch.utils.cpp_extension; os.mkdir('x'); os.chdir('x'); os.rmdir('../x')",
         "import os; os.environ['LD_PRELOAD'] = '/nonexistent.so'",
     ],
 )
