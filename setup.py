@@ -77,6 +77,7 @@ def ahead_of_time() -> dict[str, Any]:
     os.environ["PATH"] = os.pathsep.join(path)
     archs: list[str] = []
     nvcc_flags: list[str] = []
+    include = [str(CSRC.resolve()), pybind11.get_include()]
     if torch.version.cuda is not None:
         try:
             toolkit = toolchain.find_cuda_toolkit()
@@ -87,6 +88,8 @@ def ahead_of_time() -> dict[str, Any]:
             if not os.environ.get("CC"):
                 nvcc_flags += toolchain.host_compiler_flags(compiler)
             os.environ["CUDA_HOME"] = str(toolkit.home)
+            if toolkit.include != toolkit.home / "include":
+                include.append(str(toolkit.include))  # torch does not look there
         except toolchain.ToolchainError as error:
             archs = []
             print(f"marginops: no CUDA library: {error}", file=sys.stderr)
@@ -116,7 +119,7 @@ def ahead_of_time() -> dict[str, Any]:
         return kind(
             f"marginops._native.{recipe.module_name(device_type, instruction_set)}",
             [str(file) for file in recipe.sources(CSRC, device_type)],
-            include_dirs=[str(CSRC.resolve()), pybind11.get_include()],
+            include_dirs=include,
             extra_compile_args=arguments,
         )
 

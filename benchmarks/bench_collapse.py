@@ -1,12 +1,10 @@
 """The four properties of neural collapse in two passes, against the package neural-collapse."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import DEVICE
+from conftest import DEVICE, peer
 from marginops.metrics import NeuralCollapse
 
 SHAPES = [(10_000, 128, 10), (20_000, 256, 50)]  # N, D, C
@@ -26,9 +24,10 @@ def own_collapse(batches: Batches, weight: Tensor, two_passes: bool) -> tuple[fl
     return float(summary.nc1), float(summary.nc4)
 
 
-def peer_collapse(package: Any, batches: Batches, weight: Tensor) -> tuple[float, float]:
-    """The same as its README computes it, in float32; its NC1 has another factor."""
-    accumulate, measure = package
+def peer_collapse(batches: Batches, weight: Tensor) -> tuple[float, float]:
+    """The same as its README computes it, in float32. Its NC1 has another factor."""
+    from neural_collapse import accumulate, measure
+
     sizes = (*weight.shape, DEVICE)
     mean = accumulate.MeanAccumulator(*sizes)
     for input, target, _ in batches:
@@ -53,31 +52,25 @@ def peer_collapse(package: Any, batches: Batches, weight: Tensor) -> tuple[float
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_collapse(time_call, shape, two_passes, provider):
     rows, features, classes = shape
+    torch.manual_seed(0)
     target = torch.arange(rows, device=DEVICE) % classes
     weight = torch.randn(classes, features, device=DEVICE)
     input = weight[target] + 2 * torch.randn(rows, features, device=DEVICE)
     logits = input @ weight.T
     batches = list(zip(input.split(BATCH), target.split(BATCH), logits.split(BATCH), strict=True))
     expected = own_collapse([(h.double(), y, z) for h, y, z in batches], weight, False)
-    if provider == "neural_collapse":
-        reason = "the package neural-collapse is not installed"
-        package = [
-            pytest.importorskip(f"neural_collapse.{name}", reason=reason)
-            for name in ("accumulate", "measure")
-        ]
 
-        def call() -> tuple[float, float]:
-            return peer_collapse(package, batches, weight)
-
-    else:
-
-        def call() -> tuple[float, float]:
+    def call() -> tuple[float, float]:
+        if provider == "marginops":
             return own_collapse(batches, weight, two_passes)
+        return peer_collapse(batches, weight)
 
     def check(result: tuple[float, float]) -> None:
-        # Their float32 decides otherwise where two means are almost equally near.
+        # In float32 the other package decides otherwise where two means are almost equally near.
         assert result == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
+    if provider != "marginops":
+        peer(provider, call, check)
     time_call(
         call,
         check,

@@ -37,7 +37,9 @@ PAGES = {
 # The result file that a page shows. A page that is not named here shows all of them.
 SHOWN = {"README.md": "amd-epyc-avx512.csv"}
 # Other libraries run in a process of their own: a fault there must not end ours.
-OTHER_LIBRARIES = "flashinfer or liger or cut_cross_entropy or modal or small_text or cleanlab"
+OTHER_LIBRARIES = (
+    "flashinfer or liger or cut_cross_entropy or modal or small_text or cleanlab or neural_collapse"
+)
 CASE = ("op", "shape", "dtype", "provider")
 FIELDS = [
     *("device", "threads", "torch", "marginops", "commit", "date", "runs"),
@@ -150,13 +152,11 @@ def measure(pytest_arguments: list[str], common: Result) -> tuple[list[Result], 
 
 def parts() -> list[list[str]]:
     """For each process its arguments: one file, with and without the other libraries."""
-    import torch
-
     files = sorted(HERE.glob("bench_*.py"))
     others = [file for file in files if "peer(" in file.read_text()]
     return [
         *([str(file), "-k", f"not ({OTHER_LIBRARIES})"] for file in files),
-        *([str(file), "-k", OTHER_LIBRARIES] for file in others if torch.cuda.is_available()),
+        *([str(file), "-k", OTHER_LIBRARIES] for file in others),
     ]
 
 

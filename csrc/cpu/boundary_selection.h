@@ -43,7 +43,7 @@ void select_nearest_to_boundary(const Matrix<T>& logits, const Distances<ValueOf
     }
     const Value difference = top.first_value - top.second_value;
     rows[row] = {top.first, top.second, difference, difference};
-    // The factor leaves a slack far above the rounding errors of radii and distances.
+    // The factor exceeds the rounding errors of this line by far.
     bounds[row] = difference / ((radius[top.first] + radius[top.second]) * Value(1.001));
   });
 

@@ -204,11 +204,13 @@ std::unique_ptr<Distances<Value>> make_distances(const Tensor& weight,
 
 // ||w_j - centre|| of every class. Two radii bound a distance: ||w_i - w_j|| is at most their sum.
 // Any centre is correct. The mean of some rows lies among the rows and so gives small radii. A
-// radius is infinite where its square overflows.
+// radius is infinite where its square overflows. A sum of squares may be wrong by half a rounding
+// step for each column, so the slack makes up for all steps of two sums.
 template <class Value>
 Array<Value> radii(const Distances<Value>& distances) {
   const int64_t classes = distances.classes, columns = distances.columns;
   const int64_t step = classes / 32 + 1, count = (classes - 1) / step + 1;
+  const Value slack = 1 + static_cast<Value>(columns) * std::numeric_limits<Value>::epsilon();
   Array<Value> centre(columns), radius(classes);
   for (int64_t i = 0; i < count; ++i) {
     distances.add_row(i * step, Value{1} / static_cast<Value>(count), centre.data());
@@ -218,7 +220,7 @@ Array<Value> radii(const Distances<Value>& distances) {
       const Value square = distances.squared_distance_to(i, centre.data());
       radius[i] = square < std::numeric_limits<Value>::min() * Value(1e8)
                       ? std::numeric_limits<Value>::infinity()  // may have underflowed: no bound
-                      : std::sqrt(square);
+                      : slack * std::sqrt(square);
     }
   });
   return radius;

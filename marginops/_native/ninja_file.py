@@ -115,8 +115,8 @@ def _header_folders(plan: Plan) -> Iterator[tuple[str, Path]]:
     for number, path in enumerate(torch_folders):
         yield f"torch{number or ''}", path
     yield "python", python
-    if plan.toolkit is not None and plan.toolkit.home != Path("/usr"):
-        yield "cuda", plan.toolkit.home / "include"
+    if plan.toolkit is not None and plan.toolkit.include != Path("/usr/include"):
+        yield "cuda", plan.toolkit.include
 
 
 def _libraries(plan: Plan, folder: Path) -> Iterator[str]:

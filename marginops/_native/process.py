@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # A shell leads the session of the program. A second shell waits for the end of standard input,
-# which comes when this process ends, however it ends, and then kills the session.
+# which comes when this process ends, however it ends, and then kills the session. Without /proc it
+# can kill the process group only.
 _LEADER = """
 end_session() {
-  read -r self rest </proc/self/stat
+  read -r self rest </proc/self/stat || kill -KILL 0
   for round in 1 2 3 4 5 6 7 8 9 10; do
     alive=
     for stat in /proc/[0-9]*/stat; do
@@ -61,7 +63,7 @@ def run(
     *,
     limit: float,
     idle_limit: float | None = None,
-    folder: Path | None = None,
+    folder: Path = Path("/"),
     environment: Mapping[str, str] | None = None,
     show: Callable[[str], None] | None = None,
 ) -> Finished:
@@ -73,30 +75,35 @@ def run(
         idle_limit: Seconds after which the program is ended if it writes nothing, and if all its
             processes only wait and use no processor time. Waiting for a processor or a disk does
             not count.
-        folder: The folder in which the program runs.
+        folder: The folder in which the program runs. The current folder may no longer exist, and a
+            shell would complain of that.
         environment: Variables on top of those of this process.
         show: Receives the output as it comes.
 
     Raises:
         ProgramError: The program cannot be started, or a limit has been reached.
     """
-    try:
-        child = subprocess.Popen(
-            ["/bin/sh", "-c", _LEADER, "sh", *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env={**os.environ, "LC_ALL": "C", **(environment or {})},
-            start_new_session=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ProgramError(f"{command[0]} cannot be started: {error}") from error
-    output = _Output(show)
-    try:
-        _watch(child, output, limit, idle_limit)
-    finally:
-        _end(child)
+    with contextlib.ExitStack() as opened:
+        try:
+            # Not a pipe: writing to a pipe that nobody reads ends a process in which SIGPIPE has
+            # its default action.
+            here, there = map(opened.enter_context, socket.socketpair())
+            child = subprocess.Popen(
+                ["/bin/sh", "-c", _LEADER, "sh", *command],
+                stdin=there.fileno(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**os.environ, "LC_ALL": "C", **(environment or {})},
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ProgramError(f"{command[0]} cannot be started: {error}") from error
+        output = _Output(show)
+        try:
+            _watch(child, output, limit, idle_limit)
+        finally:
+            _end(child, here)
     return Finished(child.returncode, output.text())
 
 
@@ -139,7 +146,12 @@ def _watch(
 
 
 def _activity(session: int) -> tuple[bool, int]:
-    """Whether a process of a session runs, or waits for a processor or a disk; and time used."""
+    """Whether a process of a session runs, or waits for a processor or a disk; and time used.
+
+    Where /proc does not tell, the session counts as busy.
+    """
+    if not os.path.exists(f"/proc/{session}/stat"):
+        return True, 0
     busy, used = False, 0
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
@@ -152,15 +164,12 @@ def _activity(session: int) -> tuple[bool, int]:
     return busy, used
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _end(child: subprocess.Popen[bytes], standard_input: socket.socket) -> None:
     """Tell the shell to kill the session, if it still runs."""
-    assert child.stdin is not None and child.stdout is not None
-    # Not only the end of file: a process that was forked meanwhile holds the pipe open.
+    assert child.stdout is not None
+    # To close the socket is not enough: a process that was forked meanwhile holds it open.
     with contextlib.suppress(OSError):
-        child.stdin.write(b"\n")
-        child.stdin.flush()
-    with contextlib.suppress(OSError):
-        child.stdin.close()
+        standard_input.shutdown(socket.SHUT_WR)
     child.stdout.close()
     child.wait()
 

@@ -1,6 +1,6 @@
 """Sources, flags and instruction sets of the native libraries.
 
-This file needs the standard library only, because ``setup.py`` loads it by its path.
+``setup.py`` uses this file without importing marginops.
 """
 
 from __future__ import annotations

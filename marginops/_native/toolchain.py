@@ -74,6 +74,11 @@ class CudaToolkit:
         return self.home / "bin/nvcc"
 
     @property
+    def include(self) -> Path:
+        """The folder of the headers."""
+        return _include_folder(self.home)
+
+    @property
     def runtime(self) -> Path:
         """The library to link with. Toolkits from wheels have only the one with a number."""
         folders = [self.home / name for name in ("lib64", "lib") if (self.home / name).is_dir()]
@@ -177,10 +182,10 @@ def find_ninja() -> str:
         except process.ProgramError as error:
             reasons.append(f"{path} --version: {error}")
             continue
-        version = first_line(done.output)
-        if done.status == 0 and re.match(r"\d+\.\d+", version):
+        # The system's loader may write lines of its own, for example about LD_PRELOAD.
+        if done.status == 0 and re.search(r"^\d+\.\d+", done.output, re.MULTILINE):
             return path
-        reasons.append(f"{path} --version gives {version or 'nothing'}")
+        reasons.append(f"{path} --version gives {first_line(done.output) or 'nothing'}")
     raise ToolchainError("; ".join(["ninja is missing: run pip install ninja", *reasons]))
 
 
@@ -200,15 +205,16 @@ def _ninja_programs() -> Iterator[str]:
 def find_cuda_toolkit() -> CudaToolkit:
     """The toolkit with the CUDA major version of torch.
 
-    A folder is a toolkit if it has ``bin/nvcc`` and ``include/cuda_runtime.h``. An ``nvcc`` on
-    ``PATH`` alone is not enough, because it may be a wrapper script in another folder.
+    A folder is a toolkit if it has ``bin/nvcc`` and ``cuda_runtime.h``. An ``nvcc`` on ``PATH``
+    alone is not enough, because it may be a wrapper script in another folder.
     """
     wanted = str(torch.version.cuda)
     unfit = []
     for home in dict.fromkeys(_toolkit_folders()):
-        if not ((home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file()):
+        include = _include_folder(home)
+        if not ((home / "bin/nvcc").is_file() and (include / "cuda_runtime.h").is_file()):
             continue
-        version = _toolkit_version(home)
+        version = _toolkit_version(include)
         if version.partition(".")[0] == wanted.partition(".")[0]:
             return CudaToolkit(home, version)
         unfit.append(f"{version} in {home}")
@@ -232,8 +238,14 @@ def _toolkit_folders() -> Iterator[Path]:
         yield from sorted(Path(folder).glob("cu[0-9]*"), reverse=True)
 
 
-def _toolkit_version(home: Path) -> str:
-    header = home / "include/cuda_runtime_api.h"
+def _include_folder(home: Path) -> Path:
+    # Toolkits of conda have their headers in targets/<machine>/include only.
+    folders = [home / "include", *sorted(home.glob("targets/*/include"))]
+    return next((each for each in folders if (each / "cuda_runtime.h").is_file()), folders[0])
+
+
+def _toolkit_version(include: Path) -> str:
+    header = include / "cuda_runtime_api.h"
     found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
     number = int(found.group(1)) if found else 0
     return f"{number // 1000}.{number % 1000 // 10}"

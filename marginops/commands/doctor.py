@@ -149,7 +149,7 @@ def _cache() -> dict[str, Any]:
         return {"folder": None, "usable": False, "obstacles": [str(error)]}
     described = [_place(place) for place in candidates]
     chosen = next((each for each in described if each["usable"]), described[0])
-    others = described[: described.index(chosen)] or described[1:]
+    others = [each for each in described if each is not chosen]
     return {
         **chosen,
         "other places": [obstacle for each in others for obstacle in each["obstacles"]],

@@ -14,7 +14,6 @@ import pytest
 import marginops
 from helpers.native_sources import expect_reference, new_loader, write_program, write_tiny
 from marginops._native import jit, ninja_file
-from marginops._native.cache import Cache
 from marginops._native.plan import make_plan
 
 INSTALLED = Path(marginops.__file__).resolve().parents[1]
@@ -82,11 +81,17 @@ def test_command_builds(
     ],
 )
 def test_compiler_that_fails_is_the_reason(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str
+    tiny: Path,
+    cache_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+    reason: str,
 ) -> None:
     monkeypatch.setenv("CXX", write_compiler(tmp_path / "g++", body))
     expect_reference(new_loader(tiny), reason)
-    assert not list(Cache().folder.glob("building-*"))
+    assert list(cache_folder.glob("*/*.log"))
+    assert not list(cache_folder.glob("*/building-*"))
 
 
 def test_truncated_library_is_not_loaded(
@@ -197,6 +202,8 @@ def test_wrong_number_of_jobs_is_the_reason(
         "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
         "sys.stdout.flush(); sys.stderr = None",
         "import os; os.close(0)",
+        "import os, torch.utils.cpp_extension; os.mkdir('x'); os.chdir('x'); os.rmdir('../x')",
+        "import os; os.environ['LD_PRELOAD'] = '/nonexistent.so'",
     ],
 )
 def test_any_process_can_build(tiny: Path, tmp_path: Path, program: str) -> None:

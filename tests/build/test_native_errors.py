@@ -43,6 +43,10 @@ def _native_kernels() -> None:
         pytest.skip("there are no native kernels for the CPU")
 
 
+def score(*head: torch.Tensor | None) -> torch.Tensor:
+    return KERNELS.minimal_margin_score(*head, nearest=False, softmax=False)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -67,11 +71,11 @@ def _native_kernels() -> None:
             "log_norm: expected one value, got shape [2, 1]",
         ),
         (
-            lambda: KERNELS.minimal_margin_score(LOGITS, torch.ones(3, 2), torch.ones(2), False),
+            lambda: score(LOGITS, torch.ones(3, 2), torch.ones(2)),
             "bias: expected shape [3] for the rows of weight, got [2]",
         ),
         (
-            lambda: KERNELS.minimal_margin_score(LOGITS, torch.ones(3, 2).half(), None, False),
+            lambda: score(LOGITS, torch.ones(3, 2).half(), None),
             "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits, "
             "got float16 for float32 logits",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,14 +111,39 @@ def test_limit_holds_for_busy_programs() -> None:
 
 def test_program_works_where_children_are_not_waited_for() -> None:
     """Where SIGCHLD is ignored, the kernel tells no status. The program does not ignore it."""
-    code = (
-        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
-        "from marginops._native import process;"
-        "print(process.run(['sh', '-c', 'sh -c \"exit 5\"; echo $?'], limit=60).output)"
+    code = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    code += "print(process.run(['sh', '-c', 'sh -c \"exit 5\"; echo $?'], limit=60).output)"
+    done = python(code)
+    assert done.stdout.strip() == "5", done.stderr
+
+
+def python(code: str, *prefix: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", f"from marginops._native import process\n{code}"],
+        env=os.environ | {"PYTHONPATH": str(INSTALLED)},
+        capture_output=True,
+        text=True,
     )
-    environment = os.environ | {"PYTHONPATH": str(INSTALLED)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.stdout.strip() == b"5", done.stderr
+
+
+def test_program_runs_where_a_broken_pipe_ends_the_process() -> None:
+    code = "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+    done = python(code + "print([process.run(['true'], limit=60).status for _ in range(20)])")
+    assert done.stdout == f"{[0] * 20}\n", (done.returncode, done.stderr)
+
+
+def test_program_runs_and_ends_without_proc() -> None:
+    hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*hide, "true"]).returncode != 0:
+        pytest.skip("this user cannot hide /proc")
+    done = python(
+        "import time; began = time.monotonic()\n"
+        "print(process.run(['sh', '-c', 'sleep 3; exit 5'], limit=60, idle_limit=1).status)\n"
+        "try: process.run(['sleep', '600'], limit=1)\n"
+        "except process.ProgramError as error: print(error, time.monotonic() - began < 60)",
+        *hide,
+    )
+    assert done.stdout == "5\nit was ended, because it took longer than 1 s True\n", done.stderr
 
 
 @pytest.mark.parametrize("event", [signal.SIGKILL, signal.SIGINT])

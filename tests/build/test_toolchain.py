@@ -230,7 +230,17 @@ def test_toolkit_is_found_by_its_header(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("CUDA_PATH")
     make_toolkit(tmp_path, 99000)
     wrapper.chmod(0o755)
-    assert toolchain.find_cuda_toolkit() == toolchain.CudaToolkit(tmp_path, "99.0")
+    found = toolchain.find_cuda_toolkit()
+    assert found == toolchain.CudaToolkit(tmp_path, "99.0")
+    assert found.include == tmp_path / "include"
+
+    # As conda has it.
+    targets = tmp_path / "targets/x86_64-linux"
+    targets.mkdir(parents=True)
+    (tmp_path / "include").rename(targets / "include")
+    (tmp_path / "include").mkdir()
+    assert toolchain.find_cuda_toolkit() == found
+    assert found.include == targets / "include"
 
 
 def test_runtime_library_of_a_toolkit(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_report_prints_when_everything_is_broken(
     assert set(report) == SECTIONS
     assert report["platform"]["system"] == "unknown (OSError: this probe is broken)"
     assert report["versions"]["numpy"] == "unknown (OSError: this probe is broken)"
-    assert "CXX=/nonexistent cannot be run" in report["toolchain"]["compiler"]
+    assert "got /nonexistent (/nonexistent does not exist)" in report["toolchain"]["compiler"]
     assert report["cache"]["usable"] is False
     assert report["cache"]["writable"] is False
     assert "file/cache cannot be used: [Errno 20]" in report["cache"]["obstacles"][0]

@@ -107,6 +107,30 @@ def test_sizes_that_are_no_multiple_of_a_vector(device, dtype, columns):
     )
 
 
+def test_sums_of_many_columns_are_rounded():
+    """In so long a float32 sum, the errors of radii and distances exceed a thousandth."""
+    torch.manual_seed(0)
+    classes, rows = 16, 100
+    for _ in range(8):
+        place = torch.rand(classes) * 2 - 1  # on a line, so the bounds are exact but for rounding
+        weight = place.expand(300_000, classes).contiguous().t()  # its columns are summed in order
+        first, last = int(place.argmax()), int(place.argmin())
+        between = next(i for i in range(classes) if i not in (first, last))
+        logits = torch.full((rows, classes), -1e3)
+        logits[:, first] = 0
+        pair = logits[:2].clone()
+        pair[0, last] = pair[1, between] = -1
+        one, other = 1 / marginops.minimal_margin_score(pair, weight)
+        logits[0, last] = -1
+        logits[1:, between] = -other / one * torch.linspace(1.00001, 1.01, rows - 1)
+        scores = marginops.minimal_margin_score(logits, weight)
+        for k in (1, 5):
+            expected = marginops.select_smallest(scores, k)
+            assert torch.equal(
+                marginops.select_minimal_margin(logits, weight, k=k).indices, expected.indices
+            )
+
+
 def test_other_layouts(device, dtype):
     logits, weight, _ = head(device, dtype, ROWS, CLASSES, COLUMNS)
     expected = marginops.select_minimal_margin(logits, weight, k=40).indices
