@@ -208,14 +208,19 @@ def _weights(value: Any, depth: int = 3) -> Iterator[Any]:
     if isinstance(value, (nn.Module, torch.ScriptObject)):
         yield value
     elif isinstance(value, Tensor):
-        if value.dim() > 1 and value.dtype not in (torch.bool, torch.int64):
+        if _is_matrix(value.shape) and value.dtype not in (torch.bool, torch.int64):
             yield value
     elif isinstance(value, np.ndarray):
-        if value.ndim > 1 and value.dtype.kind == "f":
+        if _is_matrix(value.shape) and value.dtype.kind == "f":
             yield value
     elif isinstance(value, (list, tuple, dict)) and depth:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _weights(item, depth - 1)
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether this is no vector. The means of the channels of images are one, ``[1, 3, 1, 1]``."""
+    return len(shape) == 2 or sum(size != 1 for size in shape) > 1
 
 
 def _check_parts(module: nn.Module, path: str) -> None:

@@ -180,7 +180,10 @@ def test_what_a_model_without_graph_may_hold():
     inner = mlp()
     model = Branching(inner, order=[inner[0], inner[2]])
     with_buffers(
-        model, mask=torch.ones(4, 4) > 0, ids=torch.arange(4).view(1, 4), mean=torch.ones(4)
+        model,
+        mask=torch.ones(4, 4) > 0,
+        ids=torch.arange(4).view(1, 4),
+        mean=torch.ones(1, 3, 1, 1),
     )
     with pytest.warns(UserWarning, match="torch.fx cannot trace"):
         found = log_norm_product(model)
