@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers.models_for_norms import Function
-from marginops.norms import log_norm_product, spectrally_normalized_margin
+from marginops.norms import log_norm_product, spectrally_normalized_margin, structure
 
 
 def frobenius(*weights: torch.Tensor) -> float:
@@ -193,6 +193,21 @@ def test_what_a_model_without_graph_may_hold():
         ValueError, match=r"the sum of inner.1.base_layer and inner.1.lora_A.default"
     ):
         log_norm_product(adapted)
+
+
+def test_a_model_that_records_its_losses_is_examined_once(monkeypatch):
+    seen = []
+    examine = structure._examine
+    monkeypatch.setattr(structure, "_examine", lambda *given: seen.append(1) or examine(*given))
+    model = Wrapper(mlp())
+    model.losses, model.parts = [], []
+    for loss in (0.5, 0.25, 0.125):
+        model.losses.append(loss)
+        log_norm_product(model)
+    assert len(seen) == 1
+    model.parts.append("a")
+    log_norm_product(model)
+    assert len(seen) == 2
 
 
 class Standardized(nn.Conv2d):
