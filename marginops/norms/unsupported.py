@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .. import _advice as advice
 from .._checks import is_distributed
 from . import layers as kinds
 from .tracing import trace
@@ -40,7 +41,7 @@ def check_whole(path: str, module: nn.Module) -> None:
         if value is not None and is_distributed(value):
             raise TypeError(
                 f"model: expected ordinary tensors as parameters, got a DTensor as {name} of "
-                f"{kinds.described(path, module)}; {kinds.GATHERED}"
+                f"{kinds.described(path, module)}; {advice.GATHERED}"
             )
 
 
@@ -57,17 +58,18 @@ def check_module(path: str, module: nn.Module) -> None:
     if packed:
         raise ValueError(
             f"model: expected layers with a weight, got {kinds.described(path, module)} with "
-            f"{', '.join(packed)}, which packs its weight; {kinds.UNQUANTIZED}"
+            f"{', '.join(packed)}, which packs its weight; {advice.UNQUANTIZED}"
         )
 
 
 def _advice(module: nn.Module) -> str:
     if any(not value.dtype.is_floating_point for value in module.parameters(recurse=False)):
-        return f"; {kinds.UNQUANTIZED}"
+        return f"; {advice.UNQUANTIZED}"
     if kinds.has_own_forward(module):
         return "; the module has a forward of its own, which is not that of its class"
     holds_parts = isinstance(module, (nn.ParameterDict, nn.ParameterList))
-    if holds_parts or not type(module).__module__.startswith("torch."):
+    has_matrix = any(_is_matrix(value.shape) for value in module.parameters(recurse=False))
+    if holds_parts or (has_matrix and not type(module).__module__.startswith("torch.")):
         return f"; if it is an adapter, {_MERGED}"
     return ""
 

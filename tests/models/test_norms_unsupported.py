@@ -195,6 +195,17 @@ def test_what_a_model_without_graph_may_hold():
         log_norm_product(adapted)
 
 
+@pytest.mark.parametrize(
+    ("shape", "is_adapter"), [((1, 1, 4), False), ((4,), False), ((2, 4), True)]
+)
+def test_only_a_matrix_may_be_an_adapter(shape, is_adapter):
+    model = Wrapper(mlp())
+    model.token = nn.Parameter(torch.ones(shape))
+    with pytest.raises(ValueError, match="with token, for which no norm is defined") as raised:
+        log_norm_product(model)
+    assert ("adapter" in str(raised.value)) == is_adapter
+
+
 def test_a_model_that_records_its_losses_is_examined_once(monkeypatch):
     seen = []
     examine = structure._examine
