@@ -192,7 +192,7 @@ def check_untraceable(copied: nn.Module, modules: dict[str, nn.Module]) -> None:
     for module in modules.values():
         registered |= {id(value) for value in module._parameters.values()}
     for path, module in modules.items():
-        if type(module).__module__.startswith(("torch.nn.", "torch.ao.")):
+        if type(module).__module__.startswith(("torch.nn.", "torch.ao.")) or _is_metric(module):
             continue
         held = {**module._buffers, **vars(module)}
         for name in held.keys() - vars(nn.Module()).keys():
@@ -203,6 +203,11 @@ def check_untraceable(copied: nn.Module, modules: dict[str, nn.Module]) -> None:
                     "which may be a weight"
                 )
     _check_parts(copied, "")
+
+
+def _is_metric(module: nn.Module) -> bool:
+    """Whether this is a metric of torchmetrics, whose states are no weights."""
+    return any(kind.__module__.startswith("torchmetrics.") for kind in type(module).__mro__)
 
 
 def _weights(value: Any, depth: int = 3) -> Iterator[Any]:

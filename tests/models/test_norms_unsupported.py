@@ -221,6 +221,15 @@ def test_a_model_that_records_its_losses_is_examined_once(monkeypatch):
     assert len(seen) == 2
 
 
+def test_metrics_of_a_model_without_graph_are_no_weights():
+    metrics = pytest.importorskip("marginops.metrics")
+    model = Branching(nn.Linear(4, 4))
+    model.manifolds = metrics.ClassManifolds(3, 4)
+    with pytest.warns(UserWarning, match="torch.fx cannot trace"):
+        found = log_norm_product(model)
+    assert found.item() == pytest.approx(frobenius(model.inner.weight), rel=1e-6)
+
+
 class Standardized(nn.Conv2d):
     def _conv_forward(self, input, weight, bias):
         return super()._conv_forward(input, weight / weight.norm(), bias)
