@@ -12,6 +12,12 @@ from torch import Tensor, nn
 
 _BINARY = "torch.stack([-z / 2, z / 2], 1), which makes the margin z for class 1 and -z for class 0"
 
+# What to do with a sharded model, and with one of quantised layers.
+GATHERED = (
+    "gather each one with full_tensor(), or load a full state dict into a model that is not sharded"
+)
+UNQUANTIZED = "measure the model before it is quantised, or dequantise it"
+
 
 def for_object(name: str, value: Any) -> str:
     """Advice for an object that is no tensor."""

@@ -117,7 +117,7 @@ def check_logits(logits: Any) -> None:
         )
 
 
-_looks = 16  # at the logits of so many calls in a process
+_looks = 16  # how many more calls of this process look at their logits
 
 
 def warn_of_probabilities(logits: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _advice as advice
 from .. import _checks as checks
 from ..networks import unwrap
 
@@ -26,8 +27,8 @@ def check_ordinary(argument: str, name: str, value: Tensor) -> None:
         )
     if checks.is_distributed(value):
         raise TypeError(
-            f"{argument}: expected an ordinary tensor for {name!r}, got a DTensor; gather each one "
-            "with full_tensor(), or load a full state dict into a model that is not sharded"
+            f"{argument}: expected an ordinary tensor for {name!r}, got a DTensor; "
+            f"{advice.GATHERED}"
         )
     if value.layout != torch.strided:
         raise TypeError(
@@ -36,7 +37,7 @@ def check_ordinary(argument: str, name: str, value: Tensor) -> None:
     if checks.wraps_tensors(value):
         raise TypeError(
             f"{argument}: expected an ordinary tensor for {name!r}, got {type(value).__name__}; "
-            "measure the model before it is quantised, or dequantise it"
+            f"{advice.UNQUANTIZED}"
         )
 
 

@@ -54,8 +54,10 @@ def lambda_seminorm(
     groups = groups_of(parameters, rates)
     if largest_only:
         groups = groups.largest()
-    unit = groups.unit.amax()
-    total = (groups.rate * groups.squares * (groups.unit / unit).square()).sum()
+    # A group of zeros has the unit 1, in which the squares of small parameters would vanish.
+    units = torch.where(groups.squares == 0, 0, groups.unit)
+    unit = torch.where(units.any(), units.amax(), 1)
+    total = (groups.rate * groups.squares * (units / unit).square()).sum()
     is_zero = total == 0
     # The square root has no derivative at 0. The gradient of the seminorm is 0 there.
     return torch.where(is_zero, 0, torch.where(is_zero, 1, total).sqrt() * unit)

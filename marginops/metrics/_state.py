@@ -118,9 +118,10 @@ class CheckedMetric(Metric):
         self._take(self._merged(incoming_state, self.metric_state), incoming_state)
 
     def _take(self, merged: State, incoming: State) -> None:
-        """Set merged states. torchmetrics merges those that only a subclass has."""
+        """Set merged states. If there are others, as of a subclass, torchmetrics merges them."""
         merged["configuration"] = self.configuration
-        super()._reduce_states({**self.metric_state, **incoming})
+        if merged.keys() != self._defaults.keys():
+            super()._reduce_states({**self.metric_state, **incoming})
         for name, value in merged.items():
             setattr(self, name, value)
         self._computed = None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .. import _advice as advice
 from .._checks import FLOATING, is_distributed, wraps_tensors
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,11 +48,6 @@ BREAKING_FUNCTIONS = {
 }
 # The methods that compute the output of a layer.
 _COMPUTING = ("__call__", "forward", "_conv_forward")
-# What to do with a sharded model, and with one of quantised layers.
-GATHERED = (
-    "gather each one with full_tensor(), or load a full state dict into a model that is not sharded"
-)
-UNQUANTIZED = "measure the model before it is quantised, or dequantise it"
 # Attributes of a weight that do not depend on its values.
 DESCRIBING = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 
@@ -178,12 +174,16 @@ def _problem(module: nn.Module, weight: Any) -> tuple[type[Exception], str, str]
     if not isinstance(weight, Tensor) or weight.layout != torch.strided:
         return TypeError, "to be a dense (strided) tensor", type(weight).__name__
     if is_distributed(weight):
-        return TypeError, "to be an ordinary tensor", f"a DTensor; {GATHERED}"
+        return TypeError, "to be an ordinary tensor", f"a DTensor; {advice.GATHERED}"
     if wraps_tensors(weight):
-        return TypeError, "to be an ordinary tensor", f"{type(weight).__name__}; {UNQUANTIZED}"
+        return (
+            TypeError,
+            "to be an ordinary tensor",
+            f"{type(weight).__name__}; {advice.UNQUANTIZED}",
+        )
     if weight.dtype not in FLOATING:
         got = str(weight.dtype)
-        got = got if weight.is_complex() else f"{got}; {UNQUANTIZED}"
+        got = got if weight.is_complex() else f"{got}; {advice.UNQUANTIZED}"
         return TypeError, "to be of a real floating-point dtype", got
     if weight.is_meta:
         return ValueError, "to have values", "a tensor on the meta device"

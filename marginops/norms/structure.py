@@ -84,7 +84,8 @@ def _is_simple(value: Any) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_simple, value))
+    """Whether this lists names or numbers of parts. A list of floats is a record, as of losses."""
+    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, str)) for item in value)
 
 
 def _examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .. import _advice as advice
 from .._checks import is_distributed
 from . import layers as kinds
 from .tracing import trace
@@ -40,7 +41,7 @@ def check_whole(path: str, module: nn.Module) -> None:
         if value is not None and is_distributed(value):
             raise TypeError(
                 f"model: expected ordinary tensors as parameters, got a DTensor as {name} of "
-                f"{kinds.described(path, module)}; {kinds.GATHERED}"
+                f"{kinds.described(path, module)}; {advice.GATHERED}"
             )
 
 
@@ -57,17 +58,18 @@ def check_module(path: str, module: nn.Module) -> None:
     if packed:
         raise ValueError(
             f"model: expected layers with a weight, got {kinds.described(path, module)} with "
-            f"{', '.join(packed)}, which packs its weight; {kinds.UNQUANTIZED}"
+            f"{', '.join(packed)}, which packs its weight; {advice.UNQUANTIZED}"
         )
 
 
 def _advice(module: nn.Module) -> str:
     if any(not value.dtype.is_floating_point for value in module.parameters(recurse=False)):
-        return f"; {kinds.UNQUANTIZED}"
+        return f"; {advice.UNQUANTIZED}"
     if kinds.has_own_forward(module):
         return "; the module has a forward of its own, which is not that of its class"
     holds_parts = isinstance(module, (nn.ParameterDict, nn.ParameterList))
-    if holds_parts or not type(module).__module__.startswith("torch."):
+    has_matrix = any(_is_matrix(value.shape) for value in module.parameters(recurse=False))
+    if holds_parts or (has_matrix and not type(module).__module__.startswith("torch.")):
         return f"; if it is an adapter, {_MERGED}"
     return ""
 
@@ -190,7 +192,7 @@ def check_untraceable(copied: nn.Module, modules: dict[str, nn.Module]) -> None:
     for module in modules.values():
         registered |= {id(value) for value in module._parameters.values()}
     for path, module in modules.items():
-        if type(module).__module__.startswith(("torch.nn.", "torch.ao.")):
+        if type(module).__module__.startswith(("torch.nn.", "torch.ao.")) or _is_metric(module):
             continue
         held = {**module._buffers, **vars(module)}
         for name in held.keys() - vars(nn.Module()).keys():
@@ -203,19 +205,29 @@ def check_untraceable(copied: nn.Module, modules: dict[str, nn.Module]) -> None:
     _check_parts(copied, "")
 
 
+def _is_metric(module: nn.Module) -> bool:
+    """Whether this is a metric of torchmetrics, whose states are no weights."""
+    return any(kind.__module__.startswith("torchmetrics.") for kind in type(module).__mro__)
+
+
 def _weights(value: Any, depth: int = 3) -> Iterator[Any]:
     """Modules and matrices in a value. Masks and indices are no matrices."""
     if isinstance(value, (nn.Module, torch.ScriptObject)):
         yield value
     elif isinstance(value, Tensor):
-        if value.dim() > 1 and value.dtype not in (torch.bool, torch.int64):
+        if _is_matrix(value.shape) and value.dtype not in (torch.bool, torch.int64):
             yield value
     elif isinstance(value, np.ndarray):
-        if value.ndim > 1 and value.dtype.kind == "f":
+        if _is_matrix(value.shape) and value.dtype.kind == "f":
             yield value
     elif isinstance(value, (list, tuple, dict)) and depth:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _weights(item, depth - 1)
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether this is no vector. The means of the channels of images are one, ``[1, 3, 1, 1]``."""
+    return len(shape) == 2 or sum(size != 1 for size in shape) > 1
 
 
 def _check_parts(module: nn.Module, path: str) -> None:

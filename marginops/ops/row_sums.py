@@ -43,9 +43,8 @@ class StatisticsFields(NamedTuple):
     """The results of ``sample_statistics_op``, ``[N]`` each.
 
     The first fields are those of :class:`marginops.SampleStatistics` before ``counted``. The
-    gradient needs the last
-    two: ``maximum`` is the largest logit, and ``log_sum`` is the logarithm of the sum over all
-    classes of ``exp(logit - maximum)``.
+    gradient needs the last two: ``maximum`` is the largest logit, and ``log_sum`` is the logarithm
+    of the sum over all classes of ``exp(logit - maximum)``.
     """
 
     margin: Tensor

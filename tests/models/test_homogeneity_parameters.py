@@ -32,6 +32,8 @@ def test_squares_beyond_float64(size):
     for version in ("tau", "lambda_max"):
         found = normalized_margin(margins, parameters, given_rates, version=version)
         assert found.item() == pytest.approx(0.2, rel=1e-12)
+    zeros = {"a": a, "b": torch.zeros(2), "c": 0 * small}
+    assert lambda_seminorm(zeros, {"a": 1.0, "b": 0.5, "c": 0.25}).item() == seminorm.item()
     both = lambda_seminorm(parameters, {"a": 1.0, "b": 0.0, "c": 0.5}).item()
     assert both == pytest.approx(math.hypot(5 * size, 1), rel=1e-15)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers.models_for_norms import Function
-from marginops.norms import log_norm_product, spectrally_normalized_margin
+from marginops.norms import log_norm_product, spectrally_normalized_margin, structure
 
 
 def frobenius(*weights: torch.Tensor) -> float:
@@ -180,7 +180,10 @@ def test_what_a_model_without_graph_may_hold():
     inner = mlp()
     model = Branching(inner, order=[inner[0], inner[2]])
     with_buffers(
-        model, mask=torch.ones(4, 4) > 0, ids=torch.arange(4).view(1, 4), mean=torch.ones(4)
+        model,
+        mask=torch.ones(4, 4) > 0,
+        ids=torch.arange(4).view(1, 4),
+        mean=torch.ones(1, 3, 1, 1),
     )
     with pytest.warns(UserWarning, match="torch.fx cannot trace"):
         found = log_norm_product(model)
@@ -190,6 +193,41 @@ def test_what_a_model_without_graph_may_hold():
         ValueError, match=r"the sum of inner.1.base_layer and inner.1.lora_A.default"
     ):
         log_norm_product(adapted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_adapter"), [((1, 1, 4), False), ((4,), False), ((2, 4), True)]
+)
+def test_only_a_matrix_may_be_an_adapter(shape, is_adapter):
+    model = Wrapper(mlp())
+    model.token = nn.Parameter(torch.ones(shape))
+    with pytest.raises(ValueError, match="with token, for which no norm is defined") as raised:
+        log_norm_product(model)
+    assert ("adapter" in str(raised.value)) == is_adapter
+
+
+def test_a_model_that_records_its_losses_is_examined_once(monkeypatch):
+    seen = []
+    examine = structure._examine
+    monkeypatch.setattr(structure, "_examine", lambda *given: seen.append(1) or examine(*given))
+    model = Wrapper(mlp())
+    model.losses, model.parts = [], []
+    for loss in (0.5, 0.25, 0.125):
+        model.losses.append(loss)
+        log_norm_product(model)
+    assert len(seen) == 1
+    model.parts.append("a")
+    log_norm_product(model)
+    assert len(seen) == 2
+
+
+def test_metrics_of_a_model_without_graph_are_no_weights():
+    metrics = pytest.importorskip("marginops.metrics")
+    model = Branching(nn.Linear(4, 4))
+    model.manifolds = metrics.ClassManifolds(3, 4)
+    with pytest.warns(UserWarning, match="torch.fx cannot trace"):
+        found = log_norm_product(model)
+    assert found.item() == pytest.approx(frobenius(model.inner.weight), rel=1e-6)
 
 
 class Standardized(nn.Conv2d):
