@@ -16,15 +16,13 @@ from pathlib import Path
 
 import pytest
 
-import marginops
 from helpers.native_sources import expect_reference, new_loader, write_tiny
+from helpers.processes import INSTALLED, PATIENCE
 from marginops import __version__
-from marginops._native import jit, places
+from marginops._native import places
 from marginops._native.loader import Loader, Outcome
 from marginops.commands import doctor
 
-INSTALLED = Path(marginops.__file__).resolve().parents[1]
-PATIENCE = 300
 NOBODY = 65534
 # The process imports everything, and then becomes another user, who may be unable to reach Python.
 # So it does not compile, but takes a library that is built already.
@@ -63,7 +61,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as 
 
 
 def load(csrc: Path, task: str = "load", user: int = os.geteuid(), **variables: str | None):
-    path = os.pathsep.join([str(INSTALLED), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([INSTALLED, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **variables}
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(csrc), str(user), task],
@@ -99,11 +97,6 @@ def folder(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.copytree(built, name, dirs_exist_ok=True)  # the mode, too
         monkeypatch.setenv("MARGINOPS_CACHE_DIR", f"{name}/cache")
         yield Path(name)
-
-
-@pytest.fixture
-def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jit, "build", lambda *_: pytest.fail("the library is built"))
 
 
 def only_library(folder: Path) -> Path:
