@@ -60,13 +60,37 @@ def one_word(compiler: Any) -> str:
     return str(program)
 
 
+def cuda_arguments(files: Any, compiler: Any) -> tuple[list[str], list[str], list[str]]:
+    """GPU architectures, flags of nvcc, and folders of headers; empty without a toolkit."""
+    import torch
+
+    architectures, recipe, toolchain = files.architectures, files.recipe, files.toolchain
+    if torch.version.cuda is None:
+        return [], [], []
+    try:
+        toolkit = toolchain.find_cuda_toolkit()
+        archs = architectures.find_archs()
+        architectures.check_archs(archs, toolkit)
+        flags = [*recipe.NVCC_FLAGS, *architectures.nvcc_flags(archs)]
+        # torch itself passes CC to nvcc.
+        if not os.environ.get("CC"):
+            flags += toolchain.host_compiler_flags(compiler)
+    except toolchain.ToolchainError as error:
+        print(f"marginops: no CUDA library: {error}", file=sys.stderr)
+        return [], [], []
+    os.environ["CUDA_HOME"] = str(toolkit.home)
+    # torch knows one folder of headers.
+    known = toolkit.home / "include"
+    return archs, flags, [str(toolkit.include)] if toolkit.include != known else []
+
+
 def ahead_of_time() -> dict[str, Any]:
     """The arguments of ``setup`` that compile the libraries. Only this function needs torch."""
     import pybind11
     import torch
 
     files = load_build_files()
-    architectures, recipe, toolchain = files.architectures, files.recipe, files.toolchain
+    recipe, toolchain = files.recipe, files.toolchain
     version = runpy.run_path("marginops/_version.py")["__version__"]
     try:
         compiler = toolchain.find_compiler()
@@ -75,24 +99,7 @@ def ahead_of_time() -> dict[str, Any]:
         sys.exit(f"marginops: {error}")
     os.environ["CXX"] = one_word(compiler)
     os.environ["PATH"] = os.pathsep.join(path)
-    archs: list[str] = []
-    nvcc_flags: list[str] = []
-    include = [str(CSRC.resolve()), pybind11.get_include()]
-    if torch.version.cuda is not None:
-        try:
-            toolkit = toolchain.find_cuda_toolkit()
-            archs = architectures.find_archs()
-            architectures.check_archs(archs, toolkit)
-            nvcc_flags = [*recipe.NVCC_FLAGS, *architectures.nvcc_flags(archs)]
-            # torch itself passes CC to nvcc.
-            if not os.environ.get("CC"):
-                nvcc_flags += toolchain.host_compiler_flags(compiler)
-            os.environ["CUDA_HOME"] = str(toolkit.home)
-            if toolkit.include != toolkit.home / "include":
-                include.append(str(toolkit.include))  # torch does not look there
-        except toolchain.ToolchainError as error:
-            archs = []
-            print(f"marginops: no CUDA library: {error}", file=sys.stderr)
+    archs, nvcc_flags, include = cuda_arguments(files, compiler)
     # This import comes last, because the module reads CUDA_HOME while it is imported.
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -119,7 +126,7 @@ def ahead_of_time() -> dict[str, Any]:
         return kind(
             f"marginops._native.{recipe.module_name(device_type, instruction_set)}",
             [str(file) for file in recipe.sources(CSRC, device_type)],
-            include_dirs=include,
+            include_dirs=[str(CSRC.resolve()), pybind11.get_include(), *include],
             extra_compile_args=arguments,
         )
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import marginops
 from helpers.native_sources import expect_reference, new_loader, write_program, write_tiny
+from helpers.processes import INSTALLED
 from marginops._native import jit, ninja_file
 from marginops._native.plan import make_plan
 
-INSTALLED = Path(marginops.__file__).resolve().parents[1]
 OUTPUT = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && output=$2; shift; done\n'
 LOAD = """
 import sys, warnings
@@ -36,11 +35,6 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("MARGINOPS_DISABLE_JIT", "MARGINOPS_VERBOSE", "CXX", "MAX_JOBS"):
         monkeypatch.delenv(variable, raising=False)
     return folder
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "csrc")
 
 
 def write_compiler(path: Path, body: str, version: str = "exec c++ --version") -> str:
@@ -209,7 +203,7 @@ def test_wrong_number_of_jobs_is_the_reason(
 def test_any_process_can_build(tiny: Path, tmp_path: Path, program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LOAD.replace("PROGRAM", program), str(tiny)],
-        env=os.environ | {"PYTHONPATH": str(INSTALLED)},
+        env=os.environ | {"PYTHONPATH": INSTALLED},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -223,7 +217,7 @@ def test_reason_in_a_process_that_cannot_wait_for_children(tiny: Path, tmp_path:
     code = LOAD.replace("PROGRAM", "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)")
     done = subprocess.run(
         [sys.executable, "-c", code, str(tiny)],
-        env=os.environ | {"PYTHONPATH": str(INSTALLED), "CXX": compiler},
+        env=os.environ | {"PYTHONPATH": INSTALLED, "CXX": compiler},
         capture_output=True,
         text=True,
         timeout=300,

@@ -39,19 +39,9 @@ def place(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "csrc")
-
-
-@pytest.fixture
 def library(place: Path) -> Path:
     (found,) = place.glob("*/*/*.so")
     return found
-
-
-@pytest.fixture
-def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jit, "build", lambda *_: pytest.fail("the library is built"))
 
 
 def intact(place: Path, csrc: Path) -> bool:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import marginops
 from helpers.native_sources import expect_reference, new_loader, write_tiny
+from helpers.processes import PATIENCE, alive, python, wait_until
 from marginops._native import jit, plan, recipe, toolchain
 from marginops._native.loader import _obstacle as obstacle
 
-INSTALLED = Path(marginops.__file__).resolve().parents[1]
-# Seconds to wait for what takes a few. Only a failing test waits so long.
-PATIENCE = 300
 LOAD = """
 import sys
 from pathlib import Path
@@ -61,17 +54,6 @@ if not children:
 """
 
 
-def python(code: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(INSTALLED), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
@@ -79,11 +61,6 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("MARGINOPS_DISABLE_JIT", "MARGINOPS_VERBOSE", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     return folder
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "csrc")
 
 
 def test_second_process_takes_the_cached_library(
@@ -128,20 +105,6 @@ def test_killed_build_harms_nobody(tiny: Path, cache_folder: Path, tmp_path: Pat
 
     orphan = int((started / "pid").read_text())
     wait_until(lambda: not alive(orphan))
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def alive(process: int) -> bool:
-    status = Path(f"/proc/{process}/stat")
-    with contextlib.suppress(OSError):
-        return status.read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def test_compile_error_is_the_reason(tiny: Path, cache_folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.native_sources import expect_reference, new_loader, write_tiny
+from helpers.native_sources import expect_reference, new_loader
 from marginops._native import architectures, plan, recipe
 from marginops._native.loader import _obstacle as obstacle
 
@@ -20,11 +20,6 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("MARGINOPS_DISABLE_JIT", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     return folder
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "csrc")
 
 
 def test_key_changes_with_everything_a_library_depends_on(

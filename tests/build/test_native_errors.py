@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import marginops
+from helpers.processes import INSTALLED
 from marginops import _native
 from marginops._native.plan import csrc_folder
 
-INSTALLED = Path(marginops.__file__).resolve().parents[1]
 KERNELS = torch.ops.marginops_kernels
 LOGITS, TARGET = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
 # Runs CALL with so much memory left in the address space. One thread, because a thread that cannot
@@ -127,7 +127,7 @@ def test_memory_that_is_short_inside_a_kernel(megabytes: int, call: str, reason:
 def short_of_memory(megabytes: int, call: str, **variables: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", SHORT_OF_MEMORY.replace("CALL", call), str(megabytes)],
-        env=os.environ | {"PYTHONPATH": str(INSTALLED)} | variables,
+        env=os.environ | {"PYTHONPATH": INSTALLED} | variables,
         capture_output=True,
         text=True,
         timeout=300,

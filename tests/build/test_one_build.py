@@ -6,22 +6,16 @@ import errno
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import marginops
-from helpers.native_sources import expect_reference, new_loader, write_tiny
+from helpers.native_sources import expect_reference, new_loader
+from helpers.processes import PATIENCE, python, wait_until
 from marginops import __version__
-from marginops._native import cache, jit, places
+from marginops._native import cache, places
 
-INSTALLED = Path(marginops.__file__).resolve().parents[1]
-# Seconds to wait for what takes a few. Only a failing test waits so long.
-PATIENCE = 300
 LOAD = """
 import sys, warnings
 from pathlib import Path
@@ -31,17 +25,6 @@ loader = Loader(Path(sys.argv[1]), Path(sys.argv[1]))
 loader.load("cpu")
 print(loader.outcome("cpu").implementation, loader.outcome("cpu").reasons)
 """
-
-
-def python(code: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(INSTALLED), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -56,18 +39,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "csrc")
-
-
-@pytest.fixture
 def lock(place: Path) -> Path:
     return place / __version__ / "lock"
-
-
-@pytest.fixture
-def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jit, "build", lambda *_: pytest.fail("the library is built"))
 
 
 def test_lock_is_no_link(place: Path, lock: Path, tiny: Path, tmp_path: Path) -> None:
@@ -132,13 +105,6 @@ def test_process_that_waited_for_a_failed_build_does_not_repeat_it(
         assert "the build failed: error: broken" in output, errors
         assert "compiling" not in errors or process is first
     assert len((tmp_path / "calls").read_text()) - len(calls) <= len("call\n")
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_lock_is_waited_for_with_a_limit(

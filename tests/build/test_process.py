@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import marginops
+from helpers.processes import INSTALLED, alive, wait_until
 from marginops._native import process
-
-INSTALLED = Path(marginops.__file__).resolve().parents[1]
 
 
 def shell(script: str, **options: float) -> process.Finished:
     return process.run(["/bin/sh", "-c", script], **{"limit": 60.0, **options})
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def alive(number: int) -> bool:
-    with contextlib.suppress(OSError):
-        stat = Path(f"/proc/{number}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def test_status_and_output() -> None:
@@ -113,14 +95,14 @@ def test_program_works_where_children_are_not_waited_for() -> None:
     """Where SIGCHLD is ignored, the kernel tells no status. The program does not ignore it."""
     code = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
     code += "print(process.run(['sh', '-c', 'sh -c \"exit 5\"; echo $?'], limit=60).output)"
-    done = python(code)
+    done = run_python(code)
     assert done.stdout.strip() == "5", done.stderr
 
 
-def python(code: str, *prefix: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *prefix: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*prefix, sys.executable, "-c", f"from marginops._native import process\n{code}"],
-        env=os.environ | {"PYTHONPATH": str(INSTALLED)},
+        env=os.environ | {"PYTHONPATH": INSTALLED},
         capture_output=True,
         text=True,
     )
@@ -128,7 +110,7 @@ def python(code: str, *prefix: str) -> subprocess.CompletedProcess[str]:
 
 def test_program_runs_where_a_broken_pipe_ends_the_process() -> None:
     code = "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
-    done = python(code + "print([process.run(['true'], limit=60).status for _ in range(20)])")
+    done = run_python(code + "print([process.run(['true'], limit=60).status for _ in range(20)])")
     assert done.stdout == f"{[0] * 20}\n", (done.returncode, done.stderr)
 
 
@@ -136,7 +118,7 @@ def test_program_runs_and_ends_without_proc() -> None:
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
     if shutil.which("unshare") is None or subprocess.run([*hide, "true"]).returncode != 0:
         pytest.skip("this user cannot hide /proc")
-    done = python(
+    done = run_python(
         "import time; began = time.monotonic()\n"
         "print(process.run(['sh', '-c', 'sleep 3; exit 5'], limit=60, idle_limit=1).status)\n"
         "try: process.run(['sleep', '600'], limit=1)\n"
@@ -154,7 +136,7 @@ def test_program_ends_with_this_process(tmp_path: Path, event: signal.Signals) -
     code = (
         f"from marginops._native import process; process.run(['sh', '-c', {script!r}], limit=600)"
     )
-    environment = os.environ | {"PYTHONPATH": str(INSTALLED)}
+    environment = os.environ | {"PYTHONPATH": INSTALLED}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
     wait_until(pids.exists)
     numbers = [int(text) for text in pids.read_text().split()]

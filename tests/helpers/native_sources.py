@@ -50,6 +50,12 @@ def write_program(path: Path, body: str) -> str:
     return str(path)
 
 
+def only_library(folder: Path) -> Path:
+    """The library in a folder that holds one cache."""
+    (found,) = folder.glob("cache/*/*/*.so")
+    return found
+
+
 def new_loader(csrc: Path) -> Loader:
     """A loader as a new process has it, without libraries built ahead of time."""
     return Loader(csrc, installed=csrc)
