@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 
 import torch.distributed  # noqa: F401 (it must not see the flag below)
+import torchmetrics  # noqa: F401 (nor must it)
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
