@@ -222,9 +222,11 @@ def test_a_model_that_records_its_losses_is_examined_once(monkeypatch):
 
 
 def test_metrics_of_a_model_without_graph_are_no_weights():
-    metrics = pytest.importorskip("marginops.metrics")
+    pytest.importorskip("torchmetrics")
+    from marginops.metrics import ClassManifolds
+
     model = Branching(nn.Linear(4, 4))
-    model.manifolds = metrics.ClassManifolds(3, 4)
+    model.manifolds = ClassManifolds(3, 4)
     with pytest.warns(UserWarning, match="torch.fx cannot trace"):
         found = log_norm_product(model)
     assert found.item() == pytest.approx(frobenius(model.inner.weight), rel=1e-6)
