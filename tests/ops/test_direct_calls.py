@@ -38,7 +38,7 @@ def calls():
         "linear_select_classification_margin": (*head, *labels, 2, -100, None, None),
         "linear_select_minimal_margin": (*head, 2, *score),
         "minimal_margin_pair": (logits, weight, bias, rows, False),
-        "minimal_margin_score": (logits, weight, bias, False),
+        "minimal_margin_score": (logits, weight, bias, False, False),
         "multi_margin_regularization": (features, weight, target, saved[0], values, False, -100),
         "multi_margin_regularization_gradient": (
             *(torch.ones(()), features, weight, target, saved[0], *term[1:]),
@@ -51,7 +51,7 @@ def calls():
         "sample_statistics_gradient": (logits, target, *saved, log_norm, *grads, -100),
         "saved_distance": (values, weight, bias),
         "select_classification_margin": (logits, *labels, 2, -100),
-        "select_minimal_margin": (logits, weight, bias, 2, False),
+        "select_minimal_margin": (logits, weight, bias, 2, False, False),
         "select_smallest": (values, 2),
         "update_margin_distribution": (*state, values),
     }
