@@ -244,7 +244,7 @@ def test_wrong_models_and_inputs():
     for function, kind in (
         (lambda x: (x, x), "tuple"),
         (lambda x: (x,), "tuple"),
-        (lambda x: {"logits": x}, "dict"),
+        (lambda x: {"scores": x}, "dict"),
     ):
         with pytest.raises(ValueError, match=rf"^model: expected one tensor as output, got {kind}"):
             rates(Inner(function), x)

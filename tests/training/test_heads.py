@@ -263,6 +263,16 @@ def test_masked_classes_do_not_disturb() -> None:
     assert torch.equal(chosen, expected_choice(predict(network, INPUTS), network.head.weight, 5))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_training_that_diverged_is_not_called_another_head(value: float) -> None:
+    network = network_with()
+    next(network.body.parameters()).data.fill_(value)
+    assert len(select_batch(network, INPUTS, 3)) == 3
+    some = network_with(lambda logits: 2 * logits)
+    with pytest.raises(ValueError, match=REFUSED):
+        select_batch(some, torch.cat((INPUTS, torch.full((1, 6), value))), 3)
+
+
 def test_the_memory_of_checks_keeps_nothing_alive() -> None:
     network = network_with()
     select_batch(network, INPUTS, 5)
