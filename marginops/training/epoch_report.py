@@ -21,7 +21,7 @@ from ..metrics import (
 from ..networks import check_inputs, features_and_logits, last_linear, predict, unwrap
 from ..norms import log_norm_product
 from ..ops.statistics import sample_statistics
-from .heads import check_head, check_head_type
+from .heads import check_head, check_head_type, is_checked
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -131,7 +131,7 @@ def report_epoch(
     check_int("chunk_size", chunk_size, 1)
     network = unwrap(network)
     layer, sizes = _head_and_sizes(network, target, num_classes, head, weight)
-    if weight is None:
+    if weight is None and not is_checked(network, layer):
         check_head(network, inputs[:64], layer)
     device = target.device
     distribution = MarginDistribution(quantiles=QUANTILES).to(device)
