@@ -46,32 +46,44 @@ def fitting_weight(weight: Any, logits: Tensor) -> Tensor:
     return weight
 
 
+def is_checked(network: nn.Module, head: nn.Linear) -> bool:
+    """Whether the check of this head has passed, or cannot be made as in compiled code."""
+    if torch.compiler.is_compiling():
+        return True
+    network = unwrap(network)
+    known = _passed.get(network)
+    return known is not None and known.get(head) == _facts(network, head)
+
+
 def can_read(logits: Tensor) -> bool:
     """Whether there are values, and Python may read them: not in a graph that is recorded."""
     capturing = logits.is_cuda and torch.cuda.is_current_stream_capturing()
     return checks.has_values(logits) and len(logits) > 0 and not capturing
 
 
-def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> None:
+def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> Tensor:
     """Check that the logits are ``F.linear(features, head.weight, head.bias)``.
 
     They may differ by a constant in each row, as log-probabilities do. The check runs the network
-    and waits for the device. If it passes, later calls for this network and head return at once.
+    and waits for the device. If it passes, :func:`is_checked` is true from now on.
 
     Args:
         network: Any network.
-        inputs: A batch with at least one sample.
+        inputs: A batch.
         head: The layer whose weight is going to be used.
+
+    Returns:
+        The logits. They are not checked if nobody can read them.
 
     Raises:
         ValueError: The logits do not follow from this layer.
     """
+    checks.check_tensor("weight", head.weight, 2, "[C, D]")
     network = unwrap(network)
-    known = _passed.setdefault(network, WeakKeyDictionary())
     facts = _facts(network, head)
-    if known.get(head) == facts:
-        return
     calls, logits = watch_layer(network, inputs, head)
+    if not can_read(logits):
+        return logits
     if not calls:
         raise ValueError(
             "head: expected network to call this layer at least once in a forward pass, got 0 "
@@ -83,7 +95,10 @@ def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> None:
         got = f"got a difference of {difference:.3g}"
         if difference == torch.inf:
             shapes = [[*features.shape] for features, _ in calls]
-            got = f"got logits {[*logits.shape]} for features {', '.join(map(str, shapes))}"
+            got = (
+                f"got logits {[*logits.shape]} for features {', '.join(map(str, shapes))} and "
+                f"weight {[*head.weight.shape]}"
+            )
         elif _are_probabilities(logits):
             got = f"{got}; the logits look like probabilities"
         raise ValueError(
@@ -91,7 +106,8 @@ def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> None:
             f"{facts.path!r}, up to a constant in each row, {got}; {_ADVICE}"
         )
     if any(agreement.agrees and agreement.is_conclusive for agreement in agreements):
-        known[head] = facts
+        _passed.setdefault(network, WeakKeyDictionary())[head] = facts
+    return logits
 
 
 class _Facts(NamedTuple):

@@ -9,7 +9,7 @@ from ..networks import call, evaluation_mode, last_linear, output_tensor, unwrap
 from ..ops.linear_select import linear_select_minimal_margin
 from ..ops.margin import Rival
 from ..ops.select import select_minimal_margin
-from .heads import can_read, check_head, check_head_type, fitting_weight
+from .heads import can_read, check_head, check_head_type, fitting_weight, is_checked
 
 
 def select_batch(
@@ -62,10 +62,10 @@ def select_batch(
 
     The first call for such a network and head checks that the logits equal
     ``F.linear(features, head.weight, head.bias)`` up to rounding and to a constant in each row. For
-    this the call runs the network twice and waits for the device. Later calls do not check again,
-    except if the head has been wrapped, hooked or replaced. So a change that starts later, such as
-    an adapter whose weights are still 0 in the first call, is not seen. With ``weight`` there is no
-    check.
+    this the call waits for the device, and without ``head`` it runs the network twice. Later calls
+    do not check again, except if the head has been wrapped, hooked or replaced. So a change that
+    starts later, such as an adapter whose weights are still 0 in the first call, is not seen. With
+    ``weight`` there is no check.
 
     The mode (training or evaluation) of every module is restored, also after an error. Running
     statistics and random number generators do not change. Apart from the check the function does
@@ -96,14 +96,18 @@ def select_batch(
             return linear_select_minimal_margin(
                 features, head.weight, head.bias, k=k, rival=rival, bias_in_norm=bias_in_norm
             ).indices
-        logits = output_tensor(call(network, inputs))
+        if head is None or is_checked(network, head):
+            logits = output_tensor(call(network, inputs))
+        else:
+            logits = check_head(network, inputs, head)
         bias: Tensor | None = None
         if weight is None:
-            head = head or last_linear(unwrap(network), logits.shape[1])
+            if head is None:
+                head = last_linear(unwrap(network), logits.shape[1])
+                if can_read(logits) and not is_checked(network, head):
+                    check_head(network, inputs, head)
             weight, bias = head.weight, head.bias if bias_in_norm else None
         weight = fitting_weight(weight, logits)
-        if head is not None and can_read(logits):
-            check_head(network, inputs, head)
         bias = None if bias is None else bias.to(weight.dtype)
         return select_minimal_margin(
             logits, weight, bias, k=k, rival=rival, bias_in_norm=bias_in_norm

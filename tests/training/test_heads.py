@@ -159,7 +159,9 @@ def test_probabilities_are_named() -> None:
 
 def test_features_of_other_rows_are_named() -> None:
     network = network_with(call=lambda head, features: head(features[1:]).repeat(2, 1)[:40])
-    with pytest.raises(ValueError, match=r"got logits \[40, 4\] for features \[39, 8\]; merge"):
+    with pytest.raises(
+        ValueError, match=r"got logits \[40, 4\] for features \[39, 8\] and weight \[4, 8\]; merge"
+    ):
         select_batch(network, INPUTS, 5)
 
 
@@ -198,7 +200,7 @@ def test_a_wrong_weight_or_head_is_named(options, message) -> None:
         select_batch(network_with(), INPUTS, 5, **options)
 
 
-def runs_of(network: nn.Module, calls: int) -> list[int]:
+def runs_of(network: nn.Module, calls: int, **options: Any) -> list[int]:
     """How often the body runs in each of several calls."""
     count = 0
 
@@ -210,7 +212,7 @@ def runs_of(network: nn.Module, calls: int) -> list[int]:
     runs = []
     for _ in range(calls):
         before = count
-        select_batch(network, INPUTS, 5)
+        select_batch(network, INPUTS, 5, **options)
         runs.append(count - before)
     hook.remove()
     return runs
@@ -222,6 +224,8 @@ def test_the_check_runs_once_for_a_network_and_head() -> None:
     assert runs_of(copy.deepcopy(network), 2) == [2, 1], "another network"
     network.head = nn.Linear(8, 4)
     assert runs_of(network, 2) == [2, 1], "another head"
+    other = network_with(lambda logits: logits.log_softmax(1))
+    assert runs_of(other, 2, head=other.head) == [1, 1], "the head is known before the first run"
 
 
 def test_a_change_of_the_head_is_checked_again() -> None:
