@@ -1,6 +1,7 @@
 """The devices and dtypes that tests run on, and how each test starts."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -19,6 +20,9 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     # takes a graph that was compiled for AVX-512, which then computes wrong numbers.
     cache = f"{tempfile.gettempdir()}/torchinductor-{os.getuid()}-{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+# A job in the background of a shell ignores interrupts, and so do the processes that it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if OTHER_LIBRARY:
     torch.ops.load_library(OTHER_LIBRARY)
 

@@ -46,10 +46,12 @@ struct Top2 {
   }
 };
 
-// The difference of the two largest logits of a row.
+// The difference of the two largest logits of a row. Adding 0 makes +0.0 of -0.0, which is the
+// difference of -0.0 and +0.0.
 template <class Value>
 MARGINOPS_FUNCTION Value top2_margin(const Top2<Value>& top) {
-  return top.nan ? std::numeric_limits<Value>::quiet_NaN() : top.first_value - top.second_value;
+  return top.nan ? std::numeric_limits<Value>::quiet_NaN()
+                 : top.first_value - top.second_value + Value{0};
 }
 
 // normalize() returns margin * exp(-log_norm). It multiplies the margin twice by half_scale(),

@@ -197,7 +197,8 @@ def top_pair(rows: RowSums) -> tuple[Tensor, Tensor]:
     """
     nan = rows.has_nan
     pair = torch.where(nan.unsqueeze(1), torch.arange(2, device=nan.device), rows.classes)
-    return pair, torch.where(nan, torch.nan, rows.values[:, 0] - rows.values[:, 1])
+    difference = rows.values[:, 0] - rows.values[:, 1] + 0  # +0.0 for -0.0 and +0.0
+    return pair, torch.where(nan, torch.nan, difference)
 
 
 class RowSumsOp(Op):

@@ -80,10 +80,8 @@ def name_of(op, position):
 
 
 def test_every_op_is_called():
-    def names(kind):
-        return {name for child in kind.__subclasses__() for name in (child.schema, *names(child))}
-
-    assert {schema.partition("(")[0] for schema in names(Op)} == set(CALLS)
+    ops = {kind for kind in Op.__subclasses__() if kind.__module__.startswith("marginops.")}
+    assert {op.schema.partition("(")[0] for op in ops} == set(CALLS)
 
 
 @pytest.mark.parametrize("op", CALLS)
