@@ -167,7 +167,7 @@ def test_results_may_be_changed_in_place(device):
 def test_direct_calls_of_the_pair_gradient_with_wrong_keys():
     weight, coefficient = torch.zeros(2, 2), torch.ones(3)
     for key in ([0, 10**12, 3], [-1, 0, 1], [0, 1, 4]):
-        with pytest.raises(RuntimeError, match="key: expected .*values"):
+        with pytest.raises(RuntimeError, match=r"key: expected .*values"):
             OPS.pair_gradient(torch.tensor(key), coefficient, weight, None)
     key = torch.tensor([0, 1, 3])
     for bias in (torch.zeros(1), torch.zeros(2).double(), torch.zeros(2, 1)):
@@ -244,7 +244,7 @@ def test_empty_class_sums(device, which):
 def test_direct_calls_of_the_class_sum_with_wrong_keys():
     rows, coefficient = torch.zeros(2, 5), torch.ones(3)
     for key in ([0, 10**12, 3], [-1, 0, 1], [0, 1, 6], [2, 1, 0]):
-        with pytest.raises(RuntimeError, match="key: expected .*values"):
+        with pytest.raises(RuntimeError, match=r"key: expected .*values"):
             OPS.class_sum(torch.tensor(key), coefficient, rows, 3)
     key = torch.tensor([0, 1, 3])
     for wrong in (torch.ones(2), torch.ones(3).double(), torch.ones(3, 1), torch.ones(6)[::2]):
