@@ -20,7 +20,7 @@ def calls():
     log_norm, pair = torch.tensor(0.5), torch.tensor([[0, 1]] * ROWS)
     key, coefficient = torch.tensor([1, 4, 11]), torch.randn(3)
     statistics = OPS.sample_statistics(logits, target, None, log_norm, -100)
-    saved = [statistics[index] for index in (1, 3, 4, 8, 9)]
+    saved = [statistics[index] for index in (1, 4, 5, 9, 10)]
     grads = [values] * 4
     head, labels = (features, weight, bias), (target, log_norm)
     term = OPS.multi_margin_regularization(features, weight, target, saved[0], values, False, -100)
