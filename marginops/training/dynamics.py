@@ -43,8 +43,8 @@ class TrainingDynamics:
     ================== ==========================================================================
 
     Each of these is an attribute with a new tensor ``[N]`` on ``device``: float32, int32 for
-    ``forgetting`` and ``count``, int64 for ``last_step``, bool for ``learnt``. The float32 values of
-    a sample that was never seen are NaN.
+    ``forgetting`` and ``count``, int64 for ``last_step``, bool for ``learnt``. The float32 values
+    of a sample that was never seen are NaN.
 
     If a batch holds a sample several times, its first row counts. Ignored rows do not count. A row
     whose margin, confidence or EL2N is not finite in float32 changes ``margin``, ``score``,
@@ -163,7 +163,7 @@ class TrainingDynamics:
             >>> dynamics = marginops.training.TrainingDynamics(num_samples=2)
             >>> features, head = torch.eye(2), torch.nn.Linear(2, 3)
             >>> statistics = marginops.linear_sample_statistics(
-            ...     features, head.weight, head.bias, torch.tensor([0, 2])
+            ...     features, head.weight, torch.tensor([0, 2]), bias=head.bias
             ... )
             >>> dynamics.record(torch.tensor([0, 1]), statistics)
             >>> dynamics.count
@@ -190,11 +190,9 @@ class TrainingDynamics:
                 f"{advice.for_object('indices', indices)}"
             )
         if indices.dtype != torch.int64:
-            todo = (
-                "; take them from the data set as integers, because large ones lose digits"
-                if indices.is_floating_point()
-                else "; pass indices.long()"
-            )
+            todo = "" if indices.dtype == torch.bool else "; pass indices.long()"
+            if indices.is_floating_point():
+                todo = "; take integers from the data set, because large ones lose digits here"
             raise TypeError(f"indices: expected dtype torch.int64, got {indices.dtype}{todo}")
         if indices.shape != margin.shape:
             raise ValueError(
