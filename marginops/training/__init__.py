@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .data_map import DataMap
 from .dynamics import TrainingDynamics
 from .inversion import InversionMonitor
 from .selection import select_batch
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
+    "DataMap",
     "EpochReport",
     "InversionMonitor",
     "TrainingDynamics",
