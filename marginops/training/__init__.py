@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .data_map import DataMap
 from .dynamics import TrainingDynamics
 from .inversion import InversionMonitor
+from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
 from .selection import select_batch
 from .stability import straggler_stability
 
@@ -15,10 +16,13 @@ __all__ = [
     "DataMap",
     "EpochReport",
     "InversionMonitor",
+    "LabelIssues",
+    "ThresholdSamples",
     "TrainingDynamics",
     "report_epoch",
     "select_batch",
     "straggler_stability",
+    "threshold_samples",
 ]
 
 
