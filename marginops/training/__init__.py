@@ -1,8 +1,11 @@
-"""Batch selection, reports of epochs, and the inversion points and stragglers of training."""
+"""Per-sample training dynamics, batch selection, reports of epochs, and inversion points."""
 
 from typing import TYPE_CHECKING, Any
 
+from .data_map import DataMap
+from .dynamics import TrainingDynamics
 from .inversion import InversionMonitor
+from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
 from .selection import select_batch
 from .stability import straggler_stability
 
@@ -10,11 +13,16 @@ if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
+    "DataMap",
     "EpochReport",
     "InversionMonitor",
+    "LabelIssues",
+    "ThresholdSamples",
+    "TrainingDynamics",
     "report_epoch",
     "select_batch",
     "straggler_stability",
+    "threshold_samples",
 ]
 
 

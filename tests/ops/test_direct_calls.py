@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import marginops
 from helpers.ops import OPS
 from marginops.ops._library import Op
+from marginops.ops.dynamics import empty_state
 
 ROWS, CLASSES, COLUMNS = 6, 4, 3
 
@@ -56,6 +57,7 @@ def calls():
         "select_classification_margin": (logits, *labels, 2, -100),
         "select_minimal_margin": (logits, weight, bias, 2, False, False),
         "select_smallest": (values, 2),
+        "update_dynamics": (*empty_state(5), rows, *[values[:2]] * 5, *[rows == 1] * 2, 0.5),
         "update_margin_distribution": (*state, values),
     }
 
