@@ -252,9 +252,9 @@ sample_statistics_op = SampleStatisticsOp()
 class SampleStatisticsGradientOp(Op):
     """The gradient of the statistics in the logits.
 
-    The gradient of a field counts as zeros if it is None. The gradient of the mean loss is divided by
-    ``num_counted``. The op ignores a target or rival outside the classes of
-    ``logits``: the call for another piece of the row handles it.
+    The gradient of a field counts as zeros if it is None. The gradient of the mean loss is divided
+    by ``num_counted``. The op ignores a target or rival outside the classes of ``logits``: the call
+    for another piece of the row handles it.
     """
 
     schema = (
