@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from .dynamics import TrainingDynamics
 from .inversion import InversionMonitor
+from .margin_sampler import MarginSampler
+from .policies import BelowMeanLoss, SmallestMargins, Uniform
+from .sampler import WeightedSampler
 from .selection import select_batch
 from .stability import straggler_stability
 
@@ -11,9 +14,14 @@ if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
+    "BelowMeanLoss",
     "EpochReport",
     "InversionMonitor",
+    "MarginSampler",
+    "SmallestMargins",
     "TrainingDynamics",
+    "Uniform",
+    "WeightedSampler",
     "report_epoch",
     "select_batch",
     "straggler_stability",
