@@ -96,9 +96,7 @@ def _check_form(name: str, value: Any, dtype: torch.dtype, shape: list[int]) -> 
     if not isinstance(value, Tensor):
         raise ValueError(f"state_dict: expected {form}, got {type(value).__name__}")
     if value.dtype != dtype or list(value.shape) != shape or value.layout != torch.strided:
-        raise ValueError(
-            f"state_dict: expected {form}, got {list(value.shape)} of {value.dtype}"
-        )
+        raise ValueError(f"state_dict: expected {form}, got {list(value.shape)} of {value.dtype}")
 
 
 def _check_content(
@@ -111,7 +109,8 @@ def _check_content(
     rules = {
         "totals >= 0": totals >= 0,
         f"last_step in [-1, {steps})": (last_step >= -1) & (last_step < steps),
-        "counts in [0, last_step + 1]": ((counts >= 0) & (counts <= last_step.unsqueeze(1) + 1)).all(1),
+        "counts >= 0": (counts >= 0).all(1),
+        "no more visits than steps": count <= last_step + 1,
         "no more correct visits than visits": correct <= count,
         "learnt no more often than correct": learnt <= correct,
         "forgotten no more often than not correct": forgotten <= count - correct,

@@ -108,7 +108,9 @@ def test_an_index_out_of_range_changes_nothing(which, wrong):
         update_dynamics_op(*state, *batch, 0.5)
         before = [value.clone() for value in state]
         batch[0][6] = wrong
-        with pytest.raises(RuntimeError, match=rf"indices: expected values in \[0, 5\), got {wrong}"):
+        with pytest.raises(
+            RuntimeError, match=rf"indices: expected values in \[0, 5\), got {wrong}"
+        ):
             update_dynamics_op(*state, *batch, 0.5)
     for one, other in zip(state, before, strict=True):
         assert_same(one, other)
