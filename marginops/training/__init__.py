@@ -6,19 +6,23 @@ from .dynamics import TrainingDynamics
 from .inversion import InversionMonitor
 from .margin_sampler import MarginSampler
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
-from .sampler import WeightedSampler
 from .selection import select_batch
 from .stability import straggler_stability
+from .strata import BetaWindow, RankPower, Strata
+from .weighted_sampler import WeightedSampler
 
 if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
     "BelowMeanLoss",
+    "BetaWindow",
     "EpochReport",
     "InversionMonitor",
     "MarginSampler",
+    "RankPower",
     "SmallestMargins",
+    "Strata",
     "TrainingDynamics",
     "Uniform",
     "WeightedSampler",

@@ -1,5 +1,7 @@
 """The least number of visits of each class."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,3 +39,19 @@ def with_class_floor(weights: Tensor, margin: Tensor, labels: Tensor, floor: flo
     smallest = margin[above].sort(stable=True).indices[: max(number - len(on_floor), 0)]
     result[above[smallest]] = torch.inf
     return result
+
+
+def checked_labels(labels: Any, population: int) -> Tensor:
+    """Check labels; returns them on the CPU."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor [N], got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
+    if list(labels.shape) != [population]:
+        raise ValueError(
+            f"labels: expected shape [{population}], one class for each sample, "
+            f"got {list(labels.shape)}"
+        )
+    if population and int(labels.min()) < 0:
+        raise ValueError(f"labels: expected classes >= 0, got {int(labels.min())}")
+    return labels.cpu()
