@@ -6,6 +6,7 @@ from .dynamics import TrainingDynamics
 from .inversion import InversionMonitor
 from .margin_sampler import MarginSampler
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
+from .reduction import ReductionSampler
 from .selection import select_batch
 from .stability import straggler_stability
 from .strata import BetaWindow, RankPower, Strata
@@ -21,6 +22,7 @@ __all__ = [
     "InversionMonitor",
     "MarginSampler",
     "RankPower",
+    "ReductionSampler",
     "SmallestMargins",
     "Strata",
     "TrainingDynamics",
