@@ -1,9 +1,11 @@
-"""Per-sample training dynamics, batch selection, reports of epochs, and inversion points."""
+"""Per-sample training dynamics, samplers, batch selection, reports of epochs, inversion points."""
 
 from typing import TYPE_CHECKING, Any
 
+from .data_map import DataMap
 from .dynamics import TrainingDynamics
 from .inversion import InversionMonitor
+from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
 from .margin_sampler import MarginSampler
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
 from .reduction import ReductionSampler
@@ -18,19 +20,23 @@ if TYPE_CHECKING:
 __all__ = [
     "BelowMeanLoss",
     "BetaWindow",
+    "DataMap",
     "EpochReport",
     "InversionMonitor",
+    "LabelIssues",
     "MarginSampler",
     "RankPower",
     "ReductionSampler",
     "SmallestMargins",
     "Strata",
+    "ThresholdSamples",
     "TrainingDynamics",
     "Uniform",
     "WeightedSampler",
     "report_epoch",
     "select_batch",
     "straggler_stability",
+    "threshold_samples",
 ]
 
 
