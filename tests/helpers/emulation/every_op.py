@@ -134,6 +134,8 @@ def _values(case: Case) -> dict[str, Any]:
         **{name: numbers(rows).abs() for name in ("confidence", "entropy", "log_sum")},
         **{f"{name}?": numbers(rows) for name in names},
         "log_norm?": torch.tensor(3.5 - case.seed, dtype=result),
+        "grad_mean_loss?": torch.tensor(0.75, dtype=result),
+        "num_counted?": torch.tensor(float(rows), dtype=result),
         "ignore_index": IGNORE,
         "classes": classes,
         "num_classes": max(classes, many),
