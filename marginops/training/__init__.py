@@ -1,4 +1,4 @@
-"""Per-sample training dynamics, batch selection, reports of epochs, and inversion points."""
+"""Per-sample training dynamics, samplers, batch selection, reports of epochs, inversion points."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,19 +6,33 @@ from .data_map import DataMap
 from .dynamics import TrainingDynamics
 from .inversion import InversionMonitor
 from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
+from .margin_sampler import MarginSampler
+from .policies import BelowMeanLoss, SmallestMargins, Uniform
+from .reduction import ReductionSampler
 from .selection import select_batch
 from .stability import straggler_stability
+from .strata import BetaWindow, RankPower, Strata
+from .weighted_sampler import WeightedSampler
 
 if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
+    "BelowMeanLoss",
+    "BetaWindow",
     "DataMap",
     "EpochReport",
     "InversionMonitor",
     "LabelIssues",
+    "MarginSampler",
+    "RankPower",
+    "ReductionSampler",
+    "SmallestMargins",
+    "Strata",
     "ThresholdSamples",
     "TrainingDynamics",
+    "Uniform",
+    "WeightedSampler",
     "report_epoch",
     "select_batch",
     "straggler_stability",
