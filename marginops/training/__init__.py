@@ -2,7 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .comparison import Comparison, compare
+from .frontier import Gain
 from .inversion import InversionMonitor
+from .runs import Stopwatch, TrainingRun
 from .selection import select_batch
 from .stability import straggler_stability
 
@@ -10,8 +13,13 @@ if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
+    "Comparison",
     "EpochReport",
+    "Gain",
     "InversionMonitor",
+    "Stopwatch",
+    "TrainingRun",
+    "compare",
     "report_epoch",
     "select_batch",
     "straggler_stability",
