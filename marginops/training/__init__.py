@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .batches import batch_size, take, to_device
 from .comparison import Comparison, compare
 from .frontier import Gain
+from .indexed import Indexed
 from .inversion import InversionMonitor
 from .runs import Stopwatch, TrainingRun
 from .selection import select_batch
@@ -16,13 +18,17 @@ __all__ = [
     "Comparison",
     "EpochReport",
     "Gain",
+    "Indexed",
     "InversionMonitor",
     "Stopwatch",
     "TrainingRun",
+    "batch_size",
     "compare",
     "report_epoch",
     "select_batch",
     "straggler_stability",
+    "take",
+    "to_device",
 ]
 
 
