@@ -8,6 +8,7 @@ from .frontier import Gain
 from .indexed import Indexed
 from .inversion import InversionMonitor
 from .runs import Stopwatch, TrainingRun
+from .scoring import score_batch
 from .selection import select_batch
 from .stability import straggler_stability
 
@@ -25,6 +26,7 @@ __all__ = [
     "batch_size",
     "compare",
     "report_epoch",
+    "score_batch",
     "select_batch",
     "straggler_stability",
     "take",
