@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .across_ranks import RankSelection, select_across_ranks
 from .batches import batch_size, take, to_device
 from .comparison import Comparison, compare
 from .frontier import Gain
 from .indexed import Indexed
 from .inversion import InversionMonitor
 from .runs import Stopwatch, TrainingRun
+from .schedule import SelectionSchedule, keep_closest
 from .scoring import score_batch
 from .selection import select_batch
 from .stability import straggler_stability
@@ -21,12 +23,16 @@ __all__ = [
     "Gain",
     "Indexed",
     "InversionMonitor",
+    "RankSelection",
+    "SelectionSchedule",
     "Stopwatch",
     "TrainingRun",
     "batch_size",
     "compare",
+    "keep_closest",
     "report_epoch",
     "score_batch",
+    "select_across_ranks",
     "select_batch",
     "straggler_stability",
     "take",
