@@ -2,13 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .across_ranks import RankSelection, select_across_ranks
+from .batches import batch_size, take, to_device
+from .comparison import Comparison, compare
 from .data_map import DataMap
 from .dynamics import TrainingDynamics
+from .frontier import Gain
+from .indexed import Indexed
 from .inversion import InversionMonitor
 from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
 from .margin_sampler import MarginSampler
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
 from .reduction import ReductionSampler
+from .runs import Stopwatch, TrainingRun
+from .schedule import SelectionSchedule, keep_closest
+from .scoring import score_batch
 from .selection import select_batch
 from .stability import straggler_stability
 from .strata import BetaWindow, RankPower, Strata
@@ -20,23 +28,37 @@ if TYPE_CHECKING:
 __all__ = [
     "BelowMeanLoss",
     "BetaWindow",
+    "Comparison",
     "DataMap",
     "EpochReport",
+    "Gain",
+    "Indexed",
     "InversionMonitor",
     "LabelIssues",
     "MarginSampler",
     "RankPower",
+    "RankSelection",
     "ReductionSampler",
+    "SelectionSchedule",
     "SmallestMargins",
+    "Stopwatch",
     "Strata",
     "ThresholdSamples",
     "TrainingDynamics",
+    "TrainingRun",
     "Uniform",
     "WeightedSampler",
+    "batch_size",
+    "compare",
+    "keep_closest",
     "report_epoch",
+    "score_batch",
+    "select_across_ranks",
     "select_batch",
     "straggler_stability",
+    "take",
     "threshold_samples",
+    "to_device",
 ]
 
 
