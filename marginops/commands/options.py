@@ -33,9 +33,10 @@ def add_data_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> N
     parser.add_argument(
         "--data-dir",
         type=path,
-        default=Path("/usr/share/datasets/fashion-mnist"),
         metavar="DIR",
-        help="folder with the four Fashion-MNIST files, plain or .gz (default: %(default)s)",
+        help="folder with the four Fashion-MNIST files, plain or .gz (default: the folder of the "
+        "Debian package dataset-fashion-mnist if there is one, or else the cache, to which the "
+        "files are downloaded)",
     )
 
 

@@ -86,7 +86,7 @@ def test_more_candidates_than_samples(capsys: pytest.CaptureFixture[str]) -> Non
     ("command", "name"),
     [
         *(("demo", name) for name in ("sklearn", "matplotlib", "tqdm")),
-        *(("observe", name) for name in ("sklearn", "matplotlib", "scipy", "torchmetrics")),
+        *(("observe", name) for name in ("sklearn", "matplotlib", "scipy", "torchmetrics", "tqdm")),
     ],
 )
 def test_missing_packages_are_named(
