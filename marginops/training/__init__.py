@@ -1,7 +1,8 @@
-"""Batch selection, reports of epochs, and the inversion points and stragglers of training."""
+"""Per-sample training dynamics, batch selection, reports of epochs, and inversion points."""
 
 from typing import TYPE_CHECKING, Any
 
+from .dynamics import TrainingDynamics
 from .inversion import InversionMonitor
 from .selection import select_batch
 from .stability import straggler_stability
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EpochReport",
     "InversionMonitor",
+    "TrainingDynamics",
     "report_epoch",
     "select_batch",
     "straggler_stability",
