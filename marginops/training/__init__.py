@@ -2,8 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .batches import batch_size, take, to_device
+from .comparison import Comparison, compare
 from .dynamics import TrainingDynamics
+from .frontier import Gain
+from .indexed import Indexed
 from .inversion import InversionMonitor
+from .runs import Stopwatch, TrainingRun
 from .selection import select_batch
 from .stability import straggler_stability
 
@@ -11,12 +16,21 @@ if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
+    "Comparison",
     "EpochReport",
+    "Gain",
+    "Indexed",
     "InversionMonitor",
+    "Stopwatch",
     "TrainingDynamics",
+    "TrainingRun",
+    "batch_size",
+    "compare",
     "report_epoch",
     "select_batch",
     "straggler_stability",
+    "take",
+    "to_device",
 ]
 
 
