@@ -143,6 +143,17 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def share(text: str) -> float:
+    """An argparse type for a share that leaves something: at least 0, below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise _refusal("a number of at least 0 and below 1", text)
+    return value
+
+
 def _learning_rate(text: str) -> float:
     try:
         value = float(text)

@@ -1,5 +1,6 @@
-"""The training loop of ``marginops demo``, with minimal-margin selection or uniform sampling."""
+"""The training loop of ``marginops demo``, with each of the samplings that it compares."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from ... import _checks as checks
 from ...networks import last_linear, predict
 from ...ops.margin import classification_margin
-from ...training.selection import select_batch
+from ...training import MarginSampler, TrainingDynamics, select_batch
 from ..data import ClassificationData
 
-Sampling = Literal["uniform", "minimal_margin"]
+Sampling = Literal["uniform", "minimal_margin", "stale_margin"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,8 @@ class TrainingHistory:
         sampling: How the batches were chosen.
         updates: The numbers of updates after which the network was evaluated, from 0 on.
         seconds: The training time up to each evaluation. It includes drawing, scoring, selecting
-            and updating, but no evaluation.
+            and updating, but no evaluation. On the CPU this is the time of all threads of the
+            process, so other processes do not change it much. On a GPU it is the wall-clock time.
         test_accuracy: The share of correctly classified test samples at each evaluation.
         samples_trained: The number of back-propagated samples.
         samples_scored: The number of candidates that were scored for selection.
@@ -59,15 +61,19 @@ def train(
     evaluate_every: int | None = None,
     log_norm: Callable[[nn.Module], Tensor] | None = None,
     on_update: Callable[[int], None] | None = None,
+    dynamics: TrainingDynamics | None = None,
 ) -> TrainingHistory:
-    """Train on batches that are drawn uniformly, or selected from candidates by minimal margin.
+    """Train with cross-entropy on batches that one of three samplings chooses.
 
-    With ``sampling="minimal_margin"`` each update draws ``candidate_ratio * batch_size``
-    candidates, selects the ``batch_size`` closest to a decision boundary with
-    :func:`marginops.training.select_batch`, and trains on these with cross-entropy. This is the
-    scheme of Weinstein et al. (2020). With ``"uniform"`` each update draws ``batch_size`` samples
-    and trains on all of them. In both cases an epoch of draws takes every sample at most once. The
-    samples at the end of an epoch that do not fill a draw are left out.
+    - ``"uniform"``: each update draws ``batch_size`` samples.
+    - ``"minimal_margin"``: each update draws ``candidate_ratio * batch_size`` candidates, and
+      :func:`marginops.training.select_batch` selects the ``batch_size`` closest to a decision
+      boundary. This is the scheme of Weinstein et al. (2020).
+    - ``"stale_margin"``: a :class:`marginops.training.MarginSampler` draws the samples of each
+      epoch, by the margins that the training saw last. Nothing else is scored.
+
+    With the first two, an epoch of draws takes every sample at most once. With each, the samples at
+    the end of an epoch that do not fill a draw are left out.
 
     Args:
         network: A network that maps inputs ``[B, ...]`` to logits ``[B, C]``. It is trained in
@@ -76,8 +82,9 @@ def train(
         optimizer: An optimizer of the parameters of ``network``.
         updates: The number of optimizer steps.
         batch_size: The number of back-propagated samples per update.
-        sampling: ``"minimal_margin"`` or ``"uniform"``.
-        candidate_ratio: The number of candidates per trained sample. ``"uniform"`` ignores it.
+        sampling: ``"uniform"``, ``"minimal_margin"`` or ``"stale_margin"``.
+        candidate_ratio: The number of candidates per trained sample. Only ``"minimal_margin"`` uses
+            it.
         head: The last layer, see :func:`marginops.training.select_batch`.
         scheduler: A scheduler that takes a step after every update. So it counts updates, not
             epochs.
@@ -89,6 +96,8 @@ def train(
             :func:`marginops.classification_margin` for the margins of the history. By default the
             margins are not normalised.
         on_update: A function that is called after every update with the number of updates so far.
+        dynamics: What the training collects about every training sample. ``"stale_margin"`` makes
+            its own if there is none. The others collect nothing then.
 
     Returns:
         The history. Its margins are on the CPU.
@@ -118,30 +127,39 @@ def train(
     count = batch_size * candidate_ratio if selects else batch_size
     evaluate_every = evaluate_every or max(1, updates // 50)
     inputs, target = data.train_inputs, data.train_target
-    draws = _draw(len(target), count, generator, target.device)
+    if sampling == "stale_margin":
+        if dynamics is None:
+            dynamics = TrainingDynamics(len(target), device=target.device)
+        draws = _draw_stale(dynamics, batch_size, generator, target.device)
+    else:
+        draws = _draw(len(target), count, generator, target.device)
 
     margins_before = _margins(network, data, log_norm)
     curve = [(0, 0.0, _test_accuracy(network, data))]
     seconds = 0.0
-    started = time.perf_counter()
+    started = _clock(target.device)
     for update in range(1, updates + 1):
         rows = next(draws)
         batch, labels = inputs[rows], target[rows]
         if selects:
             chosen = select_batch(network, batch, batch_size, head=head)
-            batch, labels = batch[chosen], labels[chosen]
+            rows, batch, labels = rows[chosen], batch[chosen], labels[chosen]
+        logits = network(batch)
+        if dynamics is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            loss = dynamics.update(rows, logits, labels).mean_loss()
         optimizer.zero_grad()
-        F.cross_entropy(network(batch), labels).backward()
+        loss.backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
         if on_update is not None:
             on_update(update)
         if update % evaluate_every == 0 or update == updates:
-            _synchronize(target.device)
-            seconds += time.perf_counter() - started
+            seconds += _clock(target.device) - started
             curve.append((update, seconds, _test_accuracy(network, data)))
-            started = time.perf_counter()
+            started = _clock(target.device)
 
     evaluated, times, accuracies = zip(*curve, strict=True)
     return TrainingHistory(
@@ -171,7 +189,7 @@ def _check(
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
-    draw = batch_size if sampling == "uniform" else batch_size * candidate_ratio
+    draw = batch_size * candidate_ratio if sampling == "minimal_margin" else batch_size
     if draw > len(data.train_target):
         raise ValueError(
             f"batch_size: expected at most {len(data.train_target)} draws per update, the number "
@@ -189,6 +207,22 @@ def _draw(
         yield from order[: samples - samples % count].split(count)
 
 
+def _draw_stale(
+    dynamics: TrainingDynamics,
+    batch_size: int,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Yield batches of the sampler's epochs, without end."""
+    source = "cpu" if generator is None else generator.device
+    seed = torch.randint(2**62, (), generator=generator, device=source).item()
+    sampler = MarginSampler(dynamics, seed=int(seed))
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        order = torch.tensor(list(sampler), dtype=torch.int64).to(device)
+        yield from order[: len(order) - len(order) % batch_size].split(batch_size)
+
+
 def _test_accuracy(network: nn.Module, data: ClassificationData) -> float:
     predicted = predict(network, data.test_inputs).argmax(1)
     return (predicted == data.test_target).double().mean().item()
@@ -203,7 +237,9 @@ def _margins(
         return classification_margin(logits, data.train_target, log_norm=norm).cpu()
 
 
-def _synchronize(device: torch.device) -> None:
-    """Wait for the device, so that the measured time includes all work that is queued."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def _clock(device: torch.device) -> float:
+    """Seconds of this process on the CPU, or of the wall clock after all work of a GPU is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -3,30 +3,86 @@
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .loop import Sampling, TrainingHistory
 
-LABELS: dict[Sampling, str] = {"uniform": "uniform", "minimal_margin": "minimal margin"}
-Results = Mapping[Sampling, Sequence[TrainingHistory]]
+LABELS: dict[Sampling, str] = {
+    "uniform": "uniform",
+    "stale_margin": "stale margins",
+    "minimal_margin": "minimal margin",
+}
+_WINS: dict[Sampling, str] = {
+    "uniform": "uniform sampling wins",
+    "stale_margin": "stale margins win",
+    "minimal_margin": "minimal margin wins",
+}
+Budgets = Mapping[int, Sequence[TrainingHistory]]
+"""The runs of one sampling, one for each seed, by their numbers of updates."""
+Results = Mapping[Sampling, Budgets]
 
 
-def table(results: Results) -> str:
-    """The table of results, one line per sampling, mean and standard deviation over the seeds."""
+class Curve(NamedTuple):
+    """The means over the seeds at every evaluation of one budget."""
+
+    seconds: list[float]
+    accuracy: list[float]
+
+
+def mean_curve(runs: Sequence[TrainingHistory]) -> Curve:
+    """The mean time and accuracy at every evaluation."""
+    return Curve(
+        [statistics.fmean(values) for values in zip(*(run.seconds for run in runs), strict=True)],
+        [
+            statistics.fmean(values)
+            for values in zip(*(run.test_accuracy for run in runs), strict=True)
+        ],
+    )
+
+
+def target_accuracy(results: Results) -> float:
+    """The final accuracy of the longest uniform runs."""
+    return mean_curve(longest(results["uniform"])).accuracy[-1]
+
+
+def time_to_reach(accuracy: float, budgets: Budgets) -> float | None:
+    """The time of the first evaluation at which a budget reaches an accuracy; None if none does."""
+    times = [
+        seconds
+        for runs in budgets.values()
+        for seconds, reached in zip(*mean_curve(runs), strict=True)
+        if reached >= accuracy
+    ]
+    return min(times, default=None)
+
+
+def table(results: Results, unit: str) -> str:
+    """The table of results, one line per sampling and budget.
+
+    Args:
+        results: The runs.
+        unit: What the times are: ``"CPU seconds"`` or ``"seconds"``.
+    """
+    target = target_accuracy(results)
     rows = [
-        ("sampling", "test accuracy", "updates", "back-propagated", "scored", "seconds"),
+        (
+            *("sampling", "updates", "test accuracy", "back-propagated", "scored", unit),
+            f"until {100 * target:.2f} %",
+        ),
         *(
             (
                 LABELS[sampling],
+                f"{updates:,}",
                 f"{_mean_and_deviation([100 * run.test_accuracy[-1] for run in runs])} %",
-                f"{runs[0].updates[-1]:,}",
                 f"{runs[0].samples_trained:,}",
                 f"{runs[0].samples_scored:,}",
                 _mean_and_deviation([run.seconds[-1] for run in runs]),
+                _seconds(time_to_reach(target, {updates: runs})),
             )
-            for sampling, runs in results.items()
+            for sampling, budgets in results.items()
+            for updates, runs in budgets.items()
         ),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -37,54 +93,52 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def conclusion(results: Results, candidate_ratio: int) -> str:
-    """The results in words, for any winner."""
-    accuracy = {
-        sampling: [100 * run.test_accuracy[-1] for run in runs]
-        for sampling, runs in results.items()
-    }
-    seconds = {
-        sampling: statistics.fmean(run.seconds[-1] for run in runs)
-        for sampling, runs in results.items()
-    }
-    uniform, selected = (statistics.fmean(accuracy[sampling]) for sampling in LABELS)
-    difference = selected - uniform
-    updates = results["uniform"][0].updates[-1]
-    spread = max(map(_deviation, accuracy.values()))
-    if len(accuracy["uniform"]) == 1:
-        verdict = "One seed does not show whether this is more than chance."
-    elif abs(difference) <= spread:
-        verdict = (
-            f"This is within the spread over the seeds ({spread:.2f} points), so there is no clear "
-            "winner."
-        )
-    else:
-        winner = "minimal-margin selection" if difference > 0 else "uniform sampling"
-        verdict = (
-            f"This is more than the spread over the seeds ({spread:.2f} points), so {winner} wins."
-        )
-    factor = seconds["minimal_margin"] / seconds["uniform"]
-    return (
-        f"After {updates:,} {'update' if updates == 1 else 'updates'}, minimal-margin selection "
-        f"reached {selected:.2f} % test accuracy and uniform sampling reached {uniform:.2f} %. "
-        f"The difference is {difference:+.2f} points. {verdict} Selection scored "
-        f"{candidate_ratio} candidates per trained sample and took {factor:.1f} times as long."
-    )
+def conclusion(results: Results, candidate_ratio: int, unit: str) -> str:
+    """The results in words, for any winner: a line for the baseline and for each other sampling."""
+    target = target_accuracy(results)
+    baseline = time_to_reach(target, results["uniform"])
+    assert baseline is not None
+    updates = max(results["uniform"])
+    lines = [
+        f"Uniform sampling ends at {100 * target:.2f} % test accuracy after {updates:,} "
+        f"{'update' if updates == 1 else 'updates'}. It first reached this accuracy after "
+        f"{baseline:.2f} {unit}."
+    ]
+    for sampling, cost in (
+        ("stale_margin", "They score nothing."),
+        ("minimal_margin", f"It scores {candidate_ratio} candidates for each trained sample."),
+    ):
+        time = time_to_reach(target, results[sampling])
+        if time is None:
+            text = "did not reach it"
+        elif time <= baseline:
+            text = f"reached it after {time:.2f}: {baseline / max(time, 1e-9):.1f} times as fast"
+        else:
+            text = f"reached it after {time:.2f}: {time / max(baseline, 1e-9):.1f} times as long"
+        verdict = _verdict(results, sampling, target, baseline)
+        lines.append(f"{LABELS[sampling].capitalize()} {text}. {verdict} {cost}")
+    return "\n".join(lines)
 
 
-def report(results: Results, options: argparse.Namespace) -> dict[str, Any]:
+def report(results: Results, options: argparse.Namespace, unit: str) -> dict[str, Any]:
     """Settings and results, as values that JSON can hold."""
-    settings = {
-        name: getattr(options, name)
-        for name in ("data", "updates", "batch_size", "candidates", "learning_rate", "threads")
-    }
+    names = (
+        *("data", "updates", "batch_size", "candidates", "learning_rate", "label_noise"),
+        "threads",
+    )
     levels = torch.tensor([0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0])
+    target = target_accuracy(results)
     return {
-        **settings,
+        **{name: getattr(options, name) for name in names},
         "hidden": list(options.hidden),
         "device": str(options.device),
         "torch": torch.__version__,
-        "conclusion": conclusion(results, options.candidates),
+        "unit": unit,
+        "conclusion": conclusion(results, options.candidates, unit),
+        "target_accuracy": target,
+        "time_to_target": {
+            sampling: time_to_reach(target, budgets) for sampling, budgets in results.items()
+        },
         "quantile_levels": [round(level, 2) for level in levels.tolist()],
         "runs": [
             {
@@ -98,10 +152,44 @@ def report(results: Results, options: argparse.Namespace) -> dict[str, Any]:
                 "margin_quantiles_before": run.margins_before.quantile(levels).tolist(),
                 "margin_quantiles_after": run.margins_after.quantile(levels).tolist(),
             }
-            for sampling, runs in results.items()
+            for sampling, budgets in results.items()
+            for runs in budgets.values()
             for seed, run in enumerate(runs)
         ],
     }
+
+
+def _verdict(results: Results, sampling: Sampling, target: float, baseline: float) -> str:
+    """Whether the seeds differ too much to say who is faster.
+
+    A sampling wins if it is faster even to a target that is higher by the spread over the seeds.
+    Uniform sampling wins if the other is slower even to a target that is lower by the spread.
+    """
+    finals = [longest(results[name]) for name in ("uniform", sampling)]
+    if len(finals[0]) == 1:
+        return "One seed does not show whether this is more than chance."
+    spread = max(_deviation([run.test_accuracy[-1] for run in runs]) for runs in finals)
+    above = time_to_reach(target + spread, results[sampling])
+    below = time_to_reach(target - spread, results[sampling])
+    if above is not None and above < baseline:
+        winner = _WINS[sampling]
+    elif below is None or below > baseline:
+        winner = _WINS["uniform"]
+    else:
+        return (
+            f"This is within the spread over the seeds ({100 * spread:.2f} points), so there is no "
+            "clear winner."
+        )
+    return f"This is more than the spread over the seeds ({100 * spread:.2f} points), so {winner}."
+
+
+def longest(budgets: Budgets) -> Sequence[TrainingHistory]:
+    """The runs of the largest number of updates."""
+    return budgets[max(budgets)]
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _deviation(values: Sequence[float]) -> float:
