@@ -8,7 +8,10 @@ from .dynamics import TrainingDynamics
 from .frontier import Gain
 from .indexed import Indexed
 from .inversion import InversionMonitor
+from .margin_sampler import MarginSampler
+from .policies import BelowMeanLoss, SmallestMargins, Uniform
 from .runs import Stopwatch, TrainingRun
+from .sampler import WeightedSampler
 from .selection import select_batch
 from .stability import straggler_stability
 
@@ -16,14 +19,19 @@ if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
+    "BelowMeanLoss",
     "Comparison",
     "EpochReport",
     "Gain",
     "Indexed",
     "InversionMonitor",
+    "MarginSampler",
+    "SmallestMargins",
     "Stopwatch",
     "TrainingDynamics",
     "TrainingRun",
+    "Uniform",
+    "WeightedSampler",
     "batch_size",
     "compare",
     "report_epoch",

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from .. import _advice as advice
 from .. import _checks as checks
-from ..ops.dynamics import COUNTS, VALUES, empty_state, update_dynamics_op
+from ..ops.dynamics import DynamicsState, empty_state, update_dynamics_op
 from ..ops.statistics import SampleStatistics, sample_statistics
+from . import _dynamics_file as files
+from . import _dynamics_merge as merging
 from . import _dynamics_state as states
+from ._dynamics_values import DynamicsValues
 
 
-class TrainingDynamics:
+class TrainingDynamics(DynamicsValues):
     r"""What a training run saw of every sample, collected in the training loop itself.
 
     :meth:`update` takes the place of ``F.cross_entropy``. It computes the statistics of the batch
@@ -55,8 +58,9 @@ class TrainingDynamics:
         decay: The weight of the past in ``margin_average``, in [0, 1).
         device: The device of the state. With a state on another device than the logits, each
             update copies the statistics of the batch there, and waits for a GPU.
-        path: A new file that holds the state, mapped into memory, for states that are larger than
-            the memory. It is an error if there is a file. :meth:`open` opens it again.
+        path: A new file for the state, 4096 bytes and 56 a sample, which is mapped into memory. It
+            is for states that are larger than the memory. It is an error if the file exists, and
+            :meth:`open` opens it again. The file has no ``weights``.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type or value.
@@ -95,12 +99,47 @@ class TrainingDynamics:
     ) -> None:
         checks.check_int("num_samples", num_samples, 1)
         states.check_decay(decay)
-        self.num_samples = int(num_samples)
-        self.decay = float(decay)
+        if path is None:
+            state = empty_state(int(num_samples), device)
+        else:
+            if torch.device(device).type != "cpu":
+                raise ValueError(f"device: expected cpu for a state in a file, got {device}")
+            state = files.create(path, int(num_samples), float(decay))
+        self._set(int(num_samples), float(decay), state)
+
+    def _set(self, num_samples: int, decay: float, state: DynamicsState) -> None:
+        self.num_samples = num_samples
+        self.decay = decay
         self.weights: Tensor | None = None
         self.weights_version = -1
-        self._state = empty_state(self.num_samples, device)
-        self._common_nonfinite = 0
+        self._state = state
+        # The visits that all ranks knew of at the last sync.
+        self._common_nonfinite = int(state.totals[1])
+
+    @classmethod
+    def open(cls, path: str | PathLike[str]) -> TrainingDynamics:
+        """Open the file of a state that was made with ``path``, and go on with it.
+
+        Args:
+            path: The file. Its state changes with every update, so it is no checkpoint.
+
+        Raises:
+            ValueError: The file is no state, or it is damaged.
+            OSError: There is no file, it cannot be read and written, or other dynamics have it
+                open.
+
+        Example:
+            >>> import tempfile
+            >>> from marginops.training import TrainingDynamics
+            >>> path = tempfile.mkdtemp() + "/dynamics"
+            >>> dynamics = TrainingDynamics(num_samples=1000, path=path)
+            >>> del dynamics  # closes the file
+            >>> TrainingDynamics.open(path)
+            TrainingDynamics(num_samples=1000, decay=0.5, device=cpu)
+        """
+        dynamics = cls.__new__(cls)
+        dynamics._set(*files.open_existing(path))
+        return dynamics
 
     def update(
         self,
@@ -200,103 +239,11 @@ class TrainingDynamics:
                 f"batch, got {list(indices.shape)}"
             )
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the state."""
-        return self._state.values.device
-
-    @property
-    def num_updates(self) -> int:
-        """The number of updates so far. Reading it waits for the GPU."""
-        return int(self._state.totals[0])
-
-    @property
-    def num_nonfinite(self) -> int:
-        """The number of visits with values that are not finite. Reading it waits for the GPU."""
-        return int(self._state.totals[1])
-
-    @property
-    def margin(self) -> Tensor:
-        """The margin as last seen."""
-        return self._last("margin")
-
-    @property
-    def score(self) -> Tensor:
-        """The score as last seen."""
-        return self._last("score")
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss as last seen."""
-        return self._last("loss")
-
-    @property
-    def margin_average(self) -> Tensor:
-        """The moving average of the margin."""
-        return self._mean("margin_average")
-
-    @property
-    def aum(self) -> Tensor:
-        """The mean margin, which is the area under the margin."""
-        return self._mean("margin_mean")
-
-    @property
-    def confidence(self) -> Tensor:
-        """The mean confidence."""
-        return self._mean("confidence_mean")
-
-    @property
-    def variability(self) -> Tensor:
-        """The standard deviation of the confidence over all visits."""
-        return (self._value("confidence_m2") / self._count("count")).sqrt_()
-
-    @property
-    def el2n(self) -> Tensor:
-        """The mean EL2N."""
-        return self._mean("el2n_mean")
-
-    @property
-    def correctness(self) -> Tensor:
-        """The share of visits at which the sample was correct."""
-        return self._count("correct") / self._count("count")
-
-    @property
-    def count(self) -> Tensor:
-        """The number of visits."""
-        return self._count("count").clone()
-
-    @property
-    def forgetting(self) -> Tensor:
-        """How often the sample was forgotten."""
-        return self._count("forgotten").clone()
-
-    @property
-    def learnt(self) -> Tensor:
-        """Whether the sample was ever correct."""
-        return self._count("learnt") > 0
-
-    @property
-    def last_step(self) -> Tensor:
-        """The number of the update that saw the sample last."""
-        return self._state.last_seen >> 32
-
-    def _value(self, name: str) -> Tensor:
-        return self._state.values[:, VALUES.index(name)]
-
-    def _count(self, name: str) -> Tensor:
-        return self._state.counts[:, COUNTS.index(name)]
-
-    def _last(self, name: str) -> Tensor:
-        return torch.where(self._state.last_seen < 0, torch.nan, self._value(name))
-
-    def _mean(self, name: str) -> Tensor:
-        return torch.where(self._count("count") == 0, torch.nan, self._value(name))
-
     def state_dict(self) -> dict[str, Any]:
         """The state, for ``torch.save``; ``torch.load(..., weights_only=True)`` reads it.
 
         Returns:
-            Numbers and tensors on the CPU, copies of 52 bytes a sample, and 4 more with weights.
+            Numbers and tensors on the CPU, copies of 56 bytes a sample, and 4 more with weights.
         """
         return states.to_dict(self)
 
@@ -311,6 +258,46 @@ class TrainingDynamics:
                 damaged. The dynamics stay as they were.
         """
         states.load_dict(self, state_dict)
+
+    def merge(self, other: TrainingDynamics) -> None:
+        """Add the visits of other dynamics of the same samples, such as those of another run.
+
+        Counts and means are those of all visits; the variance is merged as Chan, Golub, LeVeque
+        (1983) do. Where both saw a sample, the one with the larger ``last_step`` has its last
+        visits, and these dynamics if the steps are equal: ``margin``, ``loss``, ``score`` and
+        ``margin_average`` are those of the last visits. ``num_updates`` is the larger of both
+        numbers, and ``weights`` stay.
+
+        Args:
+            other: Dynamics with the same ``num_samples`` and ``decay``, on any device.
+
+        Raises:
+            TypeError, ValueError: ``other`` has other arguments, or is no other dynamics.
+        """
+        if not isinstance(other, TrainingDynamics):
+            raise TypeError(f"other: expected TrainingDynamics, got {type(other).__name__}")
+        merging.merge(self, other)
+
+    def sync(self, group: Any = None) -> None:
+        """Give all processes of a group what each of them saw since the last sync.
+
+        Call it on every rank at the end of an epoch. If each sample was seen on one rank since the
+        last sync, the state then is, bit for bit, the one of a single process that saw the batches
+        of all ranks as one. Otherwise the record of the rank that saw the sample last wins, and of
+        the lowest rank if several saw it in the same step. The other visits since the last sync do
+        not count then.
+
+        Args:
+            group: A ``torch.distributed`` group; None for the default group. Without an
+                initialised default group there is one process, and nothing to do.
+
+        Raises:
+            TypeError, ValueError: The arguments or the past of the ranks differ. Every rank raises.
+
+        A call exchanges one small message and two tensors for each 2**20 samples, 56 bytes a
+        sample. To resume, save the state of one rank after a sync and load it on all ranks.
+        """
+        merging.sync(self, group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"device": str(self.device), "state": self.state_dict()}
