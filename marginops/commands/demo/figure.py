@@ -14,7 +14,7 @@ from matplotlib.ticker import (
 )
 from torch import Tensor
 
-from .loop import Sampling, TrainingHistory
+from .loop import Sampling
 from .noise import NoiseReport
 from .report import LABELS, Results, longest, target_accuracy, time_to_reach
 

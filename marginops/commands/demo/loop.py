@@ -1,6 +1,7 @@
 """The training loop of ``marginops demo``, with each of the samplings that it compares."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def train(
     if sampling == "stale_margin":
         if dynamics is None:
             dynamics = TrainingDynamics(len(target), device=target.device)
-        draws = _draw_stale(dynamics, batch_size, generator, target.device)
+        draws = _draw_stale(dynamics, updates, batch_size, generator, target.device)
     else:
         draws = _draw(len(target), count, generator, target.device)
 
@@ -189,12 +190,23 @@ def _check(
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
+    samples = len(data.train_target)
     draw = batch_size * candidate_ratio if sampling == "minimal_margin" else batch_size
-    if draw > len(data.train_target):
+    if draw > samples:
         raise ValueError(
-            f"batch_size: expected at most {len(data.train_target)} draws per update, the number "
-            f"of training samples, got {draw}; lower batch_size or candidate_ratio"
+            f"batch_size: expected at most {samples} draws per update, the number of training "
+            f"samples, got {draw}; lower batch_size or candidate_ratio"
         )
+    if sampling == "stale_margin" and batch_size > samples_an_epoch(samples):
+        raise ValueError(
+            f"batch_size: expected at most {samples_an_epoch(samples)}, the number of samples that "
+            f"an epoch visits, got {batch_size}"
+        )
+
+
+def samples_an_epoch(samples: int) -> int:
+    """How many of the training samples an epoch of stale margins visits."""
+    return len(MarginSampler(TrainingDynamics(samples)))
 
 
 def _draw(
@@ -209,6 +221,7 @@ def _draw(
 
 def _draw_stale(
     dynamics: TrainingDynamics,
+    updates: int,
     batch_size: int,
     generator: torch.Generator | None,
     device: torch.device,
@@ -216,10 +229,11 @@ def _draw_stale(
     """Yield batches of the sampler's epochs, without end."""
     source = "cpu" if generator is None else generator.device
     seed = torch.randint(2**62, (), generator=generator, device=source).item()
-    sampler = MarginSampler(dynamics, seed=int(seed))
+    num_epochs = math.ceil(updates / (len(MarginSampler(dynamics)) // batch_size))
+    sampler = MarginSampler(dynamics, num_epochs=num_epochs, seed=int(seed))
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
-        order = torch.tensor(list(sampler), dtype=torch.int64).to(device)
+        order = torch.tensor(list(sampler)).to(device)
         yield from order[: len(order) - len(order) % batch_size].split(batch_size)
 
 

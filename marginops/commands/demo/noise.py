@@ -1,12 +1,10 @@
 """Wrong labels on purpose, and how many of them ``label_issues`` finds."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ...training import TrainingDynamics
 from ..data import ClassificationData
 
 
@@ -32,3 +30,10 @@ def flip_labels(
     target = data.train_target.cpu().clone()
     target[rows] = (target[rows] + shift) % data.num_classes
     return replace(data, train_target=target.to(data.train_target.device)), flipped
+
+
+class NoiseReport: ...
+
+
+def find_flipped(dynamics, flipped):
+    return None

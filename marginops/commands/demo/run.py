@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...norms import log_norm_product
-from ...training import MarginSampler, TrainingDynamics
+from ...training import TrainingDynamics
 from .. import console
 from ..data import ClassificationData
 from ..options import (
@@ -19,7 +19,7 @@ from ..options import (
     share,
 )
 from ..preparation import describe, execute, finish, mlp, prepare
-from .loop import Sampling, TrainingHistory, train
+from .loop import Sampling, TrainingHistory, samples_an_epoch, train
 from .noise import NoiseReport, find_flipped, flip_labels
 from .report import LABELS, Results, conclusion, report, table
 
@@ -192,7 +192,7 @@ def _check_batches(data: ClassificationData, options: argparse.Namespace) -> Non
             f"--batch-size times --candidates: expected at most {samples}, the number of training "
             f"samples, got {options.batch_size} times {options.candidates}; lower one of the two"
         )
-    visited = len(MarginSampler(TrainingDynamics(samples)))
+    visited = samples_an_epoch(samples)
     if options.batch_size > visited:
         raise UsageError(
             f"--batch-size: expected at most {visited}, the number of training samples that an "
