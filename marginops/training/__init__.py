@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .batches import batch_size, take, to_device
 from .comparison import Comparison, compare
+from .data_map import DataMap
 from .dynamics import TrainingDynamics
 from .frontier import Gain
 from .indexed import Indexed
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BelowMeanLoss",
     "Comparison",
+    "DataMap",
     "EpochReport",
     "Gain",
     "Indexed",
