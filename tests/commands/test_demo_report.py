@@ -63,9 +63,7 @@ def test_the_table_has_a_line_for_each_sampling_and_budget() -> None:
 
 
 WINS = "This is more than the spread over the seeds "
-CHANCE = (
-    r"This is within the spread over the seeds \(\d\.\d\d points\), so there is no clear win"
-)
+CHANCE = r"This is within the spread over the seeds \(\d\.\d\d points\), so there is no clear win"
 
 
 @pytest.mark.parametrize(
