@@ -9,6 +9,7 @@ from .dynamics import TrainingDynamics
 from .frontier import Gain
 from .indexed import Indexed
 from .inversion import InversionMonitor
+from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
 from .margin_sampler import MarginSampler
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
 from .runs import Stopwatch, TrainingRun
@@ -27,9 +28,11 @@ __all__ = [
     "Gain",
     "Indexed",
     "InversionMonitor",
+    "LabelIssues",
     "MarginSampler",
     "SmallestMargins",
     "Stopwatch",
+    "ThresholdSamples",
     "TrainingDynamics",
     "TrainingRun",
     "Uniform",
@@ -40,6 +43,7 @@ __all__ = [
     "select_batch",
     "straggler_stability",
     "take",
+    "threshold_samples",
     "to_device",
 ]
 

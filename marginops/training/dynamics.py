@@ -17,6 +17,7 @@ from . import _dynamics_merge as merging
 from . import _dynamics_state as states
 from ._dynamics_values import DynamicsValues
 from .data_map import DataMap, data_map, to_table
+from .label_issues import LabelIssues, label_issues
 
 
 class TrainingDynamics(DynamicsValues):
@@ -245,6 +246,46 @@ class TrainingDynamics(DynamicsValues):
                 damaged. The dynamics stay as they were.
         """
         states.load_dict(self, state_dict)
+
+    def label_issues(
+        self,
+        by: str = "aum",
+        *,
+        threshold_samples: Tensor | None = None,
+        percentile: float = 99.0,
+    ) -> LabelIssues:
+        """All samples that were seen, the one with the most suspicious label first.
+
+        A wrong label contradicts what the network learns from the other samples. So the margin of
+        the sample is small for most of the training, even if the network learns it by heart later.
+
+        Args:
+            by: The score, of which small values are suspicious: ``"aum"`` (Pleiss et al., 2020),
+                ``"confidence"`` (Swayamdipta et al., 2020), ``"margin_average"``, ``"margin"`` or
+                ``"correctness"``.
+            threshold_samples: ``[K]`` int64, samples that were trained with a label that is
+                certainly wrong, see :func:`marginops.training.threshold_samples`. Their scores tell
+                where wrong labels begin, and they are left out of the result.
+            percentile: The percentile of their scores at which the threshold lies, in [0, 100]. The
+                paper takes 99.
+
+        Returns:
+            :class:`marginops.training.LabelIssues` on the device of the state. Without threshold
+            samples the result is an order: how many labels are wrong is for the user to say.
+
+        Raises:
+            TypeError, ValueError: An argument has the wrong type or value.
+
+        Example:
+            >>> import torch
+            >>> from marginops.training import TrainingDynamics
+            >>> dynamics = TrainingDynamics(num_samples=3)
+            >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
+            >>> _ = dynamics.update(torch.arange(3), logits, torch.tensor([0, 1, 1]))
+            >>> dynamics.label_issues().indices
+            tensor([1, 0, 2])
+        """
+        return label_issues(self, by, threshold_samples, percentile)
 
     def data_map(self) -> DataMap:
         """Confidence and variability of the samples, as numbers and as a figure.
