@@ -12,16 +12,20 @@ from .inversion import InversionMonitor
 from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
 from .margin_sampler import MarginSampler
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
+from .reduction import ReductionSampler
 from .runs import Stopwatch, TrainingRun
 from .sampler import WeightedSampler
 from .selection import select_batch
 from .stability import straggler_stability
+from .strata import BetaWindow, RankPower, Strata
+from .weighted_sampler import WeightedSampler
 
 if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
     "BelowMeanLoss",
+    "BetaWindow",
     "Comparison",
     "DataMap",
     "EpochReport",
@@ -30,8 +34,11 @@ __all__ = [
     "InversionMonitor",
     "LabelIssues",
     "MarginSampler",
+    "RankPower",
+    "ReductionSampler",
     "SmallestMargins",
     "Stopwatch",
+    "Strata",
     "ThresholdSamples",
     "TrainingDynamics",
     "TrainingRun",

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import _checks as checks
-from .agreement import check_agreement, together
-from .class_floor import with_class_floor
+from .class_floor import checked_labels, with_class_floor
 from .dynamics import TrainingDynamics
+from .dynamics_sampler import DynamicsSampler, check_dynamics
 from .order import as_weights
 from .policies import SmallestMargins, check_share
-from .sampler import EpochSampler, check_weights
+from .weighted_sampler import check_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 Policy = Callable[[TrainingDynamics, int, Tensor | None], Tensor]
 
 
-class MarginSampler(EpochSampler):
+class MarginSampler(DynamicsSampler):
     """Draws each epoch by what :class:`TrainingDynamics` saw of every sample.
 
     :meth:`set_epoch` computes weights from the dynamics and keeps them there, and the order is a
@@ -101,8 +99,7 @@ class MarginSampler(EpochSampler):
         group: ProcessGroup | None = None,
         drop_last: bool = False,
     ) -> None:
-        if not isinstance(dynamics, TrainingDynamics):
-            raise TypeError(f"dynamics: expected TrainingDynamics, got {type(dynamics).__name__}")
+        check_dynamics(dynamics)
         if not callable(policy):
             raise TypeError(
                 "policy: expected a policy such as SmallestMargins(), or a function of dynamics, "
@@ -116,23 +113,18 @@ class MarginSampler(EpochSampler):
                     "None"
                 )
             num_samples = math.ceil(round(keep * dynamics.num_samples, 6))
-        if num_replicas is None:
-            num_replicas = 1 if group is None else dist.get_world_size(group)
-        if rank is None:
-            rank = 0 if group is None else dist.get_rank(group)
-        population = dynamics.num_samples
-        super().__init__(population, num_samples, seed, num_replicas, rank, drop_last)
+        super().__init__(dynamics, num_samples, seed, num_replicas, rank, group, drop_last)
         check_share("anneal", anneal)
         if num_epochs is not None:
             checks.check_int("num_epochs", num_epochs, 1)
         if uniform_above is not None:
             check_share("uniform_above", uniform_above)
-        check_share("class_floor", class_floor, num_samples / population)
+        check_share("class_floor", class_floor, num_samples / self.population)
         if class_floor > 0 and labels is None:
             raise ValueError("labels: expected a tensor [N] with class_floor, got None")
         if labels is not None:
-            labels = _checked_labels(labels, population)
-        self.dynamics, self.policy, self.group = dynamics, policy, group
+            labels = checked_labels(labels, self.population)
+        self.policy = policy
         self._labels, self._class_floor = labels, class_floor
         self._uniform_above = uniform_above
         self._uniform_from = (
@@ -140,21 +132,7 @@ class MarginSampler(EpochSampler):
             if num_epochs is None
             else num_epochs - math.ceil(round(anneal * num_epochs, 6))
         )
-        self._loaded_version = -1
         self._inverse: tuple[Tensor, float | None] | None = None
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch: compute its weights, unless the dynamics hold them already.
-
-        With ``group`` this is a collective call, which syncs the dynamics. If an argument differs
-        between the ranks, or one rank has an error, all ranks get an error.
-
-        Args:
-            epoch: The number of the epoch, 0 <= epoch < 2**63. The epoch of a loaded state goes on
-                at its position; every other epoch begins anew.
-        """
-        super().set_epoch(epoch)
-        self._prepare()
 
     def loss_weights(self, indices: Tensor) -> Tensor:
         """The inverse of the probability with which the current epoch visits a sample.
@@ -209,55 +187,6 @@ class MarginSampler(EpochSampler):
             self._inverse = weights, others / max(visits, 1) if exact else None
         return self._inverse[1]
 
-    def _drawn_weights(self) -> tuple[Tensor, int]:
-        if self.dynamics.weights_version != self.epoch:
-            self._prepare()
-        assert self.dynamics.weights is not None
-        return self.dynamics.weights.cpu(), self.epoch
-
-    def _version(self) -> int:
-        return self.dynamics.weights_version
-
-    def _load(self, epoch: int, position: int, version: int) -> None:
-        if position > 0 and version != epoch:
-            raise ValueError(
-                f"state_dict: expected weights_version {epoch}, that of its epoch, got {version}"
-            )
-        self.epoch, self._position, self._loaded_version = epoch, position, version
-
-    def _prepare(self) -> None:
-        """Let the dynamics hold the weights of the current epoch."""
-        dynamics, epoch = self.dynamics, self.epoch
-        if self.group is not None:
-            check_agreement(self.group, self._facts())
-        if dynamics.weights_version == epoch and dynamics.weights is not None:
-            check_weights("dynamics.weights", dynamics.weights, self.epoch_size)
-            return
-        if self._loaded_version == epoch:
-            raise ValueError(
-                f"dynamics: expected the weights of epoch {epoch}, in which the loaded state "
-                f"stopped, got those of epoch {dynamics.weights_version}; load the state of the "
-                "dynamics that was saved with the state of the sampler"
-            )
-        if self.group is not None:
-            dynamics.sync(self.group)
-        dynamics.weights = together(self.group, self._compute, _checksum)
-        dynamics.weights_version = epoch
-
-    def _facts(self) -> dict[str, int | float]:
-        """What has to be equal on all ranks."""
-        return {
-            "dynamics.num_samples": self.population,
-            "num_samples": self.epoch_size,
-            "seed": self.seed,
-            "num_replicas": self.num_replicas,
-            "drop_last": self.drop_last,
-            "epoch": self.epoch,
-            "position of the loaded state": self._position,
-            "weights_version of the loaded state": self._loaded_version,
-            "dynamics.weights_version": self.dynamics.weights_version,
-        }
-
     def _compute(self) -> Tensor:
         """The weights of the current epoch."""
         dynamics, k = self.dynamics, self.epoch_size
@@ -289,22 +218,3 @@ class MarginSampler(EpochSampler):
         if self._uniform_above is None:
             return False
         return int((self.dynamics.margin > 0).sum()) > self._uniform_above * self.population
-
-
-def _checksum(weights: Tensor) -> int:
-    return zlib.crc32(weights.numpy().data)
-
-
-def _checked_labels(labels: Any, population: int) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: expected a tensor [N], got {type(labels).__name__}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
-    if list(labels.shape) != [population]:
-        raise ValueError(
-            f"labels: expected shape [{population}], one class for each sample, "
-            f"got {list(labels.shape)}"
-        )
-    if population and int(labels.min()) < 0:
-        raise ValueError(f"labels: expected classes >= 0, got {int(labels.min())}")
-    return labels.cpu()

@@ -1,8 +1,7 @@
-"""Samplers whose epochs are pure functions of seed, epoch and weights."""
+"""What all samplers share: an order of each epoch, its share for each rank, and its position."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from .. import _checks as checks
-from .order import as_weights, epoch_order
+from .order import epoch_order, repeated_order
 
 _VERSION = 1
 _STATE = ("version", "seed", "epoch", "position", "weights_version")
@@ -25,10 +24,11 @@ class EpochSampler(DistributedSampler[int]):
 
     Attributes:
         epoch: The number of the epoch that :meth:`__iter__` begins or continues.
-        epoch_size: How many samples an epoch visits on all ranks together, without padding.
         num_samples: How many samples this rank visits in an epoch.
         total_size: ``num_samples * num_replicas``.
     """
+
+    _repeats = False  # whether an epoch may visit a sample several times
 
     def __init__(
         self,
@@ -61,6 +61,8 @@ class EpochSampler(DistributedSampler[int]):
                 f"num_samples: expected at least num_replicas, {num_replicas}, with drop_last, "
                 f"got {epoch_size}"
             )
+        self.population = population
+        self._position = 0
         super().__init__(
             range(epoch_size),  # type: ignore[arg-type]
             num_replicas=num_replicas,
@@ -68,9 +70,24 @@ class EpochSampler(DistributedSampler[int]):
             seed=seed,
             drop_last=drop_last,
         )
-        self.population = population
-        self.epoch_size = epoch_size
-        self._position = 0
+
+    @property
+    def epoch_size(self) -> int:
+        """How many samples an epoch visits on all ranks together, without padding."""
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def _resize(self, epoch_size: int) -> None:
+        """Change the length of this epoch."""
+        epoch = self.epoch
+        DistributedSampler.__init__(
+            self,
+            range(epoch_size),  # type: ignore[arg-type]
+            num_replicas=self.num_replicas,
+            rank=self.rank,
+            seed=self.seed,
+            drop_last=self.drop_last,
+        )
+        self.epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next.
@@ -88,7 +105,7 @@ class EpochSampler(DistributedSampler[int]):
     def __iter__(self) -> EpochIterator:
         """The ids of this rank in the current epoch, from the position of a loaded state on."""
         weights, version = self._drawn_weights()
-        draw = Draw(weights, self.population, self.epoch_size, self.seed, self.epoch, version)
+        draw = Draw(weights, self.epoch_size, self.seed, self.epoch, version, self._repeats)
         return EpochIterator(draw, self.num_replicas, self.rank, self.drop_last, self._position)
 
     def state_dict(self, position: int | None = None) -> dict[str, int]:
@@ -135,7 +152,7 @@ class EpochSampler(DistributedSampler[int]):
             )
         self.epoch, self._position = epoch, position
 
-    def _drawn_weights(self) -> tuple[Tensor | None, int]:
+    def _drawn_weights(self) -> tuple[Tensor, int]:
         """The weights of the current epoch, and their version."""
         raise NotImplementedError
 
@@ -147,12 +164,19 @@ class EpochSampler(DistributedSampler[int]):
 class Draw(NamedTuple):
     """All that an order of an epoch depends on."""
 
-    weights: Tensor | None
-    population: int
+    weights: Tensor
     epoch_size: int
     seed: int
     epoch: int
     weights_version: int
+    repeats: bool
+
+    def order(self) -> Tensor:
+        """The ids of the epoch on all ranks."""
+        arguments = self.epoch_size, self.seed, self.epoch
+        if self.repeats and int((self.weights > 0).sum()) < self.epoch_size:
+            return repeated_order(self.weights.nonzero().squeeze(1), *arguments)
+        return epoch_order(self.weights, *arguments)
 
 
 class EpochIterator(Iterator[int]):
@@ -178,13 +202,12 @@ class EpochIterator(Iterator[int]):
 
     def _remaining(self) -> Iterator[int]:
         """The ids from the position on, which all ranks share evenly."""
-        weights, population, size, seed, epoch, _ = self._draw
-        step = self._num_replicas
+        size, step = self._draw.epoch_size, self._num_replicas
         remaining = max(size - self._position, 0)
         share = remaining // step if self._drop_last else -(-remaining // step)
         if share == 0:
             return
-        order = epoch_order(weights, population, size, seed, epoch)
+        order = self._draw.order()
         first = self._position + self._rank
         for begin in range(0, share, _CHUNK):
             places = torch.arange(begin, min(begin + _CHUNK, share)) * step + first
@@ -243,89 +266,3 @@ def _checked(state_dict: Any, seed: int, epoch_size: int) -> tuple[int, ...]:
     if weights_version < -1:
         raise ValueError(f"state_dict: expected weights_version >= -1, got {weights_version}")
     return numbers
-
-
-class WeightedSampler(EpochSampler):
-    r"""Draws samples without replacement by given weights, the same on all ranks.
-
-    Each of the k draws of an epoch takes a sample in proportion to the weights of the samples that
-    are left. This is the law of ``torch.multinomial`` without replacement, with no limit of
-    :math:`2^{24}` samples. All ids of an epoch are then shuffled. A pure function of (seed, epoch,
-    weights) gives the order, with the same bits on every machine.
-
-    With several ranks, rank r takes the elements r, r + R, r + 2R, ... of the order, R =
-    ``num_replicas``. As in ``torch.utils.data.DistributedSampler``, the order is padded from its
-    beginning to a multiple of R, or cut with ``drop_last``.
-
-    Args:
-        weights: ``[N]`` float32 or float64, on any device, in [0, inf]. A sample of weight 0 is
-            never drawn, and one of weight inf always. A positive weight below :math:`2^{-100}` of
-            the largest finite one counts as that share of it. The sampler keeps a copy.
-        num_samples: k, how many samples all ranks together visit in an epoch, at most the number
-            of positive weights and at least the number of infinite ones. The default is the number
-            of positive weights.
-        seed: 0 <= seed < 2**63.
-        num_replicas: The number of ranks.
-        rank: The number of this rank.
-        drop_last: Leave out the last k mod R samples of the order instead of padding it.
-
-    Raises:
-        TypeError, ValueError: An argument has the wrong type, dtype, shape or range.
-
-    :meth:`set_epoch` names the epoch; without it each iteration gives the same order. An epoch
-    takes O(N + k) time: for :math:`N = 10^6` about as long as two calls of ``torch.randperm(N)``.
-
-    The method is that of Efraimidis and Spirakis (2006), as an exponential race.
-
-    Example:
-        >>> import torch
-        >>> from marginops.training import WeightedSampler
-        >>> sampler = WeightedSampler(torch.tensor([0.0, 1.0, 1.0, torch.inf]), num_samples=2)
-        >>> sampler.set_epoch(3)
-        >>> ids = list(sampler)
-        >>> 3 in ids, 0 in ids, len(ids)
-        (True, False, 2)
-        >>> sampler.state_dict(position=1)["position"]
-        1
-    """
-
-    def __init__(
-        self,
-        weights: Tensor,
-        num_samples: int | None = None,
-        *,
-        seed: int = 0,
-        num_replicas: int = 1,
-        rank: int = 0,
-        drop_last: bool = False,
-    ) -> None:
-        checks.check_tensor("weights", weights, 1, "[N]")
-        check_weights("weights", weights, num_samples)
-        if num_samples is None:
-            num_samples = int((weights > 0).sum())
-        super().__init__(len(weights), num_samples, seed, num_replicas, rank, drop_last)
-        self._weights = as_weights(weights)
-        self._weights_version = zlib.crc32(self._weights.numpy().data)
-
-    def _drawn_weights(self) -> tuple[Tensor, int]:
-        return self._weights, self._weights_version
-
-
-def check_weights(name: str, weights: Tensor, num_samples: int | None) -> None:
-    """Check that ``num_samples`` samples can be drawn by ``weights``."""
-    wrong = ~(weights >= 0)
-    if wrong.any():
-        place = int(wrong.int().argmax())
-        raise ValueError(
-            f"{name}: expected numbers in [0, inf], got {weights[place].item()} for sample {place}"
-        )
-    positive, certain = int((weights > 0).sum()), int(weights.isposinf().sum())
-    if positive == 0:
-        raise ValueError(f"{name}: expected a positive weight, got {len(weights)} weights of 0")
-    if isinstance(num_samples, int) and not certain <= num_samples <= positive:
-        expected = (
-            f"at least num_samples, {num_samples}, positive weights, got {positive}"
-            if num_samples > positive
-            else f"at most num_samples, {num_samples}, infinite weights, got {certain}"
-        )
-        raise ValueError(f"{name}: expected {expected}")
