@@ -53,7 +53,8 @@ def prepare(
 
     Whatever can be noticed before the training is noticed here.
     """
-    _check_packages([*packages, *(["sklearn"] if arguments.data == "digits" else [])])
+    digits = ["sklearn"] if arguments.data == "digits" else []
+    _check_packages(list(dict.fromkeys([*packages, *digits])))
     _check_files(arguments)
     options = with_defaults(arguments, defaults)
     _check_device(options.device)

@@ -14,7 +14,6 @@ from .margin_sampler import MarginSampler
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
 from .reduction import ReductionSampler
 from .runs import Stopwatch, TrainingRun
-from .sampler import WeightedSampler
 from .selection import select_batch
 from .stability import straggler_stability
 from .strata import BetaWindow, RankPower, Strata

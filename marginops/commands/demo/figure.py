@@ -166,26 +166,8 @@ def _draw_margins(axes: Any, results: Results) -> None:
 
 
 def _draw_data_map(axes: Any, noise: NoiseReport) -> None:
-    for flipped, color, label in (
-        (False, _GREY, "given label"),
-        (True, _STYLES["minimal_margin"][0], "flipped label"),
-    ):
-        of = noise.flipped == flipped
-        axes.scatter(
-            noise.variability[of],
-            noise.confidence[of],
-            s=3,
-            alpha=0.3,
-            linewidths=0,
-            color=color,
-            label=label,
-            rasterized=True,
-        )
-    axes.set(
-        title="Data map of a uniform run",
-        xlabel="variability: standard deviation of the probability of the label",
-        ylabel="confidence: its mean",
-    )
+    noise.data_map.plot(axes, highlight=noise.flipped.nonzero().squeeze(1))
+    axes.set_title("Data map of a uniform run; ring: flipped label")
 
 
 def _inner_range(values: Tensor) -> Tensor:

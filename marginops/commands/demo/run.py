@@ -71,8 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    options, data = prepare(arguments, ["matplotlib", "tqdm"], _DEFAULTS)
-    _check_batches(data, options)
+    packages = ["matplotlib", "tqdm", *(["sklearn"] if arguments.label_noise else [])]
+    options, data = prepare(arguments, packages, _DEFAULTS)
+    _check_numbers(data, options)
 
     from .figure import draw
 
@@ -185,8 +186,13 @@ def _factor(update: int, updates: int) -> float:
     return (1 + math.cos(math.pi * (update - rising) / (updates - rising))) / 2
 
 
-def _check_batches(data: ClassificationData, options: argparse.Namespace) -> None:
+def _check_numbers(data: ClassificationData, options: argparse.Namespace) -> None:
     samples = len(data.train_target)
+    if options.label_noise and not 1 <= round(options.label_noise * samples) < samples:
+        raise UsageError(
+            f"--label-noise: expected 0 or a share that changes some but not all of the {samples} "
+            f"training labels, got {options.label_noise:g}"
+        )
     if options.batch_size * options.candidates > samples:
         raise UsageError(
             f"--batch-size times --candidates: expected at most {samples}, the number of training "
