@@ -3,6 +3,7 @@
 import textwrap
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .loop import Sampling
 from .noise import NoiseReport
-from .report import LABELS, Results, longest, target_accuracy, time_to_reach
+from .report import LABELS, Results, frontier, longest, target_accuracy
 
 # Blue, bluish green and vermilion of the palette of Okabe and Ito, which differ for every colour
 # vision.
@@ -53,7 +54,7 @@ def draw(results: Results, subtitle: str, unit: str, noise: NoiseReport | None) 
     _draw_margins(margins, results)
     if noise is not None:
         _draw_data_map(data_map, noise)
-    for axes in figure.axes:
+    for axes in (by_time, by_update, margins):
         axes.grid(color="#E5E5E5")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -93,9 +94,8 @@ def _draw_accuracy(by_time: Any, by_update: Any, results: Results, unit: str) ->
             later = x >= (x[-1] / 10 if len(x) > 20 else 0)
             lowest = min(lowest, (mean - deviation)[later].min().item())
             highest = max(highest, (mean + deviation).max().item())
-        reached = time_to_reach(target, budgets)
-        if reached:
-            by_time.plot(reached, target, "o", color=color, markersize=8)
+        ends = frontier(budgets)
+        by_time.plot(np.exp(ends.log_costs), ends.accuracies, "o:", color=color, markersize=7)
     by_time.axhline(
         target, color="black", linewidth=1, linestyle=":", label="final accuracy of uniform"
     )
@@ -108,9 +108,9 @@ def _draw_accuracy(by_time: Any, by_update: Any, results: Results, unit: str) ->
     by_update.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     by_time.set(
         title="Test accuracy against training time",
-        xlabel=f"{unit} of training (dot: the accuracy of uniform is reached)",
+        xlabel=f"{unit} of training (thin: half of the updates; dots: ends of the runs)",
     )
-    by_update.set(title="Test accuracy against updates", xlabel="updates")
+    by_update.set(title="Test accuracy against updates", xlabel="updates (thin: half of them)")
     for axes in (by_time, by_update):
         axes.set_ylim(max(0.0, lowest - 0.01), min(1.0, highest + 0.01))
         axes.set(ylabel="test accuracy")

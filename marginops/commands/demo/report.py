@@ -3,10 +3,12 @@
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 
+from ...training.frontier import Frontier
 from .loop import Sampling, TrainingHistory
 
 LABELS: dict[Sampling, str] = {
@@ -19,43 +21,42 @@ _WINS: dict[Sampling, str] = {
     "stale_margin": "stale margins win",
     "minimal_margin": "minimal margin wins",
 }
+_ROUNDING = 1e-9
 Budgets = Mapping[int, Sequence[TrainingHistory]]
 """The runs of one sampling, one for each seed, by their numbers of updates."""
 Results = Mapping[Sampling, Budgets]
 
 
-class Curve(NamedTuple):
-    """The means over the seeds at every evaluation of one budget."""
-
-    seconds: list[float]
-    accuracy: list[float]
-
-
-def mean_curve(runs: Sequence[TrainingHistory]) -> Curve:
-    """The mean time and accuracy at every evaluation."""
-    return Curve(
-        [statistics.fmean(values) for values in zip(*(run.seconds for run in runs), strict=True)],
-        [
-            statistics.fmean(values)
-            for values in zip(*(run.test_accuracy for run in runs), strict=True)
-        ],
-    )
-
-
 def target_accuracy(results: Results) -> float:
-    """The final accuracy of the longest uniform runs."""
-    return mean_curve(longest(results["uniform"])).accuracy[-1]
+    """The mean accuracy at the end of the longest uniform runs."""
+    return statistics.fmean(run.test_accuracy[-1] for run in longest(results["uniform"]))
+
+
+def frontier(budgets: Budgets) -> Frontier:
+    """The accuracy at the end of the runs against their time, over all budgets.
+
+    Every run ends its own schedule. A point inside a run would be one of a run that is cut off.
+    """
+    costs, accuracies = (
+        np.array([[value(run) for run in runs] for runs in budgets.values()]).T
+        for value in (
+            lambda run: max(run.seconds[-1], 1e-9),
+            lambda run: run.test_accuracy[-1],
+        )
+    )
+    return Frontier(costs, accuracies)
 
 
 def time_to_reach(accuracy: float, budgets: Budgets) -> float | None:
-    """The time of the first evaluation at which a budget reaches an accuracy; None if none does."""
-    times = [
-        seconds
-        for runs in budgets.values()
-        for seconds, reached in zip(*mean_curve(runs), strict=True)
-        if reached >= accuracy
-    ]
-    return min(times, default=None)
+    """The time of a run that ends with an accuracy; None if no budget reaches it.
+
+    Between two budgets the accuracy is linear in the logarithm of the time. If the smallest budget
+    reaches more already, the result is its time.
+    """
+    line = frontier(budgets)
+    if accuracy > line.accuracies[-1] + _ROUNDING:
+        return None
+    return float(np.exp(line.log_cost(np.array(accuracy))))
 
 
 def table(results: Results, unit: str) -> str:
@@ -69,7 +70,7 @@ def table(results: Results, unit: str) -> str:
     rows = [
         (
             *("sampling", "updates", "test accuracy", "back-propagated", "scored", unit),
-            f"until {100 * target:.2f} %",
+            f"to {100 * target:.2f} %",
         ),
         *(
             (
@@ -79,7 +80,7 @@ def table(results: Results, unit: str) -> str:
                 f"{runs[0].samples_trained:,}",
                 f"{runs[0].samples_scored:,}",
                 _mean_and_deviation([run.seconds[-1] for run in runs]),
-                _seconds(time_to_reach(target, {updates: runs})),
+                _seconds(time_to_reach(target, budgets)) if updates == max(budgets) else "",
             )
             for sampling, budgets in results.items()
             for updates, runs in budgets.items()
@@ -87,36 +88,42 @@ def table(results: Results, unit: str) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
 
-def conclusion(results: Results, candidate_ratio: int, unit: str) -> str:
+def conclusion(results: Results, options: argparse.Namespace, unit: str) -> str:
     """The results in words, for any winner: a line for the baseline and for each other sampling."""
     target = target_accuracy(results)
     baseline = time_to_reach(target, results["uniform"])
     assert baseline is not None
     updates = max(results["uniform"])
+    left_out = f" and leave out the hardest {100 * options.label_noise:g} %"
+    costs: dict[Sampling, str] = {
+        "stale_margin": f"They score nothing{left_out if options.label_noise else ''}.",
+        "minimal_margin": f"It scores {options.candidates} candidates for each trained sample.",
+    }
     lines = [
-        f"Uniform sampling ends at {100 * target:.2f} % test accuracy after {updates:,} "
-        f"{'update' if updates == 1 else 'updates'}. It first reached this accuracy after "
-        f"{baseline:.2f} {unit}."
+        f"Uniform sampling reaches {100 * target:.2f} % test accuracy in {baseline:.2f} {unit}, "
+        f"with at most {updates:,} {'update' if updates == 1 else 'updates'}."
     ]
-    for sampling, cost in (
-        ("stale_margin", "They score nothing."),
-        ("minimal_margin", f"It scores {candidate_ratio} candidates for each trained sample."),
-    ):
+    for sampling, cost in costs.items():
         time = time_to_reach(target, results[sampling])
         if time is None:
-            text = "did not reach it"
+            text = "not reached"
         elif time <= baseline:
-            text = f"reached it after {time:.2f}: {baseline / max(time, 1e-9):.1f} times as fast"
+            text = f"{time:.2f}, {baseline / time:.1f} times as fast"
         else:
-            text = f"reached it after {time:.2f}: {time / max(baseline, 1e-9):.1f} times as long"
+            text = f"{time:.2f}, {time / baseline:.1f} times as long"
         verdict = _verdict(results, sampling, target, baseline)
-        lines.append(f"{LABELS[sampling].capitalize()} {text}. {verdict} {cost}")
+        lines.append(f"{LABELS[sampling].capitalize()}: {text}. {verdict} {cost}")
+    lines.append(
+        "Every run lets its learning rate fall to 0. Times between the two numbers of updates are "
+        "interpolated."
+    )
     return "\n".join(lines)
 
 
@@ -134,7 +141,7 @@ def report(results: Results, options: argparse.Namespace, unit: str) -> dict[str
         "device": str(options.device),
         "torch": torch.__version__,
         "unit": unit,
-        "conclusion": conclusion(results, options.candidates, unit),
+        "conclusion": conclusion(results, options, unit),
         "target_accuracy": target,
         "time_to_target": {
             sampling: time_to_reach(target, budgets) for sampling, budgets in results.items()
@@ -169,18 +176,21 @@ def _verdict(results: Results, sampling: Sampling, target: float, baseline: floa
     if len(finals[0]) == 1:
         return "One seed does not show whether this is more than chance."
     spread = max(_deviation([run.test_accuracy[-1] for run in runs]) for runs in finals)
-    above = time_to_reach(target + spread, results[sampling])
-    below = time_to_reach(target - spread, results[sampling])
-    if above is not None and above < baseline:
-        winner = _WINS[sampling]
-    elif below is None or below > baseline:
-        winner = _WINS["uniform"]
-    else:
-        return (
-            f"This is within the spread over the seeds ({100 * spread:.2f} points), so there is no "
-            "clear winner."
-        )
-    return f"This is more than the spread over the seeds ({100 * spread:.2f} points), so {winner}."
+    uniform, other = results["uniform"], results[sampling]
+    above, below = time_to_reach(target + spread, other), time_to_reach(target - spread, other)
+    text = f"the spread over the seeds ({100 * spread:.2f} points)"
+    if above is not None and above < baseline and not _is_bound(target, uniform):
+        return f"This is more than {text}, so {_WINS[sampling]}."
+    if below is None or (below > baseline and not _is_bound(target - spread, other)):
+        return f"This is more than {text}, so {_WINS['uniform']}."
+    if _is_bound(target, uniform) or _is_bound(target, other):
+        return "Half of the updates are enough: lower --updates to see who is faster."
+    return f"This is within {text}, so there is no clear winner."
+
+
+def _is_bound(accuracy: float, budgets: Budgets) -> bool:
+    """Whether the smallest budget reaches more already, so that the time may be a smaller one."""
+    return bool(frontier(budgets).accuracies[0] > accuracy + _ROUNDING)
 
 
 def longest(budgets: Budgets) -> Sequence[TrainingHistory]:

@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     console.say(f"{samples}; {network}, seeds: {options.seeds}, device: {options.device}")
     results, noise = compare(data, options)
     unit = "CPU seconds" if options.device.type == "cpu" else "seconds"
-    texts = [table(results, unit), conclusion(results, options.candidates, unit)]
+    texts = [table(results, unit), conclusion(results, options, unit)]
     written = report(results, options, unit)
     if noise is not None:
         texts.append(noise.text())
@@ -143,6 +143,7 @@ def compare(
             log_norm=log_norm_product,
             on_update=lambda _: progress.update(),
             dynamics=dynamics,
+            skip_hardest=options.label_noise,
         )
         if not history.margins_after.isfinite().all():
             raise UsageError(
