@@ -1,4 +1,4 @@
-"""Per-sample training dynamics, batch selection, reports of epochs, and inversion points."""
+"""Per-sample training dynamics, samplers, batch selection, reports of epochs, inversion points."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -111,6 +111,10 @@ class DynamicsSampler(EpochSampler):
         """The weights of the current epoch, the same on all ranks."""
         raise NotImplementedError
 
+    def _unseen(self) -> Tensor:
+        """Which samples were never seen, ``[N]`` bool on the CPU. They come first."""
+        return (self.dynamics.last_step < 0).cpu()
+
 
 def check_dynamics(dynamics: Any) -> None:
     """Check that dynamics are there."""

@@ -123,9 +123,10 @@ class EpochSampler(DistributedSampler[int]):
             position = self._position
         else:
             checks.check_int("position", position, 0)
-            if position > max(self.total_size, self.epoch_size):
+            most = self.epoch_size + self.num_replicas - 1
+            if position > most:
                 raise ValueError(
-                    f"position: expected at most {self.total_size}, the samples of an epoch, got "
+                    f"position: expected at most {most}, the samples of an epoch with padding, got "
                     f"{position}; count the samples of this epoch only"
                 )
         version = self._version()

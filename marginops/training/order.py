@@ -84,11 +84,12 @@ def as_weights(weights: Tensor) -> Tensor:
     and arrival times stay finite.
     """
     weights = weights.detach().cpu()
+    if weights.dtype != torch.float64:
+        weights = weights.float()
     finite = weights[weights.isfinite()]
-    largest = finite.max() if len(finite) else weights.new_zeros(())
-    if largest > 0:
-        weights = weights / largest
-    return torch.where(weights > 0, weights.float().clamp(min=2.0**-100), 0.0)
+    scale = finite.max().item() if len(finite) else 0.0
+    result = weights.float() if scale in (0.0, 1.0) else (weights / scale).float()
+    return torch.where(weights > 0, result.clamp_(min=2.0**-100), 0.0)
 
 
 def _words(seed: int, epoch: int, stream: int, count: int) -> NDArray[np.uint32]:

@@ -27,7 +27,8 @@ class ReductionSampler(DynamicsSampler):
     r"""Trains on all samples until they are separated, then on the M with the smallest margins.
 
     Banburski et al. (2021) reduce the training set in this way to less than a hundredth, once the
-    training error is 0. Until then each epoch draws from all N samples alike.
+    training error is 0. Until then each epoch draws from all N samples alike, those first that were
+    never seen.
 
     Every epoch has the same length, so the M samples are visited several times in a reduced epoch:
     in passes, each in an order of its own. With ``shrink=True`` an epoch visits each kept sample
@@ -214,8 +215,10 @@ class ReductionSampler(DynamicsSampler):
             )
         before = self._reduced_at
         if before < 0:
-            if not self._separated():
-                return torch.ones(self.population)
+            unseen = self._unseen()
+            if unseen.any() or not self._separated():
+                few = int(unseen.sum()) < self.epoch_size
+                return torch.where(unseen, torch.inf, 1.0) if few else unseen.float()
             kept = torch.ones(self.population, dtype=torch.bool)
         elif self.dynamics.weights is None:
             raise ValueError(
@@ -233,9 +236,7 @@ class ReductionSampler(DynamicsSampler):
         return weights
 
     def _separated(self) -> bool:
-        """Whether the reduction begins."""
-        if bool((self.dynamics.last_step < 0).any()):
-            return False
+        """Whether enough margins are positive."""
         return int((self.dynamics.margin > 0).sum()) >= self.trigger * self.population
 
     def _kept_at(self, epoch: int, reduced_at: int | None = None) -> int:
