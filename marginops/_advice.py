@@ -238,12 +238,18 @@ def _is_labelled_batch(arguments: tuple[Any, ...]) -> bool:
 def for_output(output: Any) -> str:
     """Advice for the output of a network that holds no logits ``[B, C]``."""
     if isinstance(output, Mapping):
-        return f"; return the logits from forward under the key 'logits', not only {[*output]}"
+        return (
+            f"; return the logits from forward under the key 'logits', not only {[*output]}, or "
+            "name their key with output= if the function takes it"
+        )
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     if isinstance(first, Tensor) and first.dim() == 0:
         return "; leave the labels out of inputs if this is a loss"
     if isinstance(output, (tuple, list)):
-        return "; return one of these from forward, for example the first element"
+        return (
+            "; return one of these from forward, for example the first element, or name its "
+            "position with output= if the function takes it"
+        )
     if isinstance(output, Tensor) and output.dim() == 1:
         return (
             "; add a batch dimension to inputs, for example with x.unsqueeze(0), or return one "

@@ -170,22 +170,26 @@ def call(network: nn.Module, inputs: Any) -> Any:
         raise TypeError(f"inputs: {problem}") from error
 
 
-def output_tensor(output: Any, name: str = "logits", shape: str = "[B, C]") -> Tensor:
+def output_tensor(
+    output: Any, name: str = "logits", shape: str = "[B, C]", *, at: int | str | None = None
+) -> Tensor:
     """The matrix in the output of a network.
 
     It is the output itself, its attribute ``logits``, or its item ``"logits"`` if the output is a
-    mapping.
+    mapping. Any other place is named by ``at``.
 
     Args:
         output: The output of a network.
         name: The name of the matrix in error messages.
         shape: The shape of the matrix in error messages.
+        at: The part of ``output`` to take in place of ``output``: a position in a tuple or list, a
+            key of a mapping, or the name of an attribute.
 
     Returns:
         The matrix, a tensor with two dimensions.
 
     Raises:
-        TypeError: The output holds no such tensor.
+        TypeError: The output holds no such tensor, or nothing at this place.
         ValueError: The tensor does not have two dimensions.
 
     Example:
@@ -196,6 +200,8 @@ def output_tensor(output: Any, name: str = "logits", shape: str = "[B, C]") -> T
         >>> output_tensor({"logits": torch.zeros(2, 3)}).shape
         torch.Size([2, 3])
     """
+    if at is not None:
+        output = _item(output, at)
     result = _logits(output)
     if not isinstance(result, Tensor):
         raise TypeError(
@@ -208,6 +214,20 @@ def output_tensor(output: Any, name: str = "logits", shape: str = "[B, C]") -> T
             f"{advice.for_output(result)}"
         )
     return result
+
+
+def _item(output: Any, at: int | str) -> Any:
+    is_attribute = isinstance(at, str) and not isinstance(output, Mapping)
+    try:
+        return getattr(output, str(at)) if is_attribute else output[at]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        holds = f" with {[*output]}" if isinstance(output, Mapping) else ""
+        if isinstance(output, (tuple, list)):
+            holds = f" of {len(output)} elements"
+        raise TypeError(
+            f"output: expected a position, key or attribute of the output of network, a "
+            f"{type(output).__name__}{holds}, got {at!r}"
+        ) from error
 
 
 def _logits(output: Any) -> Any:
@@ -276,9 +296,9 @@ def features_and_logits(network: nn.Module, inputs: Any, head: nn.Module) -> tup
 
 
 def watch_layer(
-    network: nn.Module, inputs: Any, layer: nn.Module
+    network: nn.Module, inputs: Any, layer: nn.Module, at: int | str | None = None
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Run a network as :func:`features_and_logits` does.
+    """Run a network as :func:`features_and_logits` does. Its logits are ``at`` this place.
 
     Returns:
         Input and output of every call of ``layer``, and the logits ``[B, C]``.
@@ -300,7 +320,7 @@ def watch_layer(
     hook = layer.register_forward_hook(save, with_kwargs=True)
     try:
         with evaluation_mode(network), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            logits = output_tensor(call(network, inputs))
+            logits = output_tensor(call(network, inputs), at=at)
     finally:
         hook.remove()
     return calls, logits

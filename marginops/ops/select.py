@@ -88,7 +88,8 @@ def select_smallest(
         return Selection(*select_smallest_op(scores, checks.check_k(k, scores.size(0), "scores")))
     rows = None if mask is None else allowed_rows(mask, scores)
     allowed = scores if rows is None else scores[rows]
-    k = check_k_after_skip(k, skip, allowed.shape[0])
+    counted = "scores" if mask is None else "scores that mask allows"
+    k = check_k_after_skip(k, skip, allowed.shape[0], counted)
     values, indices = select_smallest_op(allowed, skip + k)
     indices = indices[skip:]
     return Selection(values[skip:], indices if rows is None else rows[indices])
@@ -107,12 +108,12 @@ def allowed_rows(mask: Any, scores: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
 
 
-def check_k_after_skip(k: Any, skip: Any, count: int) -> int:
-    """Check that ``skip`` and then k of ``count`` scores can be taken; returns k."""
+def check_k_after_skip(k: Any, skip: Any, count: int, counted: str) -> int:
+    """Check that ``skip`` and then k of ``count`` samples can be taken; returns k."""
     checks.check_int("skip", skip, 0)
     if skip > count:
-        raise ValueError(f"skip: expected at most {count} (scores that mask allows), got {skip}")
-    return checks.check_k(k, count - skip, "scores that mask allows, less skip")
+        raise ValueError(f"skip: expected at most {count} (the number of {counted}), got {skip}")
+    return checks.check_k(k, count - skip, f"{counted} after skip" if skip else counted)
 
 
 class SelectSmallestOp(Op):

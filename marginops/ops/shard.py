@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -81,16 +81,28 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class _RankArguments:
+class RankArguments:
     """What a rank tells the other ranks about its arguments.
 
     Attributes:
         must_agree: Properties that have to be the same on all ranks, by name.
+    """
+
+    must_agree: dict[str, Any]
+
+
+Arguments = TypeVar("Arguments", bound=RankArguments)
+
+
+@dataclass(frozen=True)
+class _HeadArguments(RankArguments):
+    """What a rank tells the other ranks about its part of the head and its targets.
+
+    Attributes:
         classes: The number of classes of the rank.
         targets: The smallest and the largest target; None without targets.
     """
 
-    must_agree: dict[str, Any]
     classes: int
     targets: tuple[int, int] | None
 
@@ -122,7 +134,7 @@ def open_shard(
             f"got {group}; use backward()"
         )
 
-    def check_all() -> _RankArguments:
+    def check_all() -> _HeadArguments:
         dtype = checks.check_linear(input, weight, bias)
         check_chunk_bytes(chunk_bytes, weight, dtype)
         others = check()
@@ -140,9 +152,9 @@ def open_shard(
             **others,
         }
         targets = None if labels is None else _targets(*labels)
-        return _RankArguments(must_agree, len(weight), targets)
+        return _HeadArguments(must_agree, len(weight), targets)
 
-    all_ranks = _exchange(group, check_all)
+    all_ranks = exchange(group, check_all)
     sizes = [arguments.classes for arguments in all_ranks]
     total = sum(sizes)
     if total < 2:
@@ -175,7 +187,7 @@ def _targets(target: Tensor, ignore_index: int) -> tuple[int, int] | None:
     return (int(kept.min()), int(kept.max())) if len(kept) else None
 
 
-def _exchange(group: Any, check: Callable[[], _RankArguments]) -> list[_RankArguments]:
+def exchange(group: Any, check: Callable[[], Arguments]) -> list[Arguments]:
     """Check the arguments of this rank and exchange the results with all ranks.
 
     If the check of one rank fails, or if the ranks disagree, every rank raises an error. So no
@@ -190,7 +202,7 @@ def _exchange(group: Any, check: Callable[[], _RankArguments]) -> list[_RankArgu
             f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}"
         )
     problem: Exception | None = None
-    own: _RankArguments | str
+    own: Arguments | str
     try:
         own = check()
     except Exception as error:  # of any kind, because the other ranks wait for the result

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .across_ranks import RankSelection, select_across_ranks
 from .batches import batch_size, take, to_device
 from .comparison import Comparison, compare
 from .data_map import DataMap
@@ -14,6 +15,8 @@ from .margin_sampler import MarginSampler
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
 from .reduction import ReductionSampler
 from .runs import Stopwatch, TrainingRun
+from .schedule import SelectionSchedule, keep_closest
+from .scoring import score_batch
 from .selection import select_batch
 from .stability import straggler_stability
 from .strata import BetaWindow, RankPower, Strata
@@ -34,7 +37,9 @@ __all__ = [
     "LabelIssues",
     "MarginSampler",
     "RankPower",
+    "RankSelection",
     "ReductionSampler",
+    "SelectionSchedule",
     "SmallestMargins",
     "Stopwatch",
     "Strata",
@@ -45,7 +50,10 @@ __all__ = [
     "WeightedSampler",
     "batch_size",
     "compare",
+    "keep_closest",
     "report_epoch",
+    "score_batch",
+    "select_across_ranks",
     "select_batch",
     "straggler_stability",
     "take",

@@ -13,40 +13,17 @@ from torch import Tensor, nn
 
 from .. import _checks as checks
 from ..networks import unwrap, watch_layer
+from .head_kinds import Head, Products, head_bias, head_weight
 
 _ADVICE = (
-    "merge an adapter into the layer, pass head=, the torch.nn.Linear that computes the logits, or "
+    "merge an adapter into the layer, pass head=, the layer that computes the logits, or "
     "pass weight=, the tensor [C, D] whose distances between rows fit the logits"
 )
 # What was known about a head of a network when the check passed. The references are weak.
 _passed: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, Any]] = WeakKeyDictionary()
 
 
-def check_head_type(head: Any) -> None:
-    """Check that a head is a linear layer or None."""
-    if head is None or isinstance(head, nn.Linear):
-        return
-    kind, todo = type(head).__name__, "pass this layer, or "
-    if isinstance(head, str):
-        todo = f"pass network.get_submodule({head!r}), or "
-    elif isinstance(head, nn.Module):  # perhaps a Linear as well, such as a quantized one
-        kind, todo = f"{kind} of {type(head).__module__}", "pass "
-    raise TypeError(
-        f"head: expected a torch.nn.Linear, got {kind}; {todo}weight=, the tensor [C, D] whose "
-        "distances between rows fit the logits"
-    )
-
-
-def fitting_weight(weight: Any, logits: Tensor) -> Tensor:
-    """Check a weight for the logits of a network, and convert it to a dtype that fits them."""
-    checks.check_tensor("weight", weight, 2, "[C, D]")
-    if weight.dtype != logits.dtype:
-        weight = weight.to(checks.result_dtype(logits.dtype))
-    checks.check_weight(weight, logits)
-    return weight
-
-
-def is_checked(network: nn.Module, head: nn.Linear) -> bool:
+def is_checked(network: nn.Module, head: Head) -> bool:
     """Whether the check of this head has passed, or cannot be made as in compiled code."""
     if torch.compiler.is_compiling():
         return True
@@ -61,7 +38,7 @@ def can_read(logits: Tensor) -> bool:
     return checks.has_values(logits) and len(logits) > 0 and not capturing
 
 
-def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> Tensor:
+def check_head(network: nn.Module, inputs: Any, head: Head, at: int | str | None = None) -> Tensor:
     """Check that the logits are ``F.linear(features, head.weight, head.bias)``.
 
     They may differ by a constant in each row, as log-probabilities do. The check runs the network
@@ -71,6 +48,7 @@ def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> Tensor:
         network: Any network.
         inputs: A batch.
         head: The layer whose weight is going to be used.
+        at: The place of the logits in the output, see :func:`marginops.networks.output_tensor`.
 
     Returns:
         The logits. They are not checked if nobody can read them.
@@ -78,10 +56,15 @@ def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> Tensor:
     Raises:
         ValueError: The logits do not follow from this layer.
     """
-    checks.check_tensor("weight", head.weight, 2, "[C, D]")
+    checks.check_tensor("weight", head_weight(head), 2, "[C, D]")
     network = unwrap(network)
     facts = _facts(network, head)
-    calls, logits = watch_layer(network, inputs, head)
+    if isinstance(head, nn.Embedding):  # its calls look up rows
+        with Products(head.weight) as products:
+            _, logits = watch_layer(network, inputs, head, at)
+        calls = products.calls
+    else:
+        calls, logits = watch_layer(network, inputs, head, at)
     if not can_read(logits):
         return logits
     if not calls:
@@ -89,7 +72,7 @@ def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> Tensor:
             "head: expected network to call this layer at least once in a forward pass, got 0 "
             f"calls; {_ADVICE}"
         )
-    agreements = [_agreement(*call, head, logits) for call in calls]
+    agreements = [_agreement(features, output, head, logits) for features, output in calls]
     if not any(agreement.agrees for agreement in agreements):
         difference = min(agreement.difference for agreement in agreements)
         got = f"got a difference of {difference:.3g}"
@@ -97,7 +80,7 @@ def check_head(network: nn.Module, inputs: Any, head: nn.Linear) -> Tensor:
             shapes = [[*features.shape] for features, _ in calls]
             got = (
                 f"got logits {[*logits.shape]} for features {', '.join(map(str, shapes))} and "
-                f"weight {[*head.weight.shape]}"
+                f"weight {[*head_weight(head).shape]}"
             )
         elif _are_probabilities(logits):
             got = f"{got}; the logits look like probabilities"
@@ -119,7 +102,7 @@ class _Facts(NamedTuple):
     patched: tuple[bool, bool]
 
 
-def _facts(network: nn.Module, head: nn.Linear) -> _Facts:
+def _facts(network: nn.Module, head: Head) -> _Facts:
     both = network, head
     return _Facts(
         next((path for path, module in network.named_modules() if module is head), None),
@@ -150,20 +133,22 @@ class _Agreement(NamedTuple):
 
 
 @torch.no_grad()
-def _agreement(features: Tensor, output: Tensor, head: nn.Linear, logits: Tensor) -> _Agreement:
+def _agreement(features: Tensor, output: Tensor, head: Head, logits: Tensor) -> _Agreement:
     """Compare the logits with what the weight makes of the features, in the head's arithmetic.
 
     Features ``[B, T, D]`` give T candidates for each row of logits, and their mean is one more.
     """
-    classes, columns = head.weight.shape
-    batch = len(logits)
+    weight, bias, batch = head_weight(head), head_bias(head), len(logits)
+    classes, columns = weight.shape
+    if head.weight.dim() > 2 and features.dim() > 1:  # a convolution has its channels second
+        features = features.movedim(1, -1)
     if features.shape[0] != batch or features.shape[-1] != columns or classes != logits.shape[1]:
         return _Agreement(False, False, torch.inf)
     positions = features[0].numel() // columns
     rows = max(1, min(batch, 2**22 // (positions * classes)))
     kept = features[:rows].reshape(rows, positions, columns).to(output.dtype)
-    weight = head.weight.to(output.dtype)
-    bias = None if head.bias is None else head.bias.to(output.dtype)
+    weight = weight.to(output.dtype)
+    bias = None if bias is None else bias.to(output.dtype)
     with torch.autocast(logits.device.type, enabled=False):
         expected = F.linear(kept, weight, bias)
     dtype = checks.result_dtype(output.dtype)

@@ -5,22 +5,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..networks import call, evaluation_mode, last_linear, output_tensor, unwrap
+from .. import _checks as checks
 from ..ops.linear_select import linear_select_minimal_margin
 from ..ops.margin import Rival
-from ..ops.select import select_minimal_margin
-from .heads import can_read, check_head, check_head_type, fitting_weight, is_checked
+from ..ops.select import (
+    allowed_rows,
+    check_k_after_skip,
+    select_minimal_margin,
+    select_smallest,
+)
+from .head_kinds import Head
+from .scoring import evaluate, score_batch
 
 
 def select_batch(
-    network: nn.Module,
+    network: nn.Module | None,
     inputs: Any,
     k: int,
     *,
-    head: nn.Linear | None = None,
+    logits: Tensor | None = None,
+    output: int | str | None = None,
+    head: Head | None = None,
     weight: Tensor | None = None,
     rival: Rival = "top2",
     bias_in_norm: bool = False,
+    evaluation: bool = True,
+    mask: Tensor | None = None,
+    skip: int = 0,
+    labels: Tensor | None = None,
+    class_floor: int = 0,
 ) -> Tensor:
     """Select the k candidates with the smallest minimal margin score.
 
@@ -32,19 +45,37 @@ def select_batch(
     Args:
         network: A network that returns logits ``[B, C]``, C >= 2, see
             :func:`marginops.networks.output_tensor`. It may return log-probabilities instead,
-            because the score needs only differences of logits.
+            because the score needs only differences of logits. With ``logits`` it may be None if
+            ``head`` or ``weight`` is given.
         inputs: The B candidates: a tensor ``[B, ...]``, a mapping of keyword arguments, or a
             tuple or list of positional arguments of ``network``, on its device. They do not
-            include the targets: of a batch ``(x, y)`` pass ``x``.
+            include the targets: of a batch ``(x, y)`` pass ``x``. None with ``logits``.
         k: How many candidates to select, 0 <= k <= B.
-        head: The layer that computes the logits, as ``F.linear(features, weight, bias)``. The
-            default is the one that :func:`marginops.networks.last_linear` finds.
+        logits: ``[B, C]``, the logits of the candidates where a loop has them already. Then the
+            network does not run, and nothing checks that they follow from the weight.
+        output: The place of the logits in the output of ``network``, if it returns more: a position
+            in a tuple, a key of a mapping or the name of an attribute.
+        head: The layer that computes the logits, as ``F.linear(features, weight, bias)``: a
+            :class:`torch.nn.Linear`, a convolution with kernel size 1, whose outputs may be
+            averaged over positions, or a :class:`torch.nn.Embedding` whose weight is multiplied
+            with the features. The default is the one whose size fits: the linear layer that
+            :func:`marginops.networks.last_linear` finds, or the only such convolution, or the only
+            embedding.
         weight: ``[C, D]``, the weight whose distances between rows divide the differences of
-            logits, for a network whose logits do not come from a :class:`torch.nn.Linear`. By
+            logits, for a network whose logits come from another kind of layer. By
             default it is the weight of ``head``. The function cannot see that a square weight is
             transposed.
         rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`.
         bias_in_norm: Count the bias of ``head`` as one more column of its weight in the norm.
+        evaluation: Run the network in evaluation mode. With False every module keeps its mode, so
+            that batch norm uses the statistics of the candidates and dropout is active.
+        mask: ``[B]`` bool, True where a candidate may be selected. By default all may.
+        skip: How many of the closest candidates to leave out, for example because their labels may
+            be wrong. The function selects the k that follow them.
+        labels: ``[B]`` int64, the class of each candidate, for ``class_floor``.
+        class_floor: How many candidates of each class to prefer. Of the candidates that ``mask``
+            and ``skip`` leave, the closest ``class_floor`` of each class come before all others,
+            and then the closest. If these are more than k, the closest k of them are selected.
 
     Returns:
         ``[k]`` int64 on the device of the logits, rows of ``inputs``. The closest candidate comes
@@ -52,10 +83,10 @@ def select_batch(
 
     Raises:
         TypeError, ValueError: The output of ``network`` is not ``[B, C]``, the last layer is not
-            clear, the logits do not follow from its weight, or an argument has the wrong type,
-            shape or range.
+            clear, the logits do not follow from its weight, fewer than ``skip + k`` candidates may
+            be selected, or an argument has the wrong type, shape or range.
 
-    A :class:`torch.nn.Sequential` that ends with ``head`` runs without this layer, and
+    A :class:`torch.nn.Sequential` that ends with a linear ``head`` runs without this layer, and
     :func:`marginops.linear_select_minimal_margin` selects from the features. Any other network
     runs as a whole, and :func:`marginops.select_minimal_margin` selects from the logits. For given
     outputs of the network the selection is deterministic.
@@ -68,8 +99,8 @@ def select_batch(
     ``weight`` there is no check.
 
     The mode (training or evaluation) of every module is restored, also after an error. Running
-    statistics and random number generators do not change. Apart from the check the function does
-    not wait for the device.
+    statistics and random number generators do not change, whatever ``evaluation`` is. Apart from
+    the check and from ``mask`` the function does not wait for the device.
 
     Example:
         >>> import torch
@@ -82,56 +113,57 @@ def select_batch(
         tensor([1, 2])
         >>> loss = torch.nn.functional.cross_entropy(network(candidates[chosen]), chosen - 1)
     """
-    check_head_type(head)
-    if weight is not None and (head is not None or bias_in_norm):
-        other = "head=None" if head is not None else "bias_in_norm=False"
-        raise ValueError(
-            f"weight: expected {other} with weight=, got both; to count a bias, append it to "
-            "weight as one more column"
+    checks.check_int("class_floor", class_floor, 0)
+    if (class_floor > 0) != (labels is not None):
+        other = "labels" if labels is None else "class_floor"
+        raise ValueError(f"{other}: expected labels and class_floor together, got one of them")
+    options: Any = {"rival": rival, "bias_in_norm": bias_in_norm}
+    if mask is not None or labels is not None:
+        places: Any = {"logits": logits, "output": output, "head": head, "weight": weight}
+        scores = score_batch(network, inputs, **places, **options, evaluation=evaluation)
+        if labels is None:
+            return select_smallest(scores, k, mask=mask, skip=skip).indices
+        return _select_with_floors(scores, k, mask, skip, labels, class_floor)
+
+    def total(count: int) -> int:
+        return check_k_after_skip(k, skip, count, "candidates") + skip
+
+    def of_features(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        chosen = linear_select_minimal_margin(
+            features, weight, bias, k=total(features.shape[0]), **options
         )
-    with evaluation_mode(network), torch.no_grad():
-        if weight is None and (parts := _body_and_head(network, head)):
-            body, head = parts
-            features = output_tensor(call(body, inputs), "features", "[B, D]")
-            return linear_select_minimal_margin(
-                features, head.weight, head.bias, k=k, rival=rival, bias_in_norm=bias_in_norm
-            ).indices
-        if head is None or is_checked(network, head):
-            logits = output_tensor(call(network, inputs))
-        else:
-            logits = check_head(network, inputs, head)
-        bias: Tensor | None = None
-        if weight is None:
-            if head is None:
-                head = last_linear(unwrap(network), logits.shape[1])
-                if can_read(logits) and not is_checked(network, head):
-                    check_head(network, inputs, head)
-            weight, bias = head.weight, head.bias if bias_in_norm else None
-        weight = fitting_weight(weight, logits)
-        bias = None if bias is None else bias.to(weight.dtype)
-        return select_minimal_margin(
-            logits, weight, bias, k=k, rival=rival, bias_in_norm=bias_in_norm
-        ).indices
+        return chosen.indices
+
+    def of_logits(logits: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        chosen = select_minimal_margin(logits, weight, bias, k=total(logits.shape[0]), **options)
+        return chosen.indices
+
+    source = logits, output, head, weight, bias_in_norm, evaluation
+    return evaluate(network, inputs, *source, of_features, of_logits)[skip:]
 
 
-def _body_and_head(
-    network: nn.Module, head: nn.Linear | None
-) -> tuple[nn.Sequential, nn.Linear] | None:
-    """Split a network that only applies a body and then its head; None for any other network.
+def _select_with_floors(
+    scores: Tensor, k: int, mask: Tensor | None, skip: int, labels: Any, floor: int
+) -> Tensor:
+    """See ``class_floor`` of :func:`select_batch`. Does not wait for the device without a mask."""
+    checks.check_target(labels, scores, -100, "scores", "labels")
+    count, counted = scores.shape[0], "candidates"
+    if mask is not None:
+        count, counted = allowed_rows(mask, scores).shape[0], "candidates that mask allows"
+    k = check_k_after_skip(k, skip, count, counted)
+    order = select_smallest(scores, count - skip, mask=mask, skip=skip).indices
+    is_among_first = _rank_in_class(labels[order]) < floor
+    # A stable order keeps the closest first, before and after.
+    preferred = torch.argsort(~is_among_first, stable=True)[:k]
+    return order[preferred.sort().values]
 
-    A subclass of ``torch.nn.Sequential`` may do more, so it is not split.
-    """
-    if type(network) is not nn.Sequential or len(network) < 2:
-        return None
-    last = network[-1]
-    if type(last) is not nn.Linear or head not in (None, last):
-        return None
-    if not (_is_plain(network) and _is_plain(last)):
-        return None
-    return nn.Sequential(*list(network)[:-1]), last
 
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call runs only the forward of the class: no hooks (as of pruning), no patches."""
-    hooks = module._forward_pre_hooks or module._forward_hooks
-    return not hooks and "forward" not in vars(module)
+def _rank_in_class(labels: Tensor) -> Tensor:
+    """How many earlier labels each label equals."""
+    by_class = torch.argsort(labels, stable=True)
+    position = torch.arange(len(labels), device=labels.device)
+    sorted_labels = labels[by_class]
+    starts = torch.ones_like(sorted_labels, dtype=torch.bool)
+    starts[1:] = sorted_labels[1:] != sorted_labels[:-1]
+    first = torch.where(starts, position, 0).cummax(0).values
+    return torch.empty_like(position).scatter(0, by_class, position - first)

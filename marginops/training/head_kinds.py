@@ -1,0 +1,121 @@
+"""The layers that may compute logits, ``F.linear(features, weight, bias)``, and their weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import _checks as checks
+from ..networks import last_linear
+
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding
+
+
+def check_head_type(head: Any) -> None:
+    """Check that a head is a linear layer or None."""
+    if head is None or isinstance(head, nn.Linear):
+        return
+    kind, todo = type(head).__name__, "pass this layer, or "
+    if isinstance(head, str):
+        todo = f"pass network.get_submodule({head!r}), or "
+    elif isinstance(head, nn.Module):  # perhaps a Linear as well, such as a quantized one
+        kind, todo = f"{kind} of {type(head).__module__}", "pass "
+    raise TypeError(
+        f"head: expected a torch.nn.Linear, got {kind}; {todo}weight=, the tensor [C, D] whose "
+        "distances between rows fit the logits"
+    )
+
+
+def check_any_head(head: Any) -> None:
+    """Check that a head is a linear layer, a 1x1 convolution, an embedding or None."""
+    if isinstance(head, _CONVOLUTIONS):
+        if not _is_pointwise(head):
+            raise ValueError(
+                "head: expected a convolution with kernel size 1 and one group, got kernel size "
+                f"{head.kernel_size} and {head.groups} groups; pass weight=, the tensor [C, D] "
+                "whose distances between rows fit the logits"
+            )
+    elif not isinstance(head, nn.Embedding):
+        check_head_type(head)
+
+
+def head_weight(head: Head) -> Tensor:
+    """The weight of a head as a matrix ``[C, D]``."""
+    checks.check_not_distributed("weight", head.weight)
+    return head.weight.flatten(1) if head.weight.dim() > 2 else head.weight
+
+
+def head_bias(head: Head) -> Tensor | None:
+    """The bias of a head, ``[C]``; None for an embedding."""
+    return getattr(head, "bias", None)
+
+
+def find_head(network: nn.Module, num_classes: int) -> Head:
+    """The layer that computes the logits, as far as its kind and shape tell.
+
+    It is the linear layer that :func:`marginops.networks.last_linear` finds. A network without a
+    linear layer of this size may have one 1x1 convolution of this size, or else one embedding.
+    """
+    for kinds in ((nn.Linear,), _CONVOLUTIONS, (nn.Embedding,)):
+        fitting: list[Any] = [
+            module
+            for module in network.modules()
+            if isinstance(module, kinds)
+            and module.weight.shape[0] == num_classes
+            and (kinds is not _CONVOLUTIONS or _is_pointwise(module))
+        ]
+        if fitting:
+            break
+    is_clear = len(fitting) == 1 and not isinstance(fitting[0], nn.Linear)
+    return fitting[0] if is_clear else last_linear(network, num_classes)
+
+
+def _is_pointwise(convolution: Any) -> bool:
+    """Whether a convolution applies one matrix ``[C, D]`` to the channels at each position."""
+    return bool(convolution.weight[0, 0].numel() == 1 and convolution.groups == 1)
+
+
+def fitting_weight(weight: Any, logits: Tensor) -> Tensor:
+    """Check a weight for the logits of a network, and convert it to a dtype that fits them."""
+    checks.check_tensor("weight", weight, 2, "[C, D]")
+    if weight.dtype != logits.dtype:
+        weight = weight.to(checks.result_dtype(logits.dtype))
+    checks.check_weight(weight, logits)
+    return weight
+
+
+_PRODUCTS = {F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm}
+
+
+class Products(TorchFunctionMode):
+    """Notes features that are multiplied with the weight of an embedding, and the results.
+
+    A network with tied weights does not call the embedding for its logits.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self._weight = weight
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func in _PRODUCTS:
+            features, other = [*args, *kwargs.values()][:2]
+            strides = self._weight.stride()
+            if func is not F.linear:
+                strides = strides[::-1]
+            if other.data_ptr() == self._weight.data_ptr() and other.stride() == strides:
+                self.calls.append((features, output))
+        return output
