@@ -33,6 +33,5 @@ for name, policy, epochs in [("chance", Uniform(), 6), ("margin", SmallestMargin
             optimizer.step()
             schedule.step()
     correct = sum(int(network(image).argmax() == label) for image, label in test)
-    print(
-        f"{policy}: {int(dynamics.count.sum())} visits, {100 * correct / 450:.2f} % test accuracy."
-    )
+    visits = int(dynamics.count.sum())
+    print(f"Test accuracy after {visits} visits by {name}: {100 * correct / 450:.2f} %.")
