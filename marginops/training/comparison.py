@@ -134,10 +134,10 @@ class Comparison:
         return [asdict(run) for run in self.runs]
 
     def frontier(self, sampling: str, cost: Cost = "process_seconds") -> list[tuple[float, float]]:
-        """Mean cost and mean accuracy of each budget, in ascending order of cost.
+        """Mean cost and mean accuracy of each budget, in ascending order of budgets.
 
-        Where the mean accuracy falls although the cost rises, both have the mean of the two
-        (isotonic regression).
+        Where a mean falls although the budget rises, the least-squares fit that does not fall takes
+        its place (isotonic regression).
 
         Args:
             sampling: One of ``samplings``.

@@ -30,21 +30,20 @@ class Gain(NamedTuple):
 
 
 class Frontier:
-    """Mean accuracy against mean cost. The accuracy does not fall where the cost rises.
+    """Mean accuracy against mean cost. Neither falls where the budget rises.
 
-    The least-squares fit of all such lines (isotonic regression) removes what noise of the seeds
-    turned around. Between two budgets the accuracy is linear in the logarithm of the cost.
+    Where noise of seeds or of the clock makes one fall, the least-squares fit that does not fall
+    (isotonic regression) takes its place. Between two budgets the accuracy is linear in the
+    logarithm of the cost.
 
     Args:
-        costs: ``[S, B]``, the cost of each seed at each budget, positive.
+        costs: ``[S, B]``, the cost of each seed at each budget, positive. Budgets ascend.
         accuracies: ``[S, B]``.
     """
 
     def __init__(self, costs: Array, accuracies: Array) -> None:
-        mean = costs.mean(0)
-        order = np.argsort(mean, kind="stable")
-        self.log_costs: Array = np.log(mean[order])
-        self.accuracies: Array = _not_falling(accuracies.mean(0)[order])
+        self.log_costs: Array = np.log(_not_falling(costs.mean(0)))
+        self.accuracies: Array = _not_falling(accuracies.mean(0))
 
     def log_cost(self, accuracies: Array) -> Array:
         """The logarithm of the smallest cost that reaches each accuracy of the frontier."""

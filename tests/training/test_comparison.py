@@ -63,10 +63,12 @@ def test_a_frontier_does_not_fall() -> None:
     generator = np.random.default_rng(0)
     for size in (1, 2, 3, 10):
         values = generator.integers(0, 4, (3, size)) / 4.0
-        costs = np.arange(1.0, size + 1)[None].repeat(3, 0)
-        line = frontier.Frontier(costs[:, ::-1], values[:, ::-1])
-        expected = isotonic.IsotonicRegression().fit_transform(costs[0], values.mean(0))
-        np.testing.assert_allclose(line.accuracies, expected)
+        budgets = np.arange(size)
+        noisy = generator.uniform(1, 2, (3, size))
+        line = frontier.Frontier(noisy, values)
+        fit = isotonic.IsotonicRegression().fit_transform
+        np.testing.assert_allclose(line.accuracies, fit(budgets, values.mean(0)))
+        np.testing.assert_allclose(np.exp(line.log_costs), fit(budgets, noisy.mean(0)))
 
 
 def test_a_level_part_of_a_frontier_is_reached_at_its_start_and_left_at_its_end() -> None:
