@@ -23,6 +23,8 @@ def eager_statistics(
     p = log_p.exp()
     rival_value, rival = logits.scatter(1, index, -torch.inf).max(1)
     margin = logits.gather(1, index).squeeze(1) - rival_value
+    largest = logits.topk(2).values
+    top2_margin = largest[:, 0] - largest[:, 1]
     loss = -log_p.gather(1, index).squeeze(1)
     entropy = -(p * log_p).sum(1)
     confidence = p.gather(1, index).squeeze(1)
@@ -31,7 +33,8 @@ def eager_statistics(
     if features is not None:
         gradient_norm = el2n * (1 + features.square().sum(1)).sqrt()
     correct = logits.argmax(1) == target
-    return margin, rival, loss, confidence, entropy, correct, el2n, gradient_norm
+    softmax = loss, confidence, entropy, correct, el2n, gradient_norm
+    return margin, rival, top2_margin, *softmax, target != -100
 
 
 def make_case(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -58,7 +61,7 @@ def bench_statistics(time_call, shape, dtype, provider):
     rounding = 1e-4 if dtype == torch.float32 else 2e-2
 
     def check(result):
-        pairs = [(result, expected[2])]
+        pairs = [(result, expected[3])]
         if provider != "cross_entropy":
             pairs = list(zip(result, expected, strict=True))
         for value, exact in pairs:
@@ -81,8 +84,8 @@ def bench_statistics(time_call, shape, dtype, provider):
         dtype=dtype,
         provider=provider,
         bytes_read=logits.numel() * logits.element_size(),
-        # The target and the rival, five or six numbers, a bool, and the features.
-        other_bytes=37 * shape[0] + (0 if features is None else (4 + 4 * COLUMNS) * shape[0]),
+        # The target and the rival, six or seven numbers, a bool, and the features.
+        other_bytes=41 * shape[0] + (0 if features is None else (4 + 4 * COLUMNS) * shape[0]),
     )
 
 
@@ -98,7 +101,7 @@ def bench_statistics_backward(time_call, shape, dtype, provider):
         if provider == "cross_entropy":
             return (cross_entropy(logits, target, reduction="none"),)
         fields = {"marginops": fused, "eager": eager_statistics}[provider]
-        margin, _, loss, *_ = fields(logits, target, features)
+        margin, _, _, loss, *_ = fields(logits, target, features)
         return loss, margin
 
     def gradient(outputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:

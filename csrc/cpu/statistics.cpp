@@ -20,8 +20,8 @@ void check_values(const char* name, const std::optional<Tensor>& values, const T
   check_dtype(name, *values, result_type(logits));
 }
 
-using Fields =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Fields = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                          Tensor, Tensor>;
 
 Fields sample_statistics(const Tensor& logits, const Tensor& target,
                          const std::optional<Tensor>& input_norm,
@@ -33,10 +33,11 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
   const int64_t count = logits.size(0);
   const auto field = [&](ScalarType type) { return new_tensor({count}, type); };
   const ScalarType type = result_type(logits);
-  Tensor margin = field(type), rival = field(ScalarType::Long), loss = field(type),
-         confidence = field(type), entropy = field(type), correct = field(ScalarType::Bool),
-         el2n = field(type), gradient_norm = new_tensor({input_norm ? count : 0}, type),
-         maximum = field(type), log_sum = field(type);
+  Tensor margin = field(type), rival = field(ScalarType::Long), top2 = field(type),
+         loss = field(type), confidence = field(type), entropy = field(type),
+         correct = field(ScalarType::Bool), el2n = field(type),
+         gradient_norm = new_tensor({input_norm ? count : 0}, type), maximum = field(type),
+         log_sum = field(type);
   Targets targets(target, logits.size(1), ignore_index);
   for_dtype("logits", logits, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
@@ -47,8 +48,8 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
     const auto values = [](Tensor& tensor) {
       return static_cast<Value*>(tensor.mutable_data_ptr());
     };
-    Value *margins = values(margin), *losses = values(loss), *confidences = values(confidence),
-          *entropies = values(entropy), *el2ns = values(el2n),
+    Value *margins = values(margin), *top2_margins = values(top2), *losses = values(loss),
+          *confidences = values(confidence), *entropies = values(entropy), *el2ns = values(el2n),
           *gradient_norms = values(gradient_norm), *maxima = values(maximum),
           *log_sums = values(log_sum);
     auto* rivals = static_cast<int64_t*>(rival.mutable_data_ptr());
@@ -62,6 +63,8 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
       margins[r] =
           ignored ? std::numeric_limits<Value>::infinity() : margin_of(row.top, label_logit, half);
       rivals[r] = ignored ? 0 : rival_of(row.top, label);
+      top2_margins[r] =
+          ignored ? std::numeric_limits<Value>::infinity() : normalize(top2_margin(row.top), half);
       corrects[r] = ignored || (row.top.first == label && !row.top.nan);
       losses[r] = softmax.loss;
       confidences[r] = softmax.confidence;
@@ -75,7 +78,8 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
     });
   });
   targets.check();
-  return {margin, rival, loss, confidence, entropy, correct, el2n, gradient_norm, maximum, log_sum};
+  return {margin,  rival, top2,          loss,    confidence, entropy,
+          correct, el2n,  gradient_norm, maximum, log_sum};
 }
 
 // Writes SoftmaxGradient::dense() for every class of a row. Whole vectors are read up to `readable`

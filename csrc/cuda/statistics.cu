@@ -60,6 +60,7 @@ cudaError_t sample_statistics(const Matrix& logits, const Target& target, const 
                                        result.rival};
     const StatisticsOutput<Number> output{margins,
                                           column<Number>(input_norm),
+                                          values(result.top2_margin),
                                           values(result.loss),
                                           values(result.confidence),
                                           values(result.entropy),

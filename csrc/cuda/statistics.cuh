@@ -95,7 +95,7 @@ struct StatisticsOutput {
   static constexpr bool kWholeWarps = false;
   TargetOutput<Number> margins;
   Column<Number> input_norm;
-  Number *loss, *confidence, *entropy;
+  Number *top2, *loss, *confidence, *entropy;
   bool* correct;
   Number *el2n, *gradient_norm, *maximum, *log_sum;
 
@@ -115,6 +115,8 @@ struct StatisticsOutput {
     const SoftmaxStatistics<Number> result =
         ignored ? ignored_statistics<Number>()
                 : softmax_statistics(found.sums, label_logit, found.nan || !valid);
+    top2[n] =
+        ignored ? std::numeric_limits<Number>::infinity() : margins.normalized(top2_margin(found));
     loss[n] = result.loss;
     confidence[n] = result.confidence;
     entropy[n] = result.entropy;

@@ -9,6 +9,7 @@ namespace marginops::cuda {
 struct StatisticsResult {
   void* margin;
   int64_t* rival;
+  void* top2_margin;
   void* loss;
   void* confidence;
   void* entropy;

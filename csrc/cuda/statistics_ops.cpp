@@ -29,8 +29,8 @@ Vector column_of(const Tensor& tensor, const char* name, const Matrix& logits, c
   return *ColumnArgument(tensor, name, logits, like).get();
 }
 
-using Statistics =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                              Tensor, Tensor, Tensor>;
 
 Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
                                 const std::optional<Tensor>& input_norm,
@@ -44,7 +44,8 @@ Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
     return new_tensor(logits, {size}, result_type(matrix.dtype));
   };
   const int64_t rows = matrix.rows;
-  Tensor margin = values(rows), loss = values(rows), confidence = values(rows);
+  Tensor margin = values(rows), top2_margin = values(rows);
+  Tensor loss = values(rows), confidence = values(rows);
   Tensor entropy = values(rows), el2n = values(rows), maximum = values(rows);
   Tensor log_sum = values(rows), gradient_norm = values(input_norm.has_value() ? rows : 0);
   Tensor rival = new_tensor(logits, {rows}, ScalarType::Long);
@@ -52,6 +53,7 @@ Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
   Tensor workspace = new_workspace(logits, statistics_workspace_bytes(matrix));
   const StatisticsResult result{margin.mutable_data_ptr(),
                                 rival.mutable_data_ptr<int64_t>(),
+                                top2_margin.mutable_data_ptr(),
                                 loss.mutable_data_ptr(),
                                 confidence.mutable_data_ptr(),
                                 entropy.mutable_data_ptr(),
@@ -62,7 +64,8 @@ Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
                                 log_sum.mutable_data_ptr()};
   check_launch(sample_statistics(matrix, labels, norms.get(), norm, result,
                                  workspace.mutable_data_ptr(), launch.stream()));
-  return {margin, rival, loss, confidence, entropy, correct, el2n, gradient_norm, maximum, log_sum};
+  return {margin,  rival, top2_margin,   loss,    confidence, entropy,
+          correct, el2n,  gradient_norm, maximum, log_sum};
 }
 
 Tensor sample_statistics_gradient_op(

@@ -49,6 +49,7 @@ class StatisticsFields(NamedTuple):
 
     margin: Tensor
     rival: Tensor
+    top2_margin: Tensor
     loss: Tensor
     confidence: Tensor
     entropy: Tensor
@@ -159,6 +160,7 @@ def finish(
     return StatisticsFields(
         margin=torch.where(ignored, torch.inf, torch.where(nan, torch.nan, margin)),
         rival=torch.where(ignored, 0, rival),
+        top2_margin=torch.where(ignored, torch.inf, pairs.normalize(top_pair(rows)[1], log_norm)),
         loss=torch.where(ignored, 0, loss),
         confidence=torch.where(ignored, 1, confidence),
         entropy=torch.where(ignored, 0, entropy),
@@ -184,10 +186,15 @@ def finish_exactly(
     fields = finish(rows, target, ignored, input_norm, log_norm)
     maximum, second, own = rows.values[:, :3].unbind(1)
     own = torch.where(rows.has_nan, torch.nan, own)
-    logits = torch.stack((own, torch.where(rows.classes[:, 0] == target, second, maximum)), 1)
+    rival = torch.where(rows.classes[:, 0] == target, second, maximum)
     first = torch.where(ignored, IGNORED, 0)
-    margin, _ = pairs.classification_margin_rival_op(logits, first, log_norm, None, IGNORED)
-    return fields._replace(margin=margin)
+
+    def exact(one: Tensor, other: Tensor) -> Tensor:
+        logits = torch.stack((one, other), 1)
+        return pairs.classification_margin_rival_op(logits, first, log_norm, None, IGNORED)[0]
+
+    # Adding 0 makes +0.0 of -0.0, which is the difference of -0.0 and +0.0.
+    return fields._replace(margin=exact(own, rival), top2_margin=exact(maximum, second) + 0)
 
 
 def top_pair(rows: RowSums) -> tuple[Tensor, Tensor]:

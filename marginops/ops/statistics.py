@@ -20,6 +20,7 @@ class SampleStatistics(NamedTuple):
 
     margin: Tensor
     rival: Tensor
+    top2_margin: Tensor
     loss: Tensor
     confidence: Tensor
     entropy: Tensor
@@ -64,6 +65,8 @@ def sample_statistics(
     ================= ===========================================================================
     ``margin``        :math:`(f_y - \max_{c \ne y} f_c) \, e^{-\mathrm{log\_norm}}`
     ``rival``         the class c of the maximum in ``margin``, int64
+    ``top2_margin``   the largest minus the second largest logit, times
+                      :math:`e^{-\mathrm{log\_norm}}`; never negative
     ``loss``          cross-entropy, :math:`-\log p_y`
     ``confidence``    :math:`p_y`
     ``entropy``       :math:`-\sum_c p_c \log p_c`, in nats
@@ -84,8 +87,9 @@ def sample_statistics(
             no ``gradient_norm``.
         log_norm: Natural logarithm of the norm product, see
             :func:`marginops.classification_margin`.
-        ignore_index: A sample with this target has margin ``+inf``, loss, entropy, EL2N and
-            gradient norm 0, confidence 1 and rival 0, and is correct. It has no gradient.
+        ignore_index: A sample with this target has margin and ``top2_margin`` ``+inf``, loss,
+            entropy, EL2N and gradient norm 0, confidence 1 and rival 0, and is correct. It has no
+            gradient.
 
     Returns:
         :class:`marginops.SampleStatistics` of ``[N]`` tensors. The floating-point fields are
@@ -93,8 +97,8 @@ def sample_statistics(
         :meth:`marginops.SampleStatistics.mean_loss` is the loss for training.
         Among equal logits the lowest class counts as the largest. A row with a NaN has NaN in
         every floating-point field and is not correct. Where the largest logit of a row is
-        infinite, every floating-point field but the margin is NaN. In float32 an EL2N below 1e-19
-        becomes 0.
+        infinite, every floating-point field but the two margins is NaN. In float32 an EL2N below
+        1e-19 becomes 0.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.

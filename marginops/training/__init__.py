@@ -1,9 +1,10 @@
-"""Batch selection, reports of epochs, and the inversion points and stragglers of training."""
+"""Per-sample training dynamics, batch selection, reports of epochs, and inversion points."""
 
 from typing import TYPE_CHECKING, Any
 
 from .batches import batch_size, take, to_device
 from .comparison import Comparison, compare
+from .dynamics import TrainingDynamics
 from .frontier import Gain
 from .indexed import Indexed
 from .inversion import InversionMonitor
@@ -21,6 +22,7 @@ __all__ = [
     "Indexed",
     "InversionMonitor",
     "Stopwatch",
+    "TrainingDynamics",
     "TrainingRun",
     "batch_size",
     "compare",

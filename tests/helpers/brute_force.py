@@ -81,6 +81,9 @@ def sample_statistics(
             samples.append({**softmax_statistics(row, y), "correct": correct})
     fields = {name: np.array([sample[name] for sample in samples]) for name in learnt}
     fields["margin"] = classification_margin(logits, target, log_norm, ignore_index)
+    with np.errstate(over="ignore"):
+        normalized = top2_margin(logits) * np.exp(-np.float64(log_norm))
+    fields["top2_margin"] = np.where(target.numpy() == ignore_index, math.inf, normalized)
     fields["rival"] = np.array(rivals(logits, target, ignore_index), dtype=np.int64)
     if input is not None:
         sizes = [math.hypot(1, *features) for features in input.double().tolist()]

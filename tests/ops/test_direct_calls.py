@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import marginops
 from helpers.ops import OPS
 from marginops.ops._library import Op
+from marginops.ops.dynamics import empty_state
 
 ROWS, CLASSES, COLUMNS = 6, 4, 3
 
@@ -19,7 +20,7 @@ def calls():
     log_norm, pair = torch.tensor(0.5), torch.tensor([[0, 1]] * ROWS)
     key, coefficient = torch.tensor([1, 4, 11]), torch.randn(3)
     statistics = OPS.sample_statistics(logits, target, None, log_norm, -100)
-    saved = [statistics[index] for index in (1, 3, 4, 8, 9)]
+    saved = [statistics[index] for index in (1, 4, 5, 9, 10)]
     grads = [values] * 4
     head, labels = (features, weight, bias), (target, log_norm)
     term = OPS.multi_margin_regularization(features, weight, target, saved[0], values, False, -100)
@@ -53,6 +54,7 @@ def calls():
         "select_classification_margin": (logits, *labels, 2, -100),
         "select_minimal_margin": (logits, weight, bias, 2, False, False),
         "select_smallest": (values, 2),
+        "update_dynamics": (*empty_state(5), rows, *[values[:2]] * 5, *[rows == 1] * 2, 0.5),
         "update_margin_distribution": (*state, values),
     }
 

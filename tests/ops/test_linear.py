@@ -37,7 +37,7 @@ def assert_alike(variant, result, expected):
         for one, other in zip(result, expected, strict=True):
             rtol = 32 * torch.finfo(one.dtype).eps if one.is_floating_point() else 0
             torch.testing.assert_close(one, other, rtol=rtol, atol=1e-18, equal_nan=True)
-        result, expected = ((*fields[:2], fields[5]) for fields in (result, expected))
+        result, expected = ((*fields[:3], fields[6]) for fields in (result, expected))
     assert_same(result, expected)
 
 
@@ -246,7 +246,7 @@ def test_opcheck_of_the_gradient(device, needed):
     norm = torch.tensor(0.5, dtype=torch.float64, device=device)
     end = -100, None, chunk_of(3, head)
     fields = OPS.linear_sample_statistics(*head[:3], head.target, norm, *end)
-    saved = fields[1], fields[3], fields[4], fields[8], fields[9], norm
+    saved = fields[1], fields[4], fields[5], fields[9], fields[10], norm
     grads = [torch.randn_like(fields[0]) if i < 2 or all(needed) else None for i in range(4)]
     arguments = *head[:3], head.target, *saved, *grads, *end, *needed
     opcheck("linear_sample_statistics_gradient", *arguments)
@@ -261,7 +261,7 @@ def results_and_loss(input, weight, bias, target):
         results[variant] = linear(variant, head, chunk_of(4, head), **options)
         values = results[variant][0]
         loss = loss + torch.where(values.isinf(), 0, values).sum()
-    return results, loss + results["statistics"][2].sum() + results["statistics"][4].sum()
+    return results, loss + results["statistics"][3].sum() + results["statistics"][5].sum()
 
 
 def just_the_margin(input, weight, bias, target):

@@ -147,7 +147,7 @@ def test_sums_over_samples_are_in_float32(device, dtype, variant, chunk_rows):
 
     def summed(head, size):
         fields = linear(variant, head, size, **({"k": 1000} if "select" in variant else {}))
-        fields = fields if variant != "statistics" else fields[2:3]
+        fields = fields if variant != "statistics" else fields[3:4]
         return torch.autograd.grad(fields[0].sum(), head[:3])
 
     # Each term and each sum of a chunk is rounded, and 1000 of them are added.
@@ -188,7 +188,7 @@ def test_gradient_of_margins_needs_no_logits(device, variant, monkeypatch):
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
     if variant == "statistics":
         with pytest.raises(AssertionError, match="logits in the backward pass"):
-            fields[2].sum().backward()
+            fields[3].sum().backward()
 
 
 def test_margins_beside_other_statistics_have_the_same_gradient(device):
@@ -196,7 +196,7 @@ def test_margins_beside_other_statistics_have_the_same_gradient(device):
     norm = torch.tensor(0.5, dtype=torch.float64, device=device)
     grad = torch.arange(23.0, dtype=torch.float64, device=device) - 9
     fields = OPS.linear_sample_statistics(*head[:3], head.target, norm, -100, None, None)
-    saved = fields[1], fields[3], fields[4], fields[8], fields[9]
+    saved = fields[1], fields[4], fields[5], fields[9], fields[10]
     options = -100, None, chunk_of(3, head), True, True
     actual = OPS.linear_sample_statistics_gradient(
         *head[:3], head.target, *saved, norm, grad, None, None, None, *options

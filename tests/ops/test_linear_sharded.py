@@ -20,7 +20,8 @@ from marginops.ops import linear_sharded
 RANKS = 3
 SIZES = [(1, 5, 3), (3, 0, 6), (0, 9, 0), (7, 1, 1)]
 # If the logits are exact, these are bit for bit the same for any number of processes.
-EXACT = {"differentiable", "value", "margin", "rival", "correct", "scores", "indices"}
+EXACT = {"differentiable", "value", "margin", "rival", "top2_margin", "correct"}
+EXACT |= {"scores", "indices"}
 DIFFERENTIABLE_FIELDS = ["margin", "loss", "confidence", "entropy"]
 FUNCTIONS = [
     "classification_margin",

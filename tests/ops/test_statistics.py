@@ -18,7 +18,7 @@ from helpers.strategies import relayout, statistics_cases
 from marginops._checks import result_dtype
 from marginops.ops import margin_pair
 
-FLOATING = ("margin", "loss", "confidence", "entropy", "el2n", "gradient_norm")
+FLOATING = ("margin", "top2_margin", "loss", "confidence", "entropy", "el2n", "gradient_norm")
 
 
 def assert_statistics(result, expected, logits, target):
@@ -36,7 +36,7 @@ def assert_statistics(result, expected, logits, target):
         if name in ("el2n", "gradient_norm"):
             scale = expected["gradient_norm"] / expected["el2n"] if name != "el2n" else 1
             absolute = 2 * math.sqrt(limits.tiny) * np.nan_to_num(np.maximum(scale, 1), nan=1)
-        if name == "margin":
+        if name in ("margin", "top2_margin"):
             values = np.where(np.abs(values) > limits.max, np.copysign(np.inf, values), values)
         assert_within(actual, values, relative, absolute, name)
 
@@ -208,12 +208,12 @@ def test_strides_of_target_and_kinds_of_log_norm(device, dtype, which):
     with implementation(which):
         expected = marginops.sample_statistics(logits, target, log_norm=0.5)
         assert_same(
-            marginops.sample_statistics(logits, spread, log_norm=log_norm)[:7], expected[:7]
+            marginops.sample_statistics(logits, spread, log_norm=log_norm)[:8], expected[:8]
         )
         first = marginops.sample_statistics(logits[:1].expand(200, -1), target[:1].expand(200))
         assert_same(
-            first[:7],
-            marginops.sample_statistics(logits[:1].repeat(200, 1), target[:1].repeat(200))[:7],
+            first[:8],
+            marginops.sample_statistics(logits[:1].repeat(200, 1), target[:1].repeat(200))[:8],
         )
 
 
@@ -225,7 +225,18 @@ def test_another_ignore_index(device, which):
         result = marginops.sample_statistics(
             logits, target, input=torch.ones(6, 2, device=device), ignore_index=7
         )
-    assert [field[2].item() for field in result] == [math.inf, 0, 0, 1, 0, True, 0, 0, False]
+    assert [field[2].item() for field in result] == [
+        math.inf,
+        0,
+        math.inf,
+        0,
+        1,
+        0,
+        True,
+        0,
+        0,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("ignored", [0, 3, 12])
@@ -253,9 +264,9 @@ def test_mean_loss_and_its_gradient_are_those_of_cross_entropy(device, dtype, ig
 def test_statistics_print_in_one_line_without_values():
     statistics = marginops.sample_statistics(torch.randn(500, 4), torch.zeros(500).long())
     assert repr(statistics) == (
-        "SampleStatistics(margin=float32[500], rival=int64[500], loss=float32[500], "
-        "confidence=float32[500], entropy=float32[500], correct=bool[500], el2n=float32[500], "
-        "gradient_norm=None, counted=bool[500], device=cpu)"
+        "SampleStatistics(margin=float32[500], rival=int64[500], top2_margin=float32[500], "
+        "loss=float32[500], confidence=float32[500], entropy=float32[500], correct=bool[500], "
+        "el2n=float32[500], gradient_norm=None, counted=bool[500], device=cpu)"
     )
     # Reading a value would be an error here, as it would wait for a GPU there.
     on_meta = marginops.sample_statistics(

@@ -106,7 +106,7 @@ def test_gradient_of_shards_matches_the_whole_row(device, dtype, split):
     """Labels and rivals outside a shard belong to another one."""
     logits, target = random_logits(device, dtype, rows=60, classes=23)
     target[::9] = -100
-    _, rival, _, confidence, entropy, *_, maximum, log_sum = OPS.sample_statistics(
+    _, rival, _, _, confidence, entropy, *_, maximum, log_sum = OPS.sample_statistics(
         logits, target, None, None, -100
     )
     fields = confidence, entropy, maximum, log_sum
@@ -132,7 +132,7 @@ def test_opcheck(device):
     opcheck("sample_statistics", logits, target, None, None, -1)
     opcheck("sample_statistics", logits, target, norm, log_norm, -1)
     exact = logits.detach()
-    _, rival, _, *fields = OPS.sample_statistics(exact, target, None, None, -1)
+    _, rival, _, _, *fields = OPS.sample_statistics(exact, target, None, None, -1)
     saved = rival, fields[0], fields[1], fields[5], fields[6]
     grad = torch.randn(12, dtype=torch.float64, device=device)
     spread = grad[:1].expand(12)
@@ -272,7 +272,7 @@ def test_wrong_direct_calls_for_a_shard(arguments):
 @pytest.mark.parametrize("position", [*range(12)])
 def test_wrong_direct_calls_of_the_gradient(position):
     """Each argument in turn is too long, too short, of another dtype, or of more dimensions."""
-    _, rival, _, confidence, entropy, *_, maximum, log_sum = OPS.sample_statistics(
+    _, rival, _, _, confidence, entropy, *_, maximum, log_sum = OPS.sample_statistics(
         LOGITS, TARGET, None, None, -100
     )
     grad = torch.ones(4)
