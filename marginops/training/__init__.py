@@ -8,22 +8,34 @@ from .dynamics import TrainingDynamics
 from .frontier import Gain
 from .indexed import Indexed
 from .inversion import InversionMonitor
+from .margin_sampler import MarginSampler
+from .policies import BelowMeanLoss, SmallestMargins, Uniform
 from .runs import Stopwatch, TrainingRun
 from .selection import select_batch
 from .stability import straggler_stability
+from .strata import BetaWindow, RankPower, Strata
+from .weighted_sampler import WeightedSampler
 
 if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch
 
 __all__ = [
+    "BelowMeanLoss",
+    "BetaWindow",
     "Comparison",
     "EpochReport",
     "Gain",
     "Indexed",
     "InversionMonitor",
+    "MarginSampler",
+    "RankPower",
+    "SmallestMargins",
     "Stopwatch",
+    "Strata",
     "TrainingDynamics",
     "TrainingRun",
+    "Uniform",
+    "WeightedSampler",
     "batch_size",
     "compare",
     "report_epoch",

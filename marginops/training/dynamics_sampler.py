@@ -1,0 +1,115 @@
+"""Samplers whose weights come from TrainingDynamics and stay in them."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .agreement import check_agreement, together
+from .dynamics import TrainingDynamics
+from .epoch_sampler import EpochSampler
+from .weighted_sampler import check_weights
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class DynamicsSampler(EpochSampler):
+    """A sampler that computes the weights of an epoch from dynamics, once and on all ranks."""
+
+    def __init__(
+        self,
+        dynamics: TrainingDynamics,
+        epoch_size: int,
+        seed: int,
+        num_replicas: int | None,
+        rank: int | None,
+        group: ProcessGroup | None,
+        drop_last: bool,
+    ) -> None:
+        if num_replicas is None:
+            num_replicas = 1 if group is None else dist.get_world_size(group)
+        if rank is None:
+            rank = 0 if group is None else dist.get_rank(group)
+        super().__init__(dynamics.num_samples, epoch_size, seed, num_replicas, rank, drop_last)
+        self.dynamics, self.group = dynamics, group
+        self._loaded_version = -1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch: compute its weights, unless the dynamics hold them already.
+
+        With ``group`` this is a collective call, which syncs the dynamics. If an argument differs
+        between the ranks, or one rank has an error, all ranks get an error.
+
+        Args:
+            epoch: The number of the epoch, 0 <= epoch < 2**63. The epoch of a loaded state goes on
+                at its position; every other epoch begins anew.
+        """
+        super().set_epoch(epoch)
+        self._prepare()
+
+    def _drawn_weights(self) -> tuple[Tensor, int]:
+        if self.dynamics.weights_version != self.epoch:
+            self._prepare()
+        assert self.dynamics.weights is not None
+        return self.dynamics.weights.cpu(), self.epoch
+
+    def _version(self) -> int:
+        return self.dynamics.weights_version
+
+    def _load(self, epoch: int, position: int, version: int) -> None:
+        if position > 0 and version != epoch:
+            raise ValueError(
+                f"state_dict: expected weights_version {epoch}, that of its epoch, got {version}"
+            )
+        self.epoch, self._position, self._loaded_version = epoch, position, version
+
+    def _prepare(self) -> None:
+        """Let the dynamics hold the weights of the current epoch."""
+        dynamics, epoch = self.dynamics, self.epoch
+        if self.group is not None:
+            check_agreement(self.group, self._facts())
+        if dynamics.weights_version == epoch and dynamics.weights is not None:
+            check_weights("dynamics.weights", dynamics.weights, self.epoch_size)
+            return
+        if self._loaded_version == epoch:
+            raise ValueError(
+                f"dynamics: expected the weights of epoch {epoch}, in which the loaded state "
+                f"stopped, got those of epoch {dynamics.weights_version}; load the state of the "
+                "dynamics that was saved with the state of the sampler"
+            )
+        if self.group is not None:
+            dynamics.sync(self.group)
+        dynamics.weights = together(self.group, self._compute, _checksum)
+        dynamics.weights_version = epoch
+
+    def _facts(self) -> dict[str, int | float]:
+        """What has to be equal on all ranks."""
+        return {
+            "dynamics.num_samples": self.population,
+            "num_samples": self.epoch_size,
+            "seed": self.seed,
+            "num_replicas": self.num_replicas,
+            "drop_last": self.drop_last,
+            "epoch": self.epoch,
+            "position of the loaded state": self._position,
+            "weights_version of the loaded state": self._loaded_version,
+            "dynamics.weights_version": self.dynamics.weights_version,
+        }
+
+    def _compute(self) -> Tensor:
+        """The weights of the current epoch, the same on all ranks."""
+        raise NotImplementedError
+
+
+def check_dynamics(dynamics: Any) -> None:
+    """Check that dynamics are there."""
+    if not isinstance(dynamics, TrainingDynamics):
+        raise TypeError(f"dynamics: expected TrainingDynamics, got {type(dynamics).__name__}")
+
+
+def _checksum(weights: Tensor) -> int:
+    return zlib.crc32(weights.numpy().data)

@@ -1,0 +1,164 @@
+"""The order of an epoch: draws without replacement, a pure function of seed, epoch and weights."""
+
+import itertools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..ops.select import select_smallest
+
+# The numbers come from Philox 4x64 (Salmon et al., 2011) with (seed, epoch) as its key. A stream is
+# a part of its counter. NumPy promises that raw numbers never change, and all arithmetic below is
+# +, -, *, / of IEEE 754. So an order has the same bits on every machine.
+_DRAW, _SHUFFLE = 0, 1
+_PIECE = 1 << 15  # samples whose arrays stay in the cache
+_SORTED_AT_ONCE = 1 << 24  # beyond this, a sort would need too much memory
+_LN2 = np.float32(np.log(2.0))
+
+_Floats = NDArray[np.float32]
+
+
+def epoch_order(weights: Tensor | None, population: int, k: int, seed: int, epoch: int) -> Tensor:
+    """The samples of an epoch in the order of their visits.
+
+    An exponential race draws them: sample i arrives at the time ``-log(u_i) / w_i``, and the first
+    k arrivals are drawn. This is the law of k draws one after the other without replacement, each
+    in proportion to the weights of what is left (Efraimidis & Spirakis, 2006). A shuffle follows,
+    because heavy samples arrive early.
+
+    Args:
+        weights: ``[N]`` float32 from :func:`as_weights`, or None for equal weights.
+        population: N.
+        k: How many samples to draw. It is at most the number of positive weights.
+        seed: 0 <= seed < 2**63.
+        epoch: 0 <= epoch < 2**63.
+
+    Returns:
+        ``[k]`` int64 on the CPU, no id twice.
+    """
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if k == population:  # every weight is positive
+        return _shuffled(population, seed, epoch)
+    keys = _equal_race(population, seed, epoch) if weights is None else _race(weights, seed, epoch)
+    chosen = _first(keys, k)
+    del keys
+    return chosen[_shuffled(k, seed, epoch)]
+
+
+def _first(keys: _Floats, k: int) -> Tensor:
+    """The k samples that arrive first; among equal times those with the smallest ids."""
+    if len(keys) <= _SORTED_AT_ONCE:
+        return select_smallest(torch.from_numpy(keys), k).indices
+    # Certain samples have equal keys, and a partition is slow where many are equal.
+    racing = np.flatnonzero(keys >= 0)
+    times = keys[racing]
+    place = k - np.count_nonzero(keys < 0) - 1
+    del racing
+    if place < 0:
+        return torch.from_numpy(np.flatnonzero(keys < 0))
+    times.partition(place)
+    last = times[place]
+    del times
+    earlier = np.flatnonzero(keys < last)
+    equal = np.flatnonzero(keys == last)[: k - len(earlier)]
+    return torch.from_numpy(np.concatenate([earlier, equal]))
+
+
+def as_weights(weights: Tensor) -> Tensor:
+    """Weights as float32 on the CPU, of which the largest finite one is 1.
+
+    A positive weight below 2**-100 of the largest one becomes 2**-100, so that it stays positive
+    and arrival times stay finite.
+    """
+    weights = weights.detach().cpu()
+    finite = weights[weights.isfinite()]
+    largest = finite.max() if len(finite) else weights.new_zeros(())
+    if largest > 0:
+        weights = weights / largest
+    return torch.where(weights > 0, weights.float().clamp(min=2.0**-100), 0.0)
+
+
+def _words(seed: int, epoch: int, stream: int, count: int) -> NDArray[np.uint32]:
+    """``count`` random words of 32 bits."""
+    source = np.random.Philox(key=[seed, epoch], counter=[0, stream, 0, 0])
+    raw = source.random_raw((count + 1) // 2)
+    return raw.astype("<u8", copy=False).view("<u4")[:count]
+
+
+def _uniform_keys(seed: int, epoch: int, stream: int, count: int) -> _Floats:
+    """Random positive floats, whose order is that of 30 random bits."""
+    words = _words(seed, epoch, stream, count)
+    words >>= np.uint32(2)
+    words += np.uint32(1 << 23)  # no subnormal number: torch can be told to flush them to 0
+    return words.view(np.float32)
+
+
+def _equal_race(population: int, seed: int, epoch: int) -> _Floats:
+    return _uniform_keys(seed, epoch, _DRAW, population)
+
+
+def _race(weights: Tensor, seed: int, epoch: int) -> _Floats:
+    """The time at which each sample arrives: -1 if it is certain, NaN if it never comes."""
+    array = weights.numpy()
+    certain, never = np.isposinf(array), array == 0
+    if np.all((array == 1) | certain | never):  # then the logarithm changes no order
+        keys = _equal_race(len(array), seed, epoch)
+    else:
+        keys = _exponential_race(array, seed, epoch)
+    np.copyto(keys, -1, where=certain)
+    np.copyto(keys, np.nan, where=never)
+    return keys
+
+
+def _exponential_race(weights: _Floats, seed: int, epoch: int) -> _Floats:
+    source = np.random.Philox(key=[seed, epoch], counter=[0, _DRAW, 0, 0])
+    keys = np.empty_like(weights)
+    for begin in range(0, len(weights), _PIECE):
+        piece = weights[begin : begin + _PIECE]
+        words = source.random_raw(len(piece)).astype("<u8", copy=False).view("<u4")
+        with np.errstate(divide="ignore"):
+            np.divide(_exponential(words), piece, out=keys[begin : begin + _PIECE])
+    return keys
+
+
+def _exponential(words: NDArray[np.uint32]) -> _Floats:
+    """An exponential variate from every two words: ``-log(u) = halvings * log 2 - log(1 - v)``.
+
+    ``halvings`` is the number of leading zeros of the second word, and v in (0, 0.5] comes from the
+    first. So small variates have full relative precision. The series of ``-log(1 - v)``, which is
+    ``2 artanh(v / (2 - v))``, is exact to 2e-8.
+    """
+    v = (words[0::2].astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-33)
+    exponent = (words[1::2] | np.uint32(1)).astype(np.float64).view(np.int64) >> 52
+    halvings = (1023 + 31 - exponent).astype(np.float32)
+    s = v / (np.float32(2) - v)
+    square = s * s
+    series = np.full_like(s, 1 / 13)
+    for denominator in (11, 9, 7, 5, 3, 1):
+        series *= square
+        series += np.float32(1 / denominator)
+    series *= s
+    series += series
+    halvings *= _LN2
+    return series + halvings
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
+    """A random order of 0, ..., count - 1: the order of random keys."""
+    keys = _uniform_keys(seed, epoch, _SHUFFLE, count)
+    if count <= _SORTED_AT_ONCE:
+        return select_smallest(torch.from_numpy(keys), count).indices
+    # The keys of one part are below those of the next. So the parts make up the order of the whole.
+    order, begin = torch.empty(count, dtype=torch.int64), 0
+    parts = -(-count // (_SORTED_AT_ONCE // 2))
+    bits = keys.view(np.uint32) - np.uint32(1 << 23)
+    edges = np.linspace(0, 1 << 30, parts + 1).astype(np.uint32)
+    for low, high in itertools.pairwise(edges):
+        positions = np.flatnonzero((bits >= low) & (bits < high))
+        sorted_keys = select_smallest(torch.from_numpy(keys[positions]), len(positions))
+        order[begin : begin + len(positions)] = torch.from_numpy(positions)[sorted_keys.indices]
+        begin += len(positions)
+    return order
