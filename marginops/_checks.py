@@ -189,6 +189,22 @@ def check_target(
     check_int("ignore_index", ignore_index)
 
 
+def check_indices(name: str, value: Any, shape: str) -> None:
+    """Check a tensor of int64 indices; ``shape`` is for the error alone."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor {shape}, got {type(value).__name__}"
+            f"{advice.for_object(name, value)}"
+        )
+    if value.dtype != torch.int64:
+        todo = "" if value.dtype == torch.bool else f"; pass {name}.long()"
+        if value.is_floating_point():
+            todo = "; take integers from the data set, because large ones lose digits here"
+        raise TypeError(f"{name}: expected dtype torch.int64, got {value.dtype}{todo}")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+
+
 def check_features(input: Any, logits: Tensor) -> None:
     """Check features [N, D], one row for each row of ``logits``."""
     check_tensor("input", input, 2, "[N, D]")

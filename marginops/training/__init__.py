@@ -1,15 +1,18 @@
-"""Per-sample training dynamics, batch selection, reports of epochs, and inversion points."""
+"""Per-sample training dynamics, samplers, batch selection, reports of epochs, inversion points."""
 
 from typing import TYPE_CHECKING, Any
 
 from .batches import batch_size, take, to_device
 from .comparison import Comparison, compare
+from .data_map import DataMap
 from .dynamics import TrainingDynamics
 from .frontier import Gain
 from .indexed import Indexed
 from .inversion import InversionMonitor
+from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
 from .margin_sampler import MarginSampler
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
+from .reduction import ReductionSampler
 from .runs import Stopwatch, TrainingRun
 from .selection import select_batch
 from .stability import straggler_stability
@@ -23,15 +26,19 @@ __all__ = [
     "BelowMeanLoss",
     "BetaWindow",
     "Comparison",
+    "DataMap",
     "EpochReport",
     "Gain",
     "Indexed",
     "InversionMonitor",
+    "LabelIssues",
     "MarginSampler",
     "RankPower",
+    "ReductionSampler",
     "SmallestMargins",
     "Stopwatch",
     "Strata",
+    "ThresholdSamples",
     "TrainingDynamics",
     "TrainingRun",
     "Uniform",
@@ -42,6 +49,7 @@ __all__ = [
     "select_batch",
     "straggler_stability",
     "take",
+    "threshold_samples",
     "to_device",
 ]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.dynamics import VALUES, DynamicsState
-
-if TYPE_CHECKING:
-    from .dynamics import TrainingDynamics
+from ._dynamics_values import DynamicsValues
 
 _LAST_ROW = 2**32 - 1
 _CHUNK = 2**20  # samples whose records are in temporary memory at a time
@@ -21,7 +19,7 @@ _MEANS = [VALUES.index(name) for name in ("margin_mean", "confidence_mean", "el2
 _CONFIDENCE, _M2 = VALUES.index("confidence_mean"), VALUES.index("confidence_m2")
 
 
-def merge(dynamics: TrainingDynamics, other: TrainingDynamics) -> None:
+def merge(dynamics: DynamicsValues, other: DynamicsValues) -> None:
     """Add the visits of ``other``; see :meth:`TrainingDynamics.merge`."""
     for name in ("num_samples", "decay"):
         own, theirs = getattr(dynamics, name), getattr(other, name)
@@ -37,7 +35,7 @@ def merge(dynamics: TrainingDynamics, other: TrainingDynamics) -> None:
     own_totals.copy_(torch.stack((torch.maximum(own_totals, totals)[0], (own_totals + totals)[1])))
 
 
-def _chunks(dynamics: TrainingDynamics) -> Iterator[DynamicsState]:
+def _chunks(dynamics: DynamicsValues) -> Iterator[DynamicsState]:
     """Views of the records of some samples at a time."""
     values, counts, last_seen, totals = dynamics._state
     for start in range(0, dynamics.num_samples, _CHUNK):
@@ -82,7 +80,7 @@ def _is_correct(counts: Tensor) -> Tensor:
     return counts[:, 2] > counts[:, 3]
 
 
-def sync(dynamics: TrainingDynamics, group: Any) -> None:
+def sync(dynamics: DynamicsValues, group: Any) -> None:
     """Give all ranks the newest record of each sample; see :meth:`TrainingDynamics.sync`."""
     if not dist.is_available() or (group is None and not dist.is_initialized()):
         return
@@ -103,7 +101,7 @@ def sync(dynamics: TrainingDynamics, group: Any) -> None:
     dynamics._common_nonfinite = dynamics.num_nonfinite
 
 
-def _check_ranks(dynamics: TrainingDynamics, group: Any, ranks: int) -> list[list[int]]:
+def _check_ranks(dynamics: DynamicsValues, group: Any, ranks: int) -> list[list[int]]:
     """Check that all ranks have the same arguments, on all ranks; returns their totals."""
     names = "num_samples", "decay", "weights_version", "_common_nonfinite"
     own = {name: getattr(dynamics, name) for name in names}
@@ -121,7 +119,7 @@ def _check_ranks(dynamics: TrainingDynamics, group: Any, ranks: int) -> list[lis
     return [totals for _, totals in answers]
 
 
-def _collective_device(dynamics: TrainingDynamics, group: Any) -> torch.device:
+def _collective_device(dynamics: DynamicsValues, group: Any) -> torch.device:
     """The device of the state if the group can communicate from there, else the GPU."""
     config = str(dist.get_backend_config(group))
     if dynamics.device.type in config:

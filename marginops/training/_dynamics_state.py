@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.dynamics import COUNTS, VALUES
-
-if TYPE_CHECKING:
-    from .dynamics import TrainingDynamics
+from ._dynamics_values import DynamicsValues
 
 VERSION = 1
 _LAST_ROW = 2**32 - 1
@@ -25,7 +23,7 @@ def check_decay(decay: Any) -> None:
         raise ValueError(f"decay: expected a value in [0, 1), got {decay}")
 
 
-def to_dict(dynamics: TrainingDynamics) -> dict[str, Any]:
+def to_dict(dynamics: DynamicsValues) -> dict[str, Any]:
     """The state of dynamics as numbers and tensors on the CPU, all of them copies."""
     state, weights = dynamics._state, dynamics.weights
     return {
@@ -41,7 +39,7 @@ def to_dict(dynamics: TrainingDynamics) -> dict[str, Any]:
     }
 
 
-def load_dict(dynamics: TrainingDynamics, state_dict: Any) -> None:
+def load_dict(dynamics: DynamicsValues, state_dict: Any) -> None:
     """Check a whole state and then assign it."""
     check_dict(dynamics, state_dict)
     state, weights = dynamics._state, state_dict["weights"]
@@ -55,7 +53,7 @@ def load_dict(dynamics: TrainingDynamics, state_dict: Any) -> None:
     dynamics._common_nonfinite = dynamics.num_nonfinite
 
 
-def check_dict(dynamics: TrainingDynamics, state_dict: Any) -> None:
+def check_dict(dynamics: DynamicsValues, state_dict: Any) -> None:
     """Check that a dictionary is a whole state of dynamics with the same arguments."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")

@@ -1,4 +1,4 @@
-"""What can be read out of the state of TrainingDynamics."""
+"""The attributes of TrainingDynamics, and what can be read out of the state."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,14 @@ from ..ops.dynamics import COUNTS, VALUES, DynamicsState
 
 
 class DynamicsValues:
-    """The values of all samples as attributes; :class:`TrainingDynamics` describes them."""
+    """What TrainingDynamics hold, and the values of all samples as attributes."""
 
+    num_samples: int
+    decay: float
+    weights: Tensor | None
+    weights_version: int
     _state: DynamicsState
+    _common_nonfinite: int  # the visits that all ranks knew of at the last sync
 
     @property
     def device(self) -> torch.device:

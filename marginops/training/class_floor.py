@@ -23,11 +23,11 @@ def with_class_floor(weights: Tensor, margin: Tensor, labels: Tensor, floor: flo
     Returns:
         ``[N]`` float32, new weights.
     """
-    by_class = np.lexsort((margin.numpy(), -weights.numpy(), labels.numpy()))
-    _, starts, sizes = np.unique(labels.numpy()[by_class], return_index=True, return_counts=True)
-    rank = np.arange(len(by_class)) - np.repeat(starts, sizes)
-    needed = np.floor(floor * sizes + 1e-9)
-    on_floor = by_class[rank < np.repeat(needed, sizes)]
+    preferred = torch.from_numpy(np.lexsort((margin.numpy(), -weights.numpy())))
+    classes = labels[preferred]
+    _, inverse, sizes = classes.unique(return_inverse=True, return_counts=True)
+    needed = (floor * sizes.double() + 1e-9).floor()
+    on_floor = preferred[rank_within_class(inverse) < needed[inverse]]
     certain = weights.isposinf()
     number = int(certain.sum())
     result = weights.clone()
@@ -39,6 +39,16 @@ def with_class_floor(weights: Tensor, margin: Tensor, labels: Tensor, floor: flo
     smallest = margin[above].sort(stable=True).indices[: max(number - len(on_floor), 0)]
     result[above[smallest]] = torch.inf
     return result
+
+
+def rank_within_class(labels: Tensor) -> Tensor:
+    """How many samples of the same class come before each sample, ``[N]`` int64."""
+    by_class = labels.sort(stable=True)
+    sizes = by_class.values.unique_consecutive(return_counts=True)[1]
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    ranks = torch.empty_like(labels)
+    ranks[by_class.indices] = torch.arange(len(labels)) - starts
+    return ranks
 
 
 def checked_labels(labels: Any, population: int) -> Tensor:

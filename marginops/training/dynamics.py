@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _advice as advice
 from .. import _checks as checks
 from ..ops.dynamics import DynamicsState, empty_state, update_dynamics_op
 from ..ops.statistics import SampleStatistics, sample_statistics
@@ -17,6 +16,8 @@ from . import _dynamics_file as files
 from . import _dynamics_merge as merging
 from . import _dynamics_state as states
 from ._dynamics_values import DynamicsValues
+from .data_map import DataMap, data_map, to_table
+from .label_issues import LabelIssues, label_issues
 
 
 class TrainingDynamics(DynamicsValues):
@@ -110,10 +111,9 @@ class TrainingDynamics(DynamicsValues):
     def _set(self, num_samples: int, decay: float, state: DynamicsState) -> None:
         self.num_samples = num_samples
         self.decay = decay
-        self.weights: Tensor | None = None
+        self.weights = None
         self.weights_version = -1
         self._state = state
-        # The visits that all ranks knew of at the last sync.
         self._common_nonfinite = int(state.totals[1])
 
     @classmethod
@@ -209,7 +209,12 @@ class TrainingDynamics(DynamicsValues):
             tensor([1, 1], dtype=torch.int32)
         """
         margin, loss, confidence, el2n, correct, counted, score = _fields(statistics, score)
-        self._check_indices(indices, margin)
+        checks.check_indices("indices", indices, "[B]")
+        if len(indices) != len(margin):
+            raise ValueError(
+                f"indices: expected shape {list(margin.shape)}, one index for each sample of the "
+                f"batch, got {list(indices.shape)}"
+            )
         device = self._state.values.device
         if margin.device != device:
             numbers = torch.stack((margin, score, loss, confidence, el2n, correct, counted))
@@ -221,23 +226,6 @@ class TrainingDynamics(DynamicsValues):
             *self._state,
             *(indices, margin, score, loss, confidence, el2n, correct, counted, self.decay),
         )
-
-    def _check_indices(self, indices: Any, margin: Tensor) -> None:
-        if not isinstance(indices, Tensor):
-            raise TypeError(
-                f"indices: expected a tensor [B], got {type(indices).__name__}"
-                f"{advice.for_object('indices', indices)}"
-            )
-        if indices.dtype != torch.int64:
-            todo = "" if indices.dtype == torch.bool else "; pass indices.long()"
-            if indices.is_floating_point():
-                todo = "; take integers from the data set, because large ones lose digits here"
-            raise TypeError(f"indices: expected dtype torch.int64, got {indices.dtype}{todo}")
-        if indices.shape != margin.shape:
-            raise ValueError(
-                f"indices: expected shape {list(margin.shape)}, one index for each sample of the "
-                f"batch, got {list(indices.shape)}"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state, for ``torch.save``; ``torch.load(..., weights_only=True)`` reads it.
@@ -258,6 +246,67 @@ class TrainingDynamics(DynamicsValues):
                 damaged. The dynamics stay as they were.
         """
         states.load_dict(self, state_dict)
+
+    def label_issues(
+        self,
+        by: str = "aum",
+        *,
+        threshold_samples: Tensor | None = None,
+        percentile: float = 99.0,
+    ) -> LabelIssues:
+        """All samples that were seen, the one with the most suspicious label first.
+
+        A wrong label contradicts what the network learns from the other samples. So the margin of
+        the sample is small for most of the training, even if the network learns it by heart later.
+
+        Args:
+            by: The score, of which small values are suspicious: ``"aum"`` (Pleiss et al., 2020),
+                ``"confidence"`` (Swayamdipta et al., 2020), ``"margin_average"``, ``"margin"`` or
+                ``"correctness"``.
+            threshold_samples: ``[K]`` int64, samples that were trained with a label that is
+                certainly wrong, see :func:`marginops.training.threshold_samples`. Their scores tell
+                where wrong labels begin, and they are left out of the result.
+            percentile: The percentile of their scores at which the threshold lies, in [0, 100]. The
+                paper takes 99.
+
+        Returns:
+            :class:`marginops.training.LabelIssues` on the device of the state. Without threshold
+            samples the result is an order: how many labels are wrong is for the user to say.
+
+        Raises:
+            TypeError, ValueError: An argument has the wrong type or value.
+
+        Example:
+            >>> import torch
+            >>> from marginops.training import TrainingDynamics
+            >>> dynamics = TrainingDynamics(num_samples=3)
+            >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
+            >>> _ = dynamics.update(torch.arange(3), logits, torch.tensor([0, 1, 1]))
+            >>> dynamics.label_issues().indices
+            tensor([1, 0, 2])
+        """
+        return label_issues(self, by, threshold_samples, percentile)
+
+    def data_map(self) -> DataMap:
+        """Confidence and variability of the samples, as numbers and as a figure.
+
+        Returns:
+            :class:`marginops.training.DataMap` of the samples with ``count`` > 0. Its method
+            ``plot()`` draws the figure.
+        """
+        return data_map(self)
+
+    def to_table(self) -> Any:
+        """All values as a table with one row per sample.
+
+        Returns:
+            ``pyarrow.Table`` with the column ``index`` and one for each attribute above. From there
+            ``to_pandas()`` makes a data frame, and ``pyarrow.parquet.write_table`` a file.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+        """
+        return to_table(self)
 
     def merge(self, other: TrainingDynamics) -> None:
         """Add the visits of other dynamics of the same samples, such as those of another run.

@@ -52,10 +52,12 @@ class DynamicsSampler(EpochSampler):
         self._prepare()
 
     def _drawn_weights(self) -> tuple[Tensor, int]:
-        if self.dynamics.weights_version != self.epoch:
+        weights = self.dynamics.weights
+        if self.dynamics.weights_version != self.epoch or weights is None:
             self._prepare()
-        assert self.dynamics.weights is not None
-        return self.dynamics.weights.cpu(), self.epoch
+            weights = self.dynamics.weights
+            assert weights is not None
+        return weights.cpu(), self.epoch
 
     def _version(self) -> int:
         return self.dynamics.weights_version
@@ -73,7 +75,7 @@ class DynamicsSampler(EpochSampler):
         if self.group is not None:
             check_agreement(self.group, self._facts())
         if dynamics.weights_version == epoch and dynamics.weights is not None:
-            check_weights("dynamics.weights", dynamics.weights, self.epoch_size)
+            self._adopt(dynamics.weights)
             return
         if self._loaded_version == epoch:
             raise ValueError(
@@ -85,6 +87,11 @@ class DynamicsSampler(EpochSampler):
             dynamics.sync(self.group)
         dynamics.weights = together(self.group, self._compute, _checksum)
         dynamics.weights_version = epoch
+        self._adopt(dynamics.weights)
+
+    def _adopt(self, weights: Tensor) -> None:
+        """Take weights that the dynamics hold."""
+        check_weights("dynamics.weights", weights, self.epoch_size)
 
     def _facts(self) -> dict[str, int | float]:
         """What has to be equal on all ranks."""
@@ -103,6 +110,10 @@ class DynamicsSampler(EpochSampler):
     def _compute(self) -> Tensor:
         """The weights of the current epoch, the same on all ranks."""
         raise NotImplementedError
+
+    def _unseen(self) -> Tensor:
+        """Which samples were never seen, ``[N]`` bool on the CPU. They come first."""
+        return (self.dynamics.last_step < 0).cpu()
 
 
 def check_dynamics(dynamics: Any) -> None:

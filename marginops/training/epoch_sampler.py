@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from .. import _checks as checks
-from .order import epoch_order
+from .order import epoch_order, repeated_order
 
 _VERSION = 1
 _STATE = ("version", "seed", "epoch", "position", "weights_version")
@@ -24,10 +24,11 @@ class EpochSampler(DistributedSampler[int]):
 
     Attributes:
         epoch: The number of the epoch that :meth:`__iter__` begins or continues.
-        epoch_size: How many samples an epoch visits on all ranks together, without padding.
         num_samples: How many samples this rank visits in an epoch.
         total_size: ``num_samples * num_replicas``.
     """
+
+    _repeats = False  # whether an epoch may visit a sample several times
 
     def __init__(
         self,
@@ -60,6 +61,8 @@ class EpochSampler(DistributedSampler[int]):
                 f"num_samples: expected at least num_replicas, {num_replicas}, with drop_last, "
                 f"got {epoch_size}"
             )
+        self.population = population
+        self._position = 0
         super().__init__(
             range(epoch_size),  # type: ignore[arg-type]
             num_replicas=num_replicas,
@@ -67,9 +70,24 @@ class EpochSampler(DistributedSampler[int]):
             seed=seed,
             drop_last=drop_last,
         )
-        self.population = population
-        self.epoch_size = epoch_size
-        self._position = 0
+
+    @property
+    def epoch_size(self) -> int:
+        """How many samples an epoch visits on all ranks together, without padding."""
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def _resize(self, epoch_size: int) -> None:
+        """Change the length of this epoch."""
+        epoch = self.epoch
+        DistributedSampler.__init__(
+            self,
+            range(epoch_size),  # type: ignore[arg-type]
+            num_replicas=self.num_replicas,
+            rank=self.rank,
+            seed=self.seed,
+            drop_last=self.drop_last,
+        )
+        self.epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next.
@@ -87,7 +105,7 @@ class EpochSampler(DistributedSampler[int]):
     def __iter__(self) -> EpochIterator:
         """The ids of this rank in the current epoch, from the position of a loaded state on."""
         weights, version = self._drawn_weights()
-        draw = Draw(weights, self.population, self.epoch_size, self.seed, self.epoch, version)
+        draw = Draw(weights, self.epoch_size, self.seed, self.epoch, version, self._repeats)
         return EpochIterator(draw, self.num_replicas, self.rank, self.drop_last, self._position)
 
     def state_dict(self, position: int | None = None) -> dict[str, int]:
@@ -105,9 +123,10 @@ class EpochSampler(DistributedSampler[int]):
             position = self._position
         else:
             checks.check_int("position", position, 0)
-            if position > max(self.total_size, self.epoch_size):
+            most = self.epoch_size + self.num_replicas - 1
+            if position > most:
                 raise ValueError(
-                    f"position: expected at most {self.total_size}, the samples of an epoch, got "
+                    f"position: expected at most {most}, the samples of an epoch with padding, got "
                     f"{position}; count the samples of this epoch only"
                 )
         version = self._version()
@@ -134,7 +153,7 @@ class EpochSampler(DistributedSampler[int]):
             )
         self.epoch, self._position = epoch, position
 
-    def _drawn_weights(self) -> tuple[Tensor | None, int]:
+    def _drawn_weights(self) -> tuple[Tensor, int]:
         """The weights of the current epoch, and their version."""
         raise NotImplementedError
 
@@ -146,12 +165,19 @@ class EpochSampler(DistributedSampler[int]):
 class Draw(NamedTuple):
     """All that an order of an epoch depends on."""
 
-    weights: Tensor | None
-    population: int
+    weights: Tensor
     epoch_size: int
     seed: int
     epoch: int
     weights_version: int
+    repeats: bool
+
+    def order(self) -> Tensor:
+        """The ids of the epoch on all ranks."""
+        arguments = self.epoch_size, self.seed, self.epoch
+        if self.repeats and int((self.weights > 0).sum()) < self.epoch_size:
+            return repeated_order(self.weights.nonzero().squeeze(1), *arguments)
+        return epoch_order(self.weights, *arguments)
 
 
 class EpochIterator(Iterator[int]):
@@ -177,13 +203,12 @@ class EpochIterator(Iterator[int]):
 
     def _remaining(self) -> Iterator[int]:
         """The ids from the position on, which all ranks share evenly."""
-        weights, population, size, seed, epoch, _ = self._draw
-        step = self._num_replicas
+        size, step = self._draw.epoch_size, self._num_replicas
         remaining = max(size - self._position, 0)
         share = remaining // step if self._drop_last else -(-remaining // step)
         if share == 0:
             return
-        order = epoch_order(weights, population, size, seed, epoch)
+        order = self._draw.order()
         first = self._position + self._rank
         for begin in range(0, share, _CHUNK):
             places = torch.arange(begin, min(begin + _CHUNK, share)) * step + first

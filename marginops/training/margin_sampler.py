@@ -192,7 +192,7 @@ class MarginSampler(DynamicsSampler):
         dynamics, k = self.dynamics, self.epoch_size
         if self._is_uniform():
             return torch.ones(self.population)
-        unseen = (dynamics.last_step < 0).cpu()
+        unseen = self._unseen()
         others = k - int(unseen.sum())
         if others <= 0:
             return unseen.float()

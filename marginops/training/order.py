@@ -12,7 +12,7 @@ from ..ops.select import select_smallest
 # The numbers come from Philox 4x64 (Salmon et al., 2011) with (seed, epoch) as its key. A stream is
 # a part of its counter. NumPy promises that raw numbers never change, and all arithmetic below is
 # +, -, *, / of IEEE 754. So an order has the same bits on every machine.
-_DRAW, _SHUFFLE = 0, 1
+_DRAW, _SHUFFLE, _CHOICE = 0, 1, 2
 _PIECE = 1 << 15  # samples whose arrays stay in the cache
 _SORTED_AT_ONCE = 1 << 24  # beyond this, a sort would need too much memory
 _LN2 = np.float32(np.log(2.0))
@@ -20,7 +20,7 @@ _LN2 = np.float32(np.log(2.0))
 _Floats = NDArray[np.float32]
 
 
-def epoch_order(weights: Tensor | None, population: int, k: int, seed: int, epoch: int) -> Tensor:
+def epoch_order(weights: Tensor, k: int, seed: int, epoch: int) -> Tensor:
     """The samples of an epoch in the order of their visits.
 
     An exponential race draws them: sample i arrives at the time ``-log(u_i) / w_i``, and the first
@@ -29,8 +29,7 @@ def epoch_order(weights: Tensor | None, population: int, k: int, seed: int, epoc
     because heavy samples arrive early.
 
     Args:
-        weights: ``[N]`` float32 from :func:`as_weights`, or None for equal weights.
-        population: N.
+        weights: ``[N]`` float32 from :func:`as_weights`.
         k: How many samples to draw. It is at most the number of positive weights.
         seed: 0 <= seed < 2**63.
         epoch: 0 <= epoch < 2**63.
@@ -40,12 +39,23 @@ def epoch_order(weights: Tensor | None, population: int, k: int, seed: int, epoc
     """
     if k == 0:
         return torch.empty(0, dtype=torch.int64)
-    if k == population:  # every weight is positive
-        return _shuffled(population, seed, epoch)
-    keys = _equal_race(population, seed, epoch) if weights is None else _race(weights, seed, epoch)
-    chosen = _first(keys, k)
-    del keys
+    if k == len(weights):  # every weight is positive
+        return _shuffled(k, seed, epoch)
+    chosen = _first(_race(weights, seed, epoch), k)
     return chosen[_shuffled(k, seed, epoch)]
+
+
+def repeated_order(ids: Tensor, length: int, seed: int, epoch: int) -> Tensor:
+    """Passes over ``ids``, each in an order of its own, with ``length`` visits in all."""
+    passes = -(-length // len(ids))
+    keys = torch.from_numpy(_uniform_keys(seed, epoch, _SHUFFLE, passes * len(ids)))
+    order = keys.view(passes, len(ids)).sort(dim=1, stable=True).indices
+    return ids[order.flatten()[:length]]
+
+
+def random_numbers(count: int, seed: int, epoch: int) -> Tensor:
+    """Random positive numbers ``[count]`` float32, for a choice of samples at random."""
+    return torch.from_numpy(_uniform_keys(seed, epoch, _CHOICE, count))
 
 
 def _first(keys: _Floats, k: int) -> Tensor:
@@ -74,11 +84,12 @@ def as_weights(weights: Tensor) -> Tensor:
     and arrival times stay finite.
     """
     weights = weights.detach().cpu()
+    if weights.dtype != torch.float64:
+        weights = weights.float()
     finite = weights[weights.isfinite()]
-    largest = finite.max() if len(finite) else weights.new_zeros(())
-    if largest > 0:
-        weights = weights / largest
-    return torch.where(weights > 0, weights.float().clamp(min=2.0**-100), 0.0)
+    scale = finite.max().item() if len(finite) else 0.0
+    result = weights.float() if scale in (0.0, 1.0) else (weights / scale).float()
+    return torch.where(weights > 0, result.clamp_(min=2.0**-100), 0.0)
 
 
 def _words(seed: int, epoch: int, stream: int, count: int) -> NDArray[np.uint32]:
@@ -96,16 +107,12 @@ def _uniform_keys(seed: int, epoch: int, stream: int, count: int) -> _Floats:
     return words.view(np.float32)
 
 
-def _equal_race(population: int, seed: int, epoch: int) -> _Floats:
-    return _uniform_keys(seed, epoch, _DRAW, population)
-
-
 def _race(weights: Tensor, seed: int, epoch: int) -> _Floats:
     """The time at which each sample arrives: -1 if it is certain, NaN if it never comes."""
     array = weights.numpy()
     certain, never = np.isposinf(array), array == 0
     if np.all((array == 1) | certain | never):  # then the logarithm changes no order
-        keys = _equal_race(len(array), seed, epoch)
+        keys = _uniform_keys(seed, epoch, _DRAW, len(array))
     else:
         keys = _exponential_race(array, seed, epoch)
     np.copyto(keys, -1, where=certain)

@@ -167,7 +167,7 @@ MISTAKES = {
         r".* got torch.bfloat16; take .* digits",
     ),
     "short": ("indices", RIGHT["indices"][:3], ValueError, r"shape \[4\], .* got \[3\]"),
-    "column": ("indices", RIGHT["indices"][:, None], ValueError, r"shape \[4\], .*got \[4, 1\]"),
+    "column": ("indices", RIGHT["indices"][:, None], ValueError, r"shape \[B\], got \[4, 1\]"),
     "negative": ("indices", RIGHT["indices"] - 1, RuntimeError, r"values in \[0, 4\), got -1"),
     "large": ("indices", RIGHT["indices"] + 3, RuntimeError, r"values in \[0, 4\), got [456]"),
     "logits": ("logits", RIGHT["logits"][0], ValueError, r"shape \[N, C\]"),

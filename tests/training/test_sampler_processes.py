@@ -1,0 +1,176 @@
+"""Samplers over processes: the epochs of one process, resumes on other numbers, errors on all."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from helpers.ranks import Ranks
+from helpers.seen import see, seen
+from marginops.training import MarginSampler, ReductionSampler, SmallestMargins, TrainingDynamics
+
+N, GLOBAL_BATCH, EPOCHS = 75, 12, 6
+KINDS = {
+    "margins": (MarginSampler, {"seed": 4}),  # 30 samples an epoch
+    "reduction": (ReductionSampler, {"num_kept": 5, "num_samples": 30, "trigger": 0.5}),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    seen([0.0])  # this process compiles the kernels first, so that no rank waits for another
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        processes = Ranks(3, str(tmp_path_factory.mktemp("ranks") / "store"))
+    yield processes
+    processes.close()
+
+
+def on_all(ranks: Ranks, function: Any, arguments: Any) -> list[Any]:
+    answers = ranks(function, arguments)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def margin(sample: int, step: int) -> float:
+    return (sample * 37 % 75) / 20 - 1.2 + step * 0.03 * (sample % 3)
+
+
+def run(kind: str, state: Any, steps: int, group: Any) -> tuple[list[list[int]], Any]:
+    """Train for some steps; returns the ids of this rank at each step, and the state."""
+    make, options = KINDS[kind]
+    sampler = make(TrainingDynamics(N), group=group, **options)
+    dynamics = sampler.dynamics
+    if state is not None:
+        dynamics.load_state_dict(state[0])
+        sampler.load_state_dict(state[1])
+    visited: list[list[int]] = []
+    epoch = sampler.epoch
+    while epoch < EPOCHS:
+        sampler.set_epoch(epoch)
+        consumed = sampler.state_dict()["position"]
+        iterator = iter(sampler)
+        while True:
+            if len(visited) == steps:
+                if group is not None:
+                    dynamics.sync(group)
+                return visited, (dynamics.state_dict(), sampler.state_dict(position=consumed))
+            batch = GLOBAL_BATCH // sampler.num_replicas
+            ids = [sample for _, sample in zip(range(batch), iterator, strict=False)]
+            if not ids:
+                break
+            step = dynamics.num_updates
+            see(dynamics, ids, [margin(sample, step) for sample in ids])
+            visited.append(ids)
+            consumed += len(ids) * sampler.num_replicas
+        epoch += 1
+    return visited, None
+
+
+def run_on_rank(groups: Any, arguments: Any) -> Any:
+    kind, state, steps, group_index = arguments
+    group = groups[group_index]
+    if dist.get_rank(group) < 0:
+        return [], None
+    return run(kind, state, steps, group)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group_index", [0, 1], ids=["3 ranks", "2 ranks"])
+def test_ranks_visit_what_one_process_visits(ranks: Ranks, kind: str, group_index: int) -> None:
+    expected, _ = run(kind, None, 10**6, None)
+    answers = on_all(ranks, run_on_rank, [(kind, None, 10**6, group_index)] * 3)
+    assert joined([ids for ids, _ in answers]) == [sorted(ids) for ids in expected]
+    assert len(expected) == EPOCHS * 3
+    last_epoch = {sample for ids in expected[-3:] for sample in ids}
+    assert len(last_epoch) == (5 if kind == "reduction" else 30)
+
+
+def joined(visits: list[list[list[int]]]) -> list[list[int]]:
+    """The ids of all ranks at each step."""
+    members = [steps for steps in visits if steps]
+    return [sorted(itertools.chain(*step)) for step in zip(*members, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stops", [(2, 7), (4, 5), (9, 13)], ids=str)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    ranks: Ranks, kind: str, stops: tuple[int, int]
+) -> None:
+    """2 ranks, then 1 process, then 3 ranks; kills within an epoch and between two."""
+    expected, _ = run(kind, None, 10**6, None)
+    first = on_all(ranks, run_on_rank, [(kind, None, stops[0], 1)] * 3)
+    states = [state for ids, state in first if ids]
+    assert states[0][1] == states[1][1], "the ranks saved different states"
+    alone, state = run(kind, states[1], stops[1] - stops[0], None)
+    last = on_all(ranks, run_on_rank, [(kind, state, 10**6, 0)] * 3)
+    visited = joined([ids for ids, _ in first]) + [sorted(ids) for ids in alone]
+    visited += joined([ids for ids, _ in last])
+    assert visited == [sorted(ids) for ids in expected]
+
+
+def begin(groups: Any, arguments: dict[str, Any]) -> Any:
+    own = {"num_samples_of_data": N, "epoch": 0, **arguments}
+    dynamics = seen([float(sample) for sample in range(own.pop("num_samples_of_data"))])
+    epoch = own.pop("epoch")
+    if own.pop("stale", False):
+        dynamics.weights, dynamics.weights_version = torch.ones(dynamics.num_samples), epoch
+    sampler = MarginSampler(dynamics, group=groups[0], **own)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def wrong_policy(dynamics: TrainingDynamics, k: int, labels: Any) -> torch.Tensor:
+    if dist.get_rank() == 1:
+        raise KeyError("no such file")
+    return torch.ones(N)
+
+
+def own_policy(dynamics: TrainingDynamics, k: int, labels: Any) -> torch.Tensor:
+    return torch.ones(N) + dist.get_rank()
+
+
+def own_zero_policy(dynamics: TrainingDynamics, k: int, labels: Any) -> torch.Tensor:
+    weights = torch.ones(N)
+    weights[dist.get_rank()] = 0
+    return weights
+
+
+DIFFERENCES = {
+    "seed": ([{"seed": 1}, {"seed": 1}, {"seed": 2}], "seed: expected the same value on all ranks"),
+    "size": ([{}, {"num_samples_of_data": 74, "num_samples": 30}, {}], "dynamics.num_samples: "),
+    "length": ([{"policy": SmallestMargins(0.5)}, {}, {}], "num_samples: expected the same .* 38"),
+    "epoch": ([{}, {}, {"epoch": 3}], "epoch: expected the same value on all ranks, got 0, 0, 3"),
+    "ends": ([{"drop_last": True}, {}, {}], "drop_last: expected the same value"),
+    "state": ([{"stale": True}, {}, {}], "dynamics.weights_version: expected the same value"),
+    "weights": (
+        [{"policy": own_zero_policy, "num_samples": 9}] * 3,
+        "checksum of the weights: expected the same value on all ranks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_a_difference_between_ranks_is_an_error_on_all(ranks: Ranks, case: str) -> None:
+    arguments, message = DIFFERENCES[case]
+    answers = ranks(begin, arguments, timeout=60)
+    for answer in answers:
+        assert isinstance(answer, ValueError)
+        with pytest.raises(ValueError, match=message):
+            raise answer
+
+
+def test_equal_weights_up_to_a_factor_are_equal(ranks: Ranks) -> None:
+    answers = on_all(ranks, begin, [{"policy": own_policy, "num_samples": 9}] * 3)
+    assert len(set(itertools.chain(*answers))) == 9
+
+
+def test_an_error_on_one_rank_is_an_error_on_all(ranks: Ranks) -> None:
+    answers = ranks(begin, [{"policy": wrong_policy, "num_samples": 9}] * 3, timeout=60)
+    assert [type(answer) for answer in answers] == [RuntimeError, KeyError, RuntimeError]
+    assert str(answers[0]) == "rank 1 failed: KeyError: 'no such file'"
