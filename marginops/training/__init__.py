@@ -11,6 +11,7 @@ from .indexed import Indexed
 from .inversion import InversionMonitor
 from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
 from .margin_sampler import MarginSampler
+from .mislabelled_share import mislabelled_share
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
 from .reduction import ReductionSampler
 from .runs import Stopwatch, TrainingRun
@@ -45,6 +46,7 @@ __all__ = [
     "WeightedSampler",
     "batch_size",
     "compare",
+    "mislabelled_share",
     "report_epoch",
     "select_batch",
     "straggler_stability",
