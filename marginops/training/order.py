@@ -183,6 +183,8 @@ def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
     for low, high in itertools.pairwise(bounds.view(np.float32)):
         positions = np.flatnonzero((keys >= low) & (keys < high))
         sorted_keys = select_smallest(torch.from_numpy(keys[positions]), len(positions)).indices
-        order[begin : begin + len(positions)] = torch.from_numpy(positions).index_select(0, sorted_keys)
+        order[begin : begin + len(positions)] = torch.from_numpy(positions).index_select(
+            0, sorted_keys
+        )
         begin += len(positions)
     return order

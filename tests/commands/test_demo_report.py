@@ -147,12 +147,16 @@ def test_no_winner_where_the_smallest_budget_is_more_than_enough() -> None:
     _, stale, minimal, _ = conclusion(worse, OPTIONS, "s").splitlines()
     assert re.search(r"1\.10, 1\.0 times as fast" + ENOUGH, stale), stale
     assert "not reached. This is more than" in minimal and "uniform sampling wins" in minimal
+    worse = results([0.90, 0.94], [0.5, 0.5], [0.90, 0.93])
+    worse = {**worse, "uniform": {50: worse["uniform"][100], 100: worse["uniform"][100]}}
+    *_, minimal, _ = conclusion(worse, OPTIONS, "s").splitlines()
+    assert "not reached. This is within the spread" in minimal
 
 
 def test_the_samples_that_are_left_out_are_named() -> None:
     options = argparse.Namespace(candidates=10, label_noise=0.125)
     text = conclusion(results([0.9], [0.9], [0.9]), options, "s")
-    assert "They score nothing and leave out the hardest 12.5 %." in text
+    assert "They score nothing and leave out what looks mislabelled." in text
 
 
 def test_a_single_update_is_one() -> None:

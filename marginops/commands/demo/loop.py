@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from ... import _checks as checks
 from ...networks import last_linear, predict
 from ...ops.margin import classification_margin
-from ...training import MarginSampler, SmallestMargins, TrainingDynamics, select_batch
+from ...training import (
+    MarginSampler,
+    SmallestMargins,
+    TrainingDynamics,
+    mislabelled_share,
+    select_batch,
+)
 from ..data import ClassificationData
 
 Sampling = Literal["uniform", "minimal_margin", "stale_margin"]
@@ -63,7 +69,7 @@ def train(
     log_norm: Callable[[nn.Module], Tensor] | None = None,
     on_update: Callable[[int], None] | None = None,
     dynamics: TrainingDynamics | None = None,
-    skip_hardest: float = 0.0,
+    skip_mislabelled: bool = False,
 ) -> TrainingHistory:
     """Train with cross-entropy on batches that one of three samplings chooses.
 
@@ -100,9 +106,8 @@ def train(
         on_update: A function that is called after every update with the number of updates so far.
         dynamics: What the training collects about every training sample. ``"stale_margin"`` makes
             its own if there is none. The others collect nothing then.
-        skip_hardest: The share of the training samples that ``"stale_margin"`` leaves out because
-            they may be mislabelled, see :class:`marginops.training.SmallestMargins`. At most the
-            share that an epoch does not visit is left out.
+        skip_mislabelled: Whether ``"stale_margin"`` leaves out the samples that look mislabelled,
+            see :func:`marginops.training.mislabelled_share`.
 
     Returns:
         The history. Its margins are on the CPU.
@@ -135,7 +140,7 @@ def train(
     if sampling == "stale_margin":
         if dynamics is None:
             dynamics = TrainingDynamics(len(target), device=target.device)
-        draws = _draw_stale(dynamics, skip_hardest, updates, batch_size, generator)
+        draws = _draw_stale(dynamics, skip_mislabelled, updates, batch_size, generator)
     else:
         draws = _draw(len(target), count, generator, target.device)
 
@@ -225,7 +230,7 @@ def _draw(
 
 def _draw_stale(
     dynamics: TrainingDynamics,
-    skip_hardest: float,
+    skip_mislabelled: bool,
     updates: int,
     batch_size: int,
     generator: torch.Generator | None,
@@ -234,12 +239,17 @@ def _draw_stale(
     source = "cpu" if generator is None else generator.device
     seed = torch.randint(2**62, (), generator=generator, device=source).item()
     num_epochs = math.ceil(updates / (samples_an_epoch(dynamics.num_samples) // batch_size))
-    policy = SmallestMargins(skip_hardest=min(skip_hardest, 1 - SmallestMargins.keep))
+    policy = SmallestMargins(skip_hardest=_share_to_skip if skip_mislabelled else 0.0)
     sampler = MarginSampler(dynamics, policy, num_epochs=num_epochs, seed=int(seed))
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
         order = torch.tensor(list(sampler)).to(dynamics.device)
         yield from order[: len(order) - len(order) % batch_size].split(batch_size)
+
+
+def _share_to_skip(dynamics: TrainingDynamics) -> float:
+    # What is left has to fill an epoch.
+    return min(mislabelled_share(dynamics), 1 - SmallestMargins.keep)
 
 
 def _test_accuracy(network: nn.Module, data: ClassificationData) -> float:

@@ -101,9 +101,9 @@ def conclusion(results: Results, options: argparse.Namespace, unit: str) -> str:
     baseline = time_to_reach(target, results["uniform"])
     assert baseline is not None
     updates = max(results["uniform"])
-    left_out = f" and leave out the hardest {100 * options.label_noise:g} %"
+    left_out = " and leave out what looks mislabelled" if options.label_noise else ""
     costs: dict[Sampling, str] = {
-        "stale_margin": f"They score nothing{left_out if options.label_noise else ''}.",
+        "stale_margin": f"They score nothing{left_out}.",
         "minimal_margin": f"It scores {options.candidates} candidates for each trained sample.",
     }
     lines = [
@@ -183,7 +183,8 @@ def _verdict(results: Results, sampling: Sampling, target: float, baseline: floa
         return f"This is more than {text}, so {_WINS[sampling]}."
     if below is None or (below > baseline and not _is_bound(target - spread, other)):
         return f"This is more than {text}, so {_WINS['uniform']}."
-    if _is_bound(target, uniform) or _is_bound(target, other):
+    reached = time_to_reach(target, other) is not None
+    if reached and (_is_bound(target, uniform) or _is_bound(target, other)):
         return "Half of the updates are enough: lower --updates to see who is faster."
     return f"This is within {text}, so there is no clear winner."
 

@@ -143,7 +143,7 @@ def compare(
             log_norm=log_norm_product,
             on_update=lambda _: progress.update(),
             dynamics=dynamics,
-            skip_hardest=options.label_noise,
+            skip_mislabelled=options.label_noise > 0,
         )
         if not history.margins_after.isfinite().all():
             raise UsageError(
