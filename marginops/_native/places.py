@@ -1,4 +1,4 @@
-"""Where built libraries may be stored, and whether a place is fit for that.
+"""Where built libraries and downloaded data may be stored, and whether a place is fit for that.
 
 platformdirs is not used: it names only one of these places, and it does not check it.
 """
@@ -19,6 +19,7 @@ from .trust import Folder, RefusedError, closed_on_error
 
 # The names of what only a running build needs begin with this.
 TEMPORARY = "building-"
+_DATA = "data"
 ADVICE = (
     "set MARGINOPS_CACHE_DIR to a folder where only you may write, on a file system from which "
     "programs may run"
@@ -87,6 +88,52 @@ def make(place: Path) -> Folder:
         RefusedError: Others may have changed the folder, or no library can be loaded from there.
         OSError: Nothing can be written there.
     """
+    with _make_place(place) as top:
+        facts = top.facts(__version__)
+        if facts is not None and not stat.S_ISDIR(facts.st_mode):
+            top.remove(__version__)
+        folder = _make_inside(top, __version__)
+    with closed_on_error(folder.descriptor):
+        probe = probe_file(folder.descriptor)
+        try:
+            check_executable(probe, folder.path)
+        finally:
+            os.close(probe)
+    return folder
+
+
+def find_data(place: Path, name: str) -> Folder | None:
+    """Open the folder of a data set in a place; None if there is none.
+
+    Raises:
+        RefusedError: Others may have changed the folder.
+        OSError: The folder cannot be read.
+    """
+    top = Folder.at(place)
+    if top is None:
+        return None
+    with top:
+        data = top.folder(_DATA)
+    if data is None:
+        return None
+    with data:
+        return data.folder(name)
+
+
+def make_data(place: Path, name: str) -> Folder:
+    """Open the folder of a data set in a place. The function makes missing folders.
+
+    Every version of the package uses the same folder.
+
+    Raises:
+        RefusedError: Others may have changed the folder.
+        OSError: The folder cannot be made.
+    """
+    with _make_place(place) as top, _make_inside(top, _DATA) as data:
+        return _make_inside(data, name)
+
+
+def _make_place(place: Path) -> Folder:
     paths = [place, *place.parents]
     missing = list(itertools.takewhile(lambda path: not os.path.lexists(path), paths))
     for path in reversed(missing):
@@ -96,21 +143,15 @@ def make(place: Path) -> Folder:
     top = Folder.at(place)
     if top is None:
         raise RefusedError(f"{place}: this folder was made and has gone")
-    with top:
-        facts = top.facts(__version__)
-        if facts is not None and not stat.S_ISDIR(facts.st_mode):
-            top.remove(__version__)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(__version__, 0o755, dir_fd=top.descriptor)
-        folder = top.folder(__version__)
+    return top
+
+
+def _make_inside(parent: Folder, name: str) -> Folder:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o755, dir_fd=parent.descriptor)
+    folder = parent.folder(name)
     if folder is None:
-        raise RefusedError(f"{place / __version__}: this folder cannot be opened")
-    with closed_on_error(folder.descriptor):
-        probe = probe_file(folder.descriptor)
-        try:
-            check_executable(probe, folder.path)
-        finally:
-            os.close(probe)
+        raise RefusedError(f"{parent.path / name}: this folder cannot be opened")
     return folder
 
 

@@ -33,9 +33,10 @@ def add_data_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> N
     parser.add_argument(
         "--data-dir",
         type=path,
-        default=Path("/usr/share/datasets/fashion-mnist"),
         metavar="DIR",
-        help="folder with the four Fashion-MNIST files, plain or .gz (default: %(default)s)",
+        help="folder with the four Fashion-MNIST files, plain or .gz (default: the folder of the "
+        "Debian package dataset-fashion-mnist if there is one, or else the cache, to which the "
+        "files are downloaded)",
     )
 
 
@@ -140,6 +141,17 @@ def path(text: str) -> Path:
     if not text or "\0" in text:
         raise _refusal("a path", text)
     return Path(text)
+
+
+def share(text: str) -> float:
+    """An argparse type for a share that leaves something: at least 0, below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise _refusal("a number of at least 0 and below 1", text)
+    return value
 
 
 def _learning_rate(text: str) -> float:

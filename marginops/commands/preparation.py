@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import console, figures, output
+from . import console, fashion_mnist, figures, output
 from .data import ClassificationData, DataError, load_digits, load_fashion_mnist
 from .options import Defaults, UsageError, with_defaults
 
@@ -53,12 +53,17 @@ def prepare(
 
     Whatever can be noticed before the training is noticed here.
     """
-    _check_packages([*packages, *(["sklearn"] if arguments.data == "digits" else [])])
+    digits = ["sklearn"] if arguments.data == "digits" else []
+    _check_packages(list(dict.fromkeys([*packages, *digits])))
     _check_files(arguments)
     options = with_defaults(arguments, defaults)
     _check_device(options.device)
     torch.set_num_threads(options.threads)
-    data = load_digits() if options.data == "digits" else load_fashion_mnist(options.data_dir)
+    if options.data == "digits":
+        data = load_digits()
+    else:
+        folder = options.data_dir or fashion_mnist.find_folder(quiet=options.quiet)
+        data = load_fashion_mnist(folder)
     _check_memory(data, options)
     return options, data.to(options.device)
 

@@ -12,6 +12,7 @@ from .indexed import Indexed
 from .inversion import InversionMonitor
 from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
 from .margin_sampler import MarginSampler
+from .mislabelled_share import mislabelled_share
 from .policies import BelowMeanLoss, SmallestMargins, Uniform
 from .reduction import ReductionSampler
 from .runs import Stopwatch, TrainingRun
@@ -51,6 +52,7 @@ __all__ = [
     "batch_size",
     "compare",
     "keep_closest",
+    "mislabelled_share",
     "report_epoch",
     "score_batch",
     "select_across_ranks",

