@@ -33,7 +33,8 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
             f"{name}: expected a tensor {shape}, got {type(value).__name__}"
             f"{advice.for_object(name, value)}"
         )
-    check_not_distributed(name, value)
+    if type(value) not in _ORDINARY:
+        check_not_distributed(name, value)
     if (
         value.dim() == dim
         and value.dtype in FLOATING
@@ -168,6 +169,16 @@ def check_target(
     name: str = "target",
 ) -> None:
     """Check targets [N] int64, one for each row of ``like``, and an integer ``ignore_index``."""
+    if (
+        type(target) in _ORDINARY
+        and target.dtype == torch.int64
+        and target.layout == torch.strided
+        and not target.is_nested
+        and target.shape == like.shape[:1]
+        and target.device == like.device
+        and type(ignore_index) is int
+    ):
+        return
     if not isinstance(target, Tensor):
         raise TypeError(
             f"{name}: expected a tensor [N], got {type(target).__name__}"

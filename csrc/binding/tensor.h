@@ -58,7 +58,8 @@ struct Place {
 // Calls the C shim. The dispatcher would cost a microsecond for each tensor.
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type,
                          const Place& place) {
-  const int64_t rows = *sizes.begin(), columns = sizes.size() == 2 ? *(sizes.begin() + 1) : 1;
+  const int64_t rows = sizes.size() == 0 ? 1 : *sizes.begin();
+  const int64_t columns = sizes.size() == 2 ? *(sizes.begin() + 1) : 1;
   const int64_t shape[2] = {rows, columns}, strides[2] = {columns, 1};
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle tensor;

@@ -139,8 +139,12 @@ struct SoftmaxGradient {
   // dense() of the label plus grad_confidence * p_y - grad_loss, in a form in which 1 - p_y does
   // not cancel.
   MARGINOPS_FUNCTION Value label(Value logit) const {
-    const Value log_p = log_probability(logit), p = std::exp(log_p);
-    const Value entropy_part = p == 0 ? Value{0} : p * grad_entropy * (log_p + entropy);
+    const Value log_p = log_probability(logit);
+    Value entropy_part = 0;
+    if (grad_entropy != 0) {
+      const Value p = std::exp(log_p);
+      entropy_part = p == 0 ? Value{0} : p * grad_entropy * (log_p + entropy);
+    }
     return std::expm1(log_p) * (grad_loss - grad_confidence * confidence) - entropy_part;
   }
 };

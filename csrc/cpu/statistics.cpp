@@ -20,12 +20,40 @@ void check_values(const char* name, const std::optional<Tensor>& values, const T
   check_dtype(name, *values, result_type(logits));
 }
 
+// A gradient of one number and the size of the mean that it belongs to.
+void check_number(const char* name, const std::optional<Tensor>& number, const Tensor& logits) {
+  if (!number) return;
+  check_dim(name, *number, 0, "[]");
+  MARGINOPS_CHECK(number->is_cpu(), name, ": expected a value on the CPU, got one on ",
+                  device_of(*number));
+  check_dtype(name, *number, result_type(logits));
+}
+
+// The mean loss of the rows that are not ignored, and their number. Sums of few rows are added up,
+// which rounds less.
+template <class Value>
+std::pair<Value, Value> mean_loss(const Value* losses, const bool* counts, int64_t rows) {
+  constexpr int64_t kFew = 512;
+  double sum = 0;
+  int64_t counted = 0;
+  for (int64_t begin = 0; begin < rows; begin += kFew) {
+    double part = 0;
+    for (int64_t r = begin; r < std::min(begin + kFew, rows); ++r) {
+      part += losses[r];
+      counted += counts[r];
+    }
+    sum += part;
+  }
+  return {static_cast<Value>(sum / counted), static_cast<Value>(counted)};
+}
+
 using Fields = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                          Tensor, Tensor>;
+                          Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Fields sample_statistics(const Tensor& logits, const Tensor& target,
                          const std::optional<Tensor>& input_norm,
-                         const std::optional<Tensor>& log_norm, int64_t ignore_index) {
+                         const std::optional<Tensor>& log_norm, int64_t ignore_index,
+                         bool with_mean) {
   check_logits(logits);
   check_target(target, logits);
   check_values("input_norm", input_norm, logits);
@@ -37,7 +65,9 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
          loss = field(type), confidence = field(type), entropy = field(type),
          correct = field(ScalarType::Bool), el2n = field(type),
          gradient_norm = new_tensor({input_norm ? count : 0}, type), maximum = field(type),
-         log_sum = field(type);
+         log_sum = field(type), counted = field(ScalarType::Bool);
+  const auto number = [&] { return with_mean ? new_tensor({}, type) : new_tensor({0}, type); };
+  Tensor mean = number(), num_counted = number();
   Targets targets(target, logits.size(1), ignore_index);
   for_dtype("logits", logits, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
@@ -54,6 +84,7 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
           *log_sums = values(log_sum);
     auto* rivals = static_cast<int64_t*>(rival.mutable_data_ptr());
     auto* corrects = static_cast<bool*>(correct.mutable_data_ptr());
+    auto* counts = static_cast<bool*>(counted.mutable_data_ptr());
     for_each_sums<T>(logits, [&](int64_t r, const RowSums<Value>& row) {
       const int64_t label = targets[r];
       const bool ignored = targets.ignored(r);
@@ -73,13 +104,15 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
       if (norms.data) {
         gradient_norms[r] = ignored ? 0 : last_layer_gradient_norm(softmax.el2n, norms[r]);
       }
+      counts[r] = !ignored;
       maxima[r] = softmax.maximum;
       log_sums[r] = softmax.log_sum;
     });
+    if (with_mean) std::tie(*values(mean), *values(num_counted)) = mean_loss(losses, counts, count);
   });
   targets.check();
-  return {margin,  rival, top2,          loss,    confidence, entropy,
-          correct, el2n,  gradient_norm, maximum, log_sum};
+  return {margin, rival,         top2,    loss,    confidence, entropy, correct,
+          el2n,   gradient_norm, counted, maximum, log_sum,    mean,    num_counted};
 }
 
 // Writes SoftmaxGradient::dense() for every class of a row. Whole vectors are read up to `readable`
@@ -117,14 +150,13 @@ void write_dense(const SoftmaxGradient<ValueOf<T>>& gradient, const T* logits, i
 }
 
 // Labels and rivals that are not among these classes belong to another shard of the logits.
-Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, const Tensor& rival,
-                                  const Tensor& confidence, const Tensor& entropy,
-                                  const Tensor& maximum, const Tensor& log_sum,
-                                  const std::optional<Tensor>& log_norm,
-                                  const std::optional<Tensor>& grad_margin,
-                                  const std::optional<Tensor>& grad_loss,
-                                  const std::optional<Tensor>& grad_confidence,
-                                  const std::optional<Tensor>& grad_entropy, int64_t ignore_index) {
+Tensor sample_statistics_gradient(
+    const Tensor& logits, const Tensor& target, const Tensor& rival, const Tensor& confidence,
+    const Tensor& entropy, const Tensor& maximum, const Tensor& log_sum,
+    const std::optional<Tensor>& log_norm, const std::optional<Tensor>& grad_margin,
+    const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_confidence,
+    const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_mean_loss,
+    const std::optional<Tensor>& num_counted, int64_t ignore_index) {
   check_logits(logits, 1);
   check_target(target, logits);
   check_size("rival", rival, logits.size(0), "the rows of logits");
@@ -137,10 +169,12 @@ Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, co
   check_values("grad_loss", grad_loss, logits);
   check_values("grad_confidence", grad_confidence, logits);
   check_values("grad_entropy", grad_entropy, logits);
+  check_number("grad_mean_loss", grad_mean_loss, logits);
+  check_number("num_counted", num_counted, logits);
   check_log_norm(log_norm, logits);
   const int64_t count = logits.size(0), classes = logits.size(1);
   const auto targets = vector<int64_t>(target), rivals = vector<int64_t>(rival);
-  const bool has_dense = grad_loss || grad_confidence || grad_entropy;
+  const bool has_dense = grad_loss || grad_confidence || grad_entropy || grad_mean_loss;
   Tensor grad_logits = new_tensor({count, classes}, logits.scalar_type());
   for_dtype("logits", logits, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
@@ -155,6 +189,11 @@ Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, co
     const auto given = [](const Vector<Value>& values, int64_t r) {
       return values.data ? values[r] : Value{0};
     };
+    const auto number = [](const std::optional<Tensor>& tensor, Value otherwise) {
+      return tensor ? *static_cast<const Value*>(tensor->const_data_ptr()) : otherwise;
+    };
+    const Value share =
+        grad_mean_loss ? number(grad_mean_loss, 0) / number(num_counted, 1) : Value{0};
     const Value half = half_scale_of<Value>(log_norm);
     const T* readable = count > 0 ? view.row(count - 1) + classes : nullptr;
     auto* result = static_cast<T*>(grad_logits.mutable_data_ptr());
@@ -163,14 +202,16 @@ Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, co
         T* row = result + r * classes;
         const int64_t label = targets[r], other = rivals[r];
         const bool has_label = 0 <= label && label < classes;
-        const bool has_other = 0 <= other && other < classes && other != label;
+        const Value margin_gradient = normalize(given(grad_margins, r), half);
+        const bool has_other =
+            margin_gradient != 0 && 0 <= other && other < classes && other != label;
         Value label_gradient = 0, rival_gradient = 0;
         if (has_dense && label != ignore_index) {
           const SoftmaxGradient<Value> gradient{maxima[r],
                                                 log_sums[r],
                                                 confidences[r],
                                                 entropies[r],
-                                                given(grad_losses, r),
+                                                given(grad_losses, r) + share,
                                                 given(grad_confidences, r),
                                                 given(grad_entropies, r)};
           write_dense(gradient, view.row(r), classes, view.column_stride, readable, row,
@@ -181,7 +222,6 @@ Tensor sample_statistics_gradient(const Tensor& logits, const Tensor& target, co
           std::fill(row, row + classes, T(0));
           if (label == ignore_index) continue;
         }
-        const Value margin_gradient = normalize(given(grad_margins, r), half);
         if (has_label) row[label] = static_cast<T>(label_gradient + margin_gradient);
         if (has_other) row[other] = static_cast<T>(rival_gradient - margin_gradient);
       }

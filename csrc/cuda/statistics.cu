@@ -1,5 +1,6 @@
 #include "statistics_launch.h"
 
+#include "mean_loss.cuh"
 #include "plan.cuh"
 #include "statistics.cuh"
 #include "statistics_gradient.cuh"
@@ -44,10 +45,13 @@ cudaError_t write_gradient(const Logits<Scalar>& logits, const GradientView<Valu
 
 }  // namespace
 
-size_t statistics_workspace_bytes(const Matrix& logits) {
+size_t statistics_workspace_bytes(const Matrix& logits, bool with_mean) {
   const int64_t parts = plan_rows(logits, logits.rows, false, false).parts(logits.rows);
-  return parts * (logits.dtype == Dtype::kFloat64 ? sizeof(StatisticsAccumulator<double>)
-                                                  : sizeof(StatisticsAccumulator<float>));
+  const size_t rows =
+      parts * (logits.dtype == Dtype::kFloat64 ? sizeof(StatisticsAccumulator<double>)
+                                               : sizeof(StatisticsAccumulator<float>));
+  // The mean needs its workspace only when that of the rows is free again.
+  return with_mean ? std::max(rows, mean_parts(logits.rows) * sizeof(LossSum)) : rows;
 }
 
 cudaError_t sample_statistics(const Matrix& logits, const Target& target, const Vector* input_norm,
@@ -67,9 +71,14 @@ cudaError_t sample_statistics(const Matrix& logits, const Target& target, const 
                                           result.correct,
                                           values(result.el2n),
                                           values(result.gradient_norm),
+                                          result.counted,
                                           values(result.maximum),
                                           values(result.log_sum)};
-    return write_statistics<decltype(scalar)>(logits, output, workspace, stream);
+    const cudaError_t error = write_statistics<decltype(scalar)>(logits, output, workspace, stream);
+    if (error != cudaSuccess || result.mean_loss == nullptr) return error;
+    return write_mean_loss(values(result.loss), result.counted, logits.rows,
+                           static_cast<LossSum*>(workspace), values(result.mean_loss),
+                           values(result.num_counted), stream);
   });
 }
 
@@ -103,11 +112,13 @@ cudaError_t sample_statistics_gradient(const Matrix& logits, const Target& targe
                                       column<Number>(gradient.grad_margin),
                                       column<Number>(gradient.grad_loss),
                                       column<Number>(gradient.grad_confidence),
-                                      column<Number>(gradient.grad_entropy)};
+                                      column<Number>(gradient.grad_entropy),
+                                      static_cast<const Number*>(gradient.grad_mean_loss),
+                                      static_cast<const Number*>(gradient.num_counted)};
     const Logits<Scalar> rows = view<Scalar>(logits, {nullptr, logits.rows, 0});
     const auto out = static_cast<Scalar*>(grad_logits);
     const bool dense = gradient.grad_loss != nullptr || gradient.grad_confidence != nullptr ||
-                       gradient.grad_entropy != nullptr;
+                       gradient.grad_entropy != nullptr || gradient.grad_mean_loss != nullptr;
     return dense ? write_gradient<Scalar, true>(rows, inputs, out, stream)
                  : write_gradient<Scalar, false>(rows, inputs, out, stream);
   });

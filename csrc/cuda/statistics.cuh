@@ -97,7 +97,9 @@ struct StatisticsOutput {
   Column<Number> input_norm;
   Number *top2, *loss, *confidence, *entropy;
   bool* correct;
-  Number *el2n, *gradient_norm, *maximum, *log_sum;
+  Number *el2n, *gradient_norm;
+  bool* counted;
+  Number *maximum, *log_sum;
 
   template <class Scalar>
   __device__ __forceinline__ int64_t label(const Row<Scalar>& row) const {
@@ -124,6 +126,7 @@ struct StatisticsOutput {
     el2n[n] = result.el2n;
     if (gradient_norm != nullptr)
       gradient_norm[n] = ignored ? 0 : last_layer_gradient_norm(result.el2n, input_norm[n]);
+    counted[n] = !ignored;
     maximum[n] = result.maximum;
     log_sum[n] = result.log_sum;
   }

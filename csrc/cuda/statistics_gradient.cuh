@@ -7,7 +7,7 @@ namespace marginops::cuda {
 
 constexpr int kGradientBlock = 256;
 
-// The inputs of the gradient, each [N]. A grad_* without data is 0.
+// The inputs of the gradient, each [N], but the last two are one value. A grad_* without data is 0.
 template <class Number>
 struct GradientView {
   Target target;
@@ -15,9 +15,16 @@ struct GradientView {
   Column<int64_t> rival;
   Column<Number> confidence, entropy, maximum, log_sum;
   Column<Number> grad_margin, grad_loss, grad_confidence, grad_entropy;
+  const Number *grad_mean_loss, *num_counted;
 
   __device__ __forceinline__ Number optional(const Column<Number>& column, int64_t n) const {
     return column.data == nullptr ? 0 : column[n];
+  }
+  // What each loss gets of the gradient of their mean.
+  __device__ __forceinline__ Number share() const {
+    if (grad_mean_loss == nullptr) return 0;
+    return num_counted == nullptr ? __ldg(grad_mean_loss)
+                                  : __ldg(grad_mean_loss) / __ldg(num_counted);
   }
 };
 
@@ -47,7 +54,7 @@ struct RowGradient {
                  inputs.log_sum[n],
                  inputs.confidence[n],
                  inputs.entropy[n],
-                 inputs.optional(inputs.grad_loss, n),
+                 inputs.optional(inputs.grad_loss, n) + inputs.share(),
                  inputs.optional(inputs.grad_confidence, n),
                  inputs.optional(inputs.grad_entropy, n)};
   }

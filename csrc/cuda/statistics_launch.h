@@ -5,7 +5,8 @@
 
 namespace marginops::cuda {
 
-// Each field is [N]. All but rival and correct have the result type.
+// Each field is [N], but mean_loss and num_counted are one value. All but rival, correct and
+// counted have the result type.
 struct StatisticsResult {
   void* margin;
   int64_t* rival;
@@ -16,12 +17,15 @@ struct StatisticsResult {
   bool* correct;
   void* el2n;
   void* gradient_norm;  // null without input_norm
+  bool* counted;
   void* maximum;
   void* log_sum;
+  void* mean_loss;  // null if the mean is not wanted
+  void* num_counted;
 };
 
 // The workspace of sample_statistics() and of row_sums().
-size_t statistics_workspace_bytes(const Matrix& logits);
+size_t statistics_workspace_bytes(const Matrix& logits, bool with_mean = false);
 
 // input_norm [N] of the result type, or null.
 cudaError_t sample_statistics(const Matrix& logits, const Target& target, const Vector* input_norm,
@@ -40,6 +44,7 @@ struct StatisticsGradient {
   IndexVector rival;
   Vector confidence, entropy, maximum, log_sum;
   const Vector *grad_margin, *grad_loss, *grad_confidence, *grad_entropy;  // null means 0
+  const void *grad_mean_loss, *num_counted;  // one value each; null means 0 and 1
 };
 
 // grad_logits [N, C] of the dtype of logits. The logits may be a shard: C may be 1, and a target or

@@ -30,11 +30,12 @@ Vector column_of(const Tensor& tensor, const char* name, const Matrix& logits, c
 }
 
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                              Tensor, Tensor, Tensor>;
+                              Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
                                 const std::optional<Tensor>& input_norm,
-                                const std::optional<Tensor>& log_norm, int64_t ignore_index) {
+                                const std::optional<Tensor>& log_norm, int64_t ignore_index,
+                                bool with_mean) {
   const Matrix matrix = logits_of(logits);
   const Target labels = target_of(target, matrix, logits, ignore_index);
   const ColumnArgument norms(input_norm, "input_norm", matrix, logits);
@@ -50,7 +51,12 @@ Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
   Tensor log_sum = values(rows), gradient_norm = values(input_norm.has_value() ? rows : 0);
   Tensor rival = new_tensor(logits, {rows}, ScalarType::Long);
   Tensor correct = new_tensor(logits, {rows}, ScalarType::Bool);
-  Tensor workspace = new_workspace(logits, statistics_workspace_bytes(matrix));
+  Tensor counted = new_tensor(logits, {rows}, ScalarType::Bool);
+  const auto number = [&] {
+    return with_mean ? new_tensor(logits, {}, result_type(matrix.dtype)) : values(0);
+  };
+  Tensor mean_loss = number(), num_counted = number();
+  Tensor workspace = new_workspace(logits, statistics_workspace_bytes(matrix, with_mean));
   const StatisticsResult result{margin.mutable_data_ptr(),
                                 rival.mutable_data_ptr<int64_t>(),
                                 top2_margin.mutable_data_ptr(),
@@ -60,12 +66,15 @@ Statistics sample_statistics_op(const Tensor& logits, const Tensor& target,
                                 static_cast<bool*>(correct.mutable_data_ptr()),
                                 el2n.mutable_data_ptr(),
                                 input_norm.has_value() ? gradient_norm.mutable_data_ptr() : nullptr,
+                                static_cast<bool*>(counted.mutable_data_ptr()),
                                 maximum.mutable_data_ptr(),
-                                log_sum.mutable_data_ptr()};
+                                log_sum.mutable_data_ptr(),
+                                with_mean ? mean_loss.mutable_data_ptr() : nullptr,
+                                num_counted.mutable_data_ptr()};
   check_launch(sample_statistics(matrix, labels, norms.get(), norm, result,
                                  workspace.mutable_data_ptr(), launch.stream()));
-  return {margin,  rival, top2_margin,   loss,    confidence, entropy,
-          correct, el2n,  gradient_norm, maximum, log_sum};
+  return {margin, rival,         top2_margin, loss,    confidence, entropy,   correct,
+          el2n,   gradient_norm, counted,     maximum, log_sum,    mean_loss, num_counted};
 }
 
 Tensor sample_statistics_gradient_op(
@@ -73,7 +82,8 @@ Tensor sample_statistics_gradient_op(
     const Tensor& entropy, const Tensor& maximum, const Tensor& log_sum,
     const std::optional<Tensor>& log_norm, const std::optional<Tensor>& grad_margin,
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_confidence,
-    const std::optional<Tensor>& grad_entropy, int64_t ignore_index) {
+    const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_mean_loss,
+    const std::optional<Tensor>& num_counted, int64_t ignore_index) {
   const Matrix matrix = logits_of(logits, 1);
   const Target labels = target_of(target, matrix, logits, ignore_index);
   const LogNorm norm = log_norm_of(log_norm, matrix, logits);
@@ -84,6 +94,12 @@ Tensor sample_statistics_gradient_op(
   const ColumnArgument grad_losses(grad_loss, "grad_loss", matrix, logits);
   const ColumnArgument grad_confidences(grad_confidence, "grad_confidence", matrix, logits);
   const ColumnArgument grad_entropies(grad_entropy, "grad_entropy", matrix, logits);
+  const auto number = [&](const std::optional<Tensor>& tensor, const char* name) -> const void* {
+    if (!tensor.has_value()) return nullptr;
+    check_place(*tensor, name, 0, logits);
+    check_dtype(name, *tensor, result_type(matrix.dtype));
+    return tensor->const_data_ptr();
+  };
   const StatisticsGradient gradient{index_vector(rival, "rival", logits),
                                     column(confidence, "confidence"),
                                     column(entropy, "entropy"),
@@ -92,7 +108,9 @@ Tensor sample_statistics_gradient_op(
                                     grad_margins.get(),
                                     grad_losses.get(),
                                     grad_confidences.get(),
-                                    grad_entropies.get()};
+                                    grad_entropies.get(),
+                                    number(grad_mean_loss, "grad_mean_loss"),
+                                    number(num_counted, "num_counted")};
   check_size("rival", rival, matrix.rows, "the rows of logits");
   const Launch launch(logits);
   Tensor grad_logits = new_tensor(logits, {matrix.rows, matrix.cols}, logits.scalar_type());

@@ -208,6 +208,8 @@ class LinearSampleStatisticsGradientOp(Op):
                 *(value[rows] for value in saved),
                 log_norm,
                 *(None if grad is None else grad[rows] for grad in grads),
+                None,
+                None,
                 IGNORED,
             )
             if needs_grad_input:

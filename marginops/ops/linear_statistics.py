@@ -84,14 +84,14 @@ def linear_sample_statistics(
         fields = sharded.sample_statistics(
             input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
         )
-        return as_statistics(fields, True, target, ignore_index)
+        return as_statistics(fields, True)
     dtype = checked_linear(input, weight, bias, chunk_bytes)
     checks.check_target(target, input, ignore_index, "input")
     log_norm = checks.as_log_norm(log_norm, input)
     fields = linear_sample_statistics_op(
         input, weight, bias, target, log_norm, ignore_index, dtype, chunk_bytes
     )
-    return as_statistics(fields, True, target, ignore_index)
+    return as_statistics(fields, True)
 
 
 class LinearSampleStatisticsOp(Op):
@@ -130,7 +130,7 @@ class LinearSampleStatisticsOp(Op):
             return row_sums.finish_exactly(sums, label, ignored, norm, log_norm)
         parts = [
             statistics.sample_statistics_op(
-                logits, target[rows], norm[rows], log_norm, ignore_index
+                logits, target[rows], norm[rows], log_norm, ignore_index, False
             )
             for rows, _, logits in logit_tiles(input, weight, bias, dtype, shape)
         ]

@@ -42,9 +42,11 @@ class RowSums(NamedTuple):
 class StatisticsFields(NamedTuple):
     """The results of ``sample_statistics_op``, ``[N]`` each.
 
-    The first fields are those of :class:`marginops.SampleStatistics` before ``counted``. The
-    gradient needs the last two: ``maximum`` is the largest logit, and ``log_sum`` is the logarithm
-    of the sum over all classes of ``exp(logit - maximum)``.
+    The first fields are those of :class:`marginops.SampleStatistics`. The gradient needs
+    ``maximum``, which is the largest logit, and ``log_sum``, which is the logarithm of the sum over
+    all classes of ``exp(logit - maximum)``. The last two are 0-d: ``mean_loss`` is the mean loss of
+    the samples that are not ignored, and ``num_counted`` is their number. If the mean is not asked
+    for, they are empty.
     """
 
     margin: Tensor
@@ -56,8 +58,11 @@ class StatisticsFields(NamedTuple):
     correct: Tensor
     el2n: Tensor
     gradient_norm: Tensor
+    counted: Tensor
     maximum: Tensor
     log_sum: Tensor
+    mean_loss: Tensor
+    num_counted: Tensor
 
 
 def classes_in_piece(classes: Tensor, piece: slice) -> Tensor:
@@ -167,8 +172,11 @@ def finish(
         correct=(leads & ~nan) | ignored,
         el2n=el2n,
         gradient_norm=gradient_norm,
+        counted=~ignored,
         maximum=maximum.clone(),
         log_sum=log_sum,
+        mean_loss=loss.new_empty(0),
+        num_counted=loss.new_empty(0),
     )
 
 

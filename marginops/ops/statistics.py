@@ -46,6 +46,10 @@ class SampleStatistics(NamedTuple):
             >>> marginops.sample_statistics(logits, torch.tensor([0, 0, -100])).mean_loss()
             tensor(1.6250)
         """
+        if not torch.compiler.is_compiling():
+            mean, counted = getattr(self.loss, _MEAN, (None, None))
+            if mean is not None and counted is self.counted and not _has_changed(self):
+                return mean
         return self.loss.sum() / self.counted.sum()
 
 
@@ -128,31 +132,51 @@ def sample_statistics(
         widest = torch.promote_types(input.dtype, dtype)
         input_norm = torch.linalg.vector_norm(input.detach(), dim=1, dtype=widest).to(dtype)
     log_norm = checks.as_log_norm(log_norm, logits)
-    fields = sample_statistics_op(logits, target, input_norm, log_norm, ignore_index)
-    return as_statistics(fields, input is not None, target, ignore_index)
+    with_mean = logits.requires_grad and not torch.compiler.is_compiling()
+    fields = sample_statistics_op(logits, target, input_norm, log_norm, ignore_index, with_mean)
+    if with_mean:
+        setattr(fields[3], _MEAN, (fields[12], fields[9]))
+    return as_statistics(fields, input is not None)
 
 
-def as_statistics(
-    fields: tuple[Tensor, ...], has_gradient_norm: bool, target: Tensor, ignore_index: int
-) -> SampleStatistics:
-    """The public fields: the first results of the op, and which samples count."""
-    *values, gradient_norm = fields[: len(SampleStatistics._fields) - 1]
-    last = gradient_norm if has_gradient_norm else None, target != ignore_index
-    return SampleStatistics._make((*values, *last))
+# The name of an attribute of losses with a gradient: their mean, a result of the same op, and the
+# samples in it. A backward pass from this mean calls one function of autograd and not three.
+_MEAN = "_marginops_mean"
 
 
-def empty_fields(logits: Tensor, rows: int | torch.SymInt, has_input: bool) -> StatisticsFields:
+def _has_changed(statistics: SampleStatistics) -> bool:
+    """Whether a mean from the forward pass no longer says all: hooks want to see the losses."""
+    loss = statistics.loss
+    return bool(
+        loss._version or statistics.counted._version or loss._backward_hooks or loss.retains_grad
+    )
+
+
+def as_statistics(fields: tuple[Tensor, ...], has_gradient_norm: bool) -> SampleStatistics:
+    """The public fields, which are the first results of the op."""
+    if has_gradient_norm:
+        return SampleStatistics._make(fields[:10])
+    return SampleStatistics._make((*fields[:8], None, fields[9]))
+
+
+def empty_fields(
+    logits: Tensor, rows: int | torch.SymInt, has_input: bool, with_mean: bool = False
+) -> StatisticsFields:
     """Uninitialized results of the op for ``rows`` rows."""
-    integers, dtype = {"rival": torch.int64, "correct": torch.bool}, result_dtype(logits.dtype)
+    dtypes = {"rival": torch.int64, "correct": torch.bool, "counted": torch.bool}
+    dtype = result_dtype(logits.dtype)
+    shapes: dict[str, tuple[int | torch.SymInt, ...]] = {
+        "gradient_norm": (rows if has_input else 0,),
+        **dict.fromkeys(("mean_loss", "num_counted"), () if with_mean else (0,)),
+    }
 
     def empty(name: str) -> Tensor:
-        size = 0 if name == "gradient_norm" and not has_input else rows
-        return logits.new_empty((size,), dtype=integers.get(name, dtype))
+        return logits.new_empty(shapes.get(name, (rows,)), dtype=dtypes.get(name, dtype))
 
     return StatisticsFields._make(map(empty, StatisticsFields._fields))
 
 
-_DIFFERENTIABLE = ("margin", "loss", "confidence", "entropy")
+_DIFFERENTIABLE = ("margin", "loss", "confidence", "entropy", "mean_loss")
 # Names and positions of the fields without a gradient.
 CONSTANTS = tuple(
     (name, index)
@@ -168,7 +192,7 @@ class SampleStatisticsOp(Op):
 
     schema = (
         "sample_statistics(Tensor logits, Tensor target, Tensor? input_norm, Tensor? log_norm,"
-        f" int ignore_index) -> {FIELDS}"
+        f" int ignore_index, bool with_mean) -> {FIELDS}"
     )
     constants = CONSTANTS
 
@@ -179,44 +203,47 @@ class SampleStatisticsOp(Op):
         input_norm: Tensor | None,
         log_norm: Tensor | None,
         ignore_index: int,
+        with_mean: bool,
     ) -> StatisticsFields:
         ignored, label = checked_target(target, logits.shape[1], ignore_index)
         rows = row_sums.row_sums_reference(logits, label)
-        return row_sums.finish(rows, label, ignored, input_norm, log_norm)
+        fields = row_sums.finish(rows, label, ignored, input_norm, log_norm)
+        if not with_mean:
+            return fields
+        count = (~ignored).sum(dtype=fields.loss.dtype)
+        return fields._replace(mean_loss=fields.loss.sum() / count, num_counted=count)
 
     @staticmethod
     def fake(
-        logits: Tensor, target: Tensor, input_norm: Tensor | None, *_: Any
+        logits: Tensor, target: Tensor, input_norm: Tensor | None, *others: Any
     ) -> StatisticsFields:
-        return empty_fields(logits, logits.shape[0], input_norm is not None)
+        return empty_fields(logits, logits.shape[0], input_norm is not None, others[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, _, log_norm, ctx.ignore_index = inputs
-        fields = StatisticsFields._make(output)
+        logits, target, _, log_norm, ctx.ignore_index, with_mean = inputs
+        margin, rival, _, _, confidence, entropy, *_, maximum, log_sum, _, count = output
+        margin_or_none = margin if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(
-            logits,
-            target,
-            fields.rival,
-            fields.confidence,
-            fields.entropy,
-            fields.maximum,
-            fields.log_sum,
-            log_norm,
-            fields.margin if ctx.needs_input_grad[3] else None,
+            *(logits, target, rival, confidence, entropy, maximum, log_sum, log_norm),
+            count if with_mean else None,
+            margin_or_none,
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, margin = ctx.saved_tensors
-        grad = StatisticsFields._make(grads)
-        grad_logits = None
+        *saved, count, margin = ctx.saved_tensors
+        grad_margin, _, _, *softmax_grads = grads[:6]
+        grad_mean = None if count is None else grads[12]
+        ignore_index = ctx.ignore_index
+        grad_logits = grad_log_norm = None
         if ctx.needs_input_grad[0]:
             grad_logits = sample_statistics_gradient_op(
-                *saved, grad.margin, grad.loss, grad.confidence, grad.entropy, ctx.ignore_index
+                *saved, grad_margin, *softmax_grads, grad_mean, count, ignore_index
             )
-        grad_log_norm = log_norm_gradient(grad.margin, margin, saved[1], ctx.ignore_index)
-        return grad_logits, None, None, grad_log_norm, None
+        if margin is not None:
+            grad_log_norm = log_norm_gradient(grad_margin, margin, saved[1], ignore_index)
+        return grad_logits, None, None, grad_log_norm, None, None
 
 
 sample_statistics_op = SampleStatisticsOp()
@@ -225,15 +252,16 @@ sample_statistics_op = SampleStatisticsOp()
 class SampleStatisticsGradientOp(Op):
     """The gradient of the statistics in the logits.
 
-    The gradient of a field counts as zeros if it is None. The op ignores a target or rival outside
-    the classes of ``logits``: the call for another piece of the row handles it.
+    The gradient of a field counts as zeros if it is None. The gradient of the mean loss is divided
+    by ``num_counted``. The op ignores a target or rival outside the classes of ``logits``: the call
+    for another piece of the row handles it.
     """
 
     schema = (
         "sample_statistics_gradient(Tensor logits, Tensor target, Tensor rival, Tensor confidence,"
         " Tensor entropy, Tensor maximum, Tensor log_sum, Tensor? log_norm, Tensor? grad_margin,"
-        " Tensor? grad_loss, Tensor? grad_confidence, Tensor? grad_entropy, int ignore_index)"
-        " -> Tensor"
+        " Tensor? grad_loss, Tensor? grad_confidence, Tensor? grad_entropy, Tensor? grad_mean_loss,"
+        " Tensor? num_counted, int ignore_index) -> Tensor"
     )
 
     @staticmethod
@@ -250,8 +278,14 @@ class SampleStatisticsGradientOp(Op):
         grad_loss: Tensor | None,
         grad_confidence: Tensor | None,
         grad_entropy: Tensor | None,
+        grad_mean_loss: Tensor | None,
+        num_counted: Tensor | None,
         ignore_index: int,
     ) -> Tensor:
+        if grad_mean_loss is not None:
+            share = grad_mean_loss if num_counted is None else grad_mean_loss / num_counted
+            share = share.expand_as(maximum)
+            grad_loss = share if grad_loss is None else grad_loss + share
         label, has_label = _column_index(target, logits)
         gradient = torch.zeros(logits.shape, dtype=result_dtype(logits.dtype), device=logits.device)
         if grad_loss is not None or grad_confidence is not None or grad_entropy is not None:

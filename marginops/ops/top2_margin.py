@@ -58,6 +58,8 @@ def top2_margin_gradient(
         -grad * _probability_margin(sums),
         None,
         None,
+        None,
+        None,
         IGNORED,
     )
     if rows is None:

@@ -1,7 +1,5 @@
 """The data map and the table of what a training run saw of every sample."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -23,9 +23,10 @@ from .label_issues import LabelIssues, label_issues
 class TrainingDynamics(DynamicsValues):
     r"""What a training run saw of every sample, collected in the training loop itself.
 
-    :meth:`update` takes the place of ``F.cross_entropy``. It computes the statistics of the batch
-    with one reading of the logits, and one more op folds them into the state of the B samples. The
-    state holds no logits and takes 56 bytes a sample, whatever the number of classes and epochs.
+    :meth:`marginops.training.TrainingDynamics.update` takes the place of ``F.cross_entropy``. It
+    computes the statistics of the batch with one reading of the logits, and one more op folds them
+    into the state of the B samples. The state holds no logits and takes 56 bytes a sample, whatever
+    the number of classes and epochs.
 
     For the visits :math:`t = 1, \dots, T` of a sample, let :math:`m_t` be its margin and
     :math:`p_t` its confidence, see :func:`marginops.sample_statistics`:
@@ -60,8 +61,9 @@ class TrainingDynamics(DynamicsValues):
         device: The device of the state. With a state on another device than the logits, each
             update copies the statistics of the batch there, and waits for a GPU.
         path: A new file for the state, 4096 bytes and 56 a sample, which is mapped into memory. It
-            is for states that are larger than the memory. It is an error if the file exists, and
-            :meth:`open` opens it again. The file has no ``weights``.
+            is for states that are larger than the memory. It is an error if the file exists;
+            :meth:`marginops.training.TrainingDynamics.open` opens it again. The file has no
+            ``weights``.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type or value.
@@ -70,6 +72,10 @@ class TrainingDynamics(DynamicsValues):
     Attributes:
         num_samples: N.
         decay: The weight of the past in ``margin_average``.
+        device: The device of the state.
+        num_updates: The number of updates so far. Reading it waits for the GPU.
+        num_nonfinite: The number of visits with values that are not finite. Reading it waits for
+            the GPU.
         weights: ``[N]`` float32, the weights by which a sampler drew the current epoch, or None.
             Samplers write it. It is a part of the state, because a run that resumes in the middle
             of an epoch has to draw the same epoch again.
@@ -189,7 +195,7 @@ class TrainingDynamics(DynamicsValues):
             indices: ``[B]`` int64, the index of each sample in the data set, on any device.
             statistics: Of B samples, from :func:`marginops.sample_statistics` or
                 :func:`marginops.linear_sample_statistics`. A gradient does not flow through here.
-            score: As for :meth:`update`.
+            score: As for :meth:`marginops.training.TrainingDynamics.update`.
 
         Raises:
             TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
@@ -239,7 +245,7 @@ class TrainingDynamics(DynamicsValues):
         """Restore a state of as many samples with the same ``decay``.
 
         Args:
-            state_dict: The result of :meth:`state_dict`, on any device.
+            state_dict: The result of ``state_dict()``, on any device.
 
         Raises:
             TypeError, ValueError: The state is one of other samples or of another version, or it is

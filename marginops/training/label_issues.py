@@ -14,7 +14,9 @@ _SCORES = ("aum", "confidence", "margin_average", "margin", "correctness")
 
 
 class LabelIssues(NamedTuple):
-    """Samples by suspicion of their labels, from :meth:`TrainingDynamics.label_issues`.
+    """Samples by suspicion of their labels.
+
+    :meth:`marginops.training.TrainingDynamics.label_issues` makes it.
 
     Attributes:
         indices: ``[M]`` int64, the samples that were seen, the most suspicious first.
@@ -34,7 +36,7 @@ class LabelIssues(NamedTuple):
 
 
 class ThresholdSamples(NamedTuple):
-    """Samples with a label that is certainly wrong, from :func:`threshold_samples`.
+    """Samples whose label is certainly wrong, from :func:`marginops.training.threshold_samples`.
 
     Attributes:
         indices: ``[K]`` int64, these samples, ascending.
@@ -56,7 +58,7 @@ def threshold_samples(
 
     A network with C + 1 outputs learns these samples only by heart, as it does those whose label is
     wrong. So their area under the margin tells where wrong labels begin. Train with the returned
-    ``target``, and pass ``indices`` to :meth:`TrainingDynamics.label_issues`.
+    ``target``, and pass ``indices`` to :meth:`marginops.training.TrainingDynamics.label_issues`.
 
     Args:
         target: ``[N]`` int64, the labels.
@@ -102,7 +104,7 @@ def threshold_samples(
 def label_issues(
     dynamics: DynamicsValues, by: Any, threshold_samples: Any, percentile: Any
 ) -> LabelIssues:
-    """See :meth:`TrainingDynamics.label_issues`."""
+    """See :meth:`marginops.training.TrainingDynamics.label_issues`."""
     checks.check_choice("by", by, _SCORES)
     scores, is_judged = getattr(dynamics, by), dynamics.count > 0
     threshold = None

@@ -40,6 +40,11 @@ def test_key_is_of_no_class(wrong: int) -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 7, 2**40])
+def test_index_of_no_sample(wrong: int) -> None:
+    assert_fails("update_dynamics", indices=torch.tensor([0, 6, wrong, 1]))
+
+
+@pytest.mark.parametrize("wrong", [-1, 7, 2**40])
 @pytest.mark.parametrize("name", ops_with("pair"))
 def test_pair_has_no_class(name: str, wrong: int) -> None:
     assert_fails(name, pair=torch.tensor([[0, 1], [2, wrong]]))

@@ -19,8 +19,8 @@ def calls():
     target, rows = torch.tensor([0, 1, 2, 3, -100, 1]), torch.tensor([1, 2])
     log_norm, pair = torch.tensor(0.5), torch.tensor([[0, 1]] * ROWS)
     key, coefficient = torch.tensor([1, 4, 11]), torch.randn(3)
-    statistics = OPS.sample_statistics(logits, target, None, log_norm, -100)
-    saved = [statistics[index] for index in (1, 4, 5, 9, 10)]
+    statistics = OPS.sample_statistics(logits, target, None, log_norm, -100, False)
+    saved = [statistics[index] for index in (1, 4, 5, 10, 11)]
     grads = [values] * 4
     head, labels = (features, weight, bias), (target, log_norm)
     term = OPS.multi_margin_regularization(features, weight, target, saved[0], values, False, -100)
@@ -48,8 +48,11 @@ def calls():
         "pair_distance": (weight, bias, pair),
         "pair_gradient": (key, coefficient, weight, bias),
         "row_sums": (logits, target, True),
-        "sample_statistics": (logits, target, values, log_norm, -100),
-        "sample_statistics_gradient": (logits, target, *saved, log_norm, *grads, -100),
+        "sample_statistics": (logits, target, values, log_norm, -100, True),
+        "sample_statistics_gradient": (
+            *(logits, target, *saved, log_norm, *grads),
+            *(torch.tensor(2.0), torch.tensor(5.0), -100),
+        ),
         "saved_distance": (values, weight, bias),
         "select_classification_margin": (logits, *labels, 2, -100),
         "select_minimal_margin": (logits, weight, bias, 2, False, False),

@@ -246,7 +246,7 @@ def test_opcheck_of_the_gradient(device, needed):
     norm = torch.tensor(0.5, dtype=torch.float64, device=device)
     end = -100, None, chunk_of(3, head)
     fields = OPS.linear_sample_statistics(*head[:3], head.target, norm, *end)
-    saved = fields[1], fields[4], fields[5], fields[9], fields[10], norm
+    saved = fields[1], fields[4], fields[5], fields[10], fields[11], norm
     grads = [torch.randn_like(fields[0]) if i < 2 or all(needed) else None for i in range(4)]
     arguments = *head[:3], head.target, *saved, *grads, *end, *needed
     opcheck("linear_sample_statistics_gradient", *arguments)

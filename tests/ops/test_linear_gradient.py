@@ -196,7 +196,7 @@ def test_margins_beside_other_statistics_have_the_same_gradient(device):
     norm = torch.tensor(0.5, dtype=torch.float64, device=device)
     grad = torch.arange(23.0, dtype=torch.float64, device=device) - 9
     fields = OPS.linear_sample_statistics(*head[:3], head.target, norm, -100, None, None)
-    saved = fields[1], fields[4], fields[5], fields[9], fields[10]
+    saved = fields[1], fields[4], fields[5], fields[10], fields[11]
     options = -100, None, chunk_of(3, head), True, True
     actual = OPS.linear_sample_statistics_gradient(
         *head[:3], head.target, *saved, norm, grad, None, None, None, *options

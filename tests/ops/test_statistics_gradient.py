@@ -270,16 +270,20 @@ def test_compile_full_graph_with_dynamic_rows(device):
 def test_direct_calls_give_all_or_part_of_the_gradient(device, dtype, classes):
     """None and zeros give the same gradient, for any layout of the rows."""
     logits, target = random_logits(device, dtype, rows=30, classes=classes)
-    fields = OPS.sample_statistics(logits, target, None, None, -100)
-    saved = [fields[i] for i in (1, 4, 5, 9, 10)]
+    fields = OPS.sample_statistics(logits, target, None, None, -100, False)
+    saved = [fields[i] for i in (1, 4, 5, 10, 11)]
     spread = [torch.stack((value, value), 1)[:, 1] for value in saved]
     grads = [torch.randn_like(fields[0]) for _ in range(4)]
-    whole = OPS.sample_statistics_gradient(logits, target, *spread, None, *grads, -100).double()
+    whole = OPS.sample_statistics_gradient(
+        logits, target, *spread, None, *grads, None, None, -100
+    ).double()
     parts = torch.zeros_like(whole)
     for i, grad in enumerate(grads):
         alone = [grad if i == j else None for j in range(4)]
-        parts += OPS.sample_statistics_gradient(logits, target, *saved, None, *alone, -100)
+        parts += OPS.sample_statistics_gradient(
+            logits, target, *saved, None, *alone, None, None, -100
+        )
     epsilon = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(whole, parts, rtol=epsilon, atol=epsilon)
-    none = OPS.sample_statistics_gradient(logits, target, *saved, None, *[None] * 4, -100)
+    none = OPS.sample_statistics_gradient(logits, target, *saved, None, *[None] * 6, -100)
     assert torch.equal(none, torch.zeros_like(logits))

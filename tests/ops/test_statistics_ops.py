@@ -106,18 +106,22 @@ def test_gradient_of_shards_matches_the_whole_row(device, dtype, split):
     """Labels and rivals outside a shard belong to another one."""
     logits, target = random_logits(device, dtype, rows=60, classes=23)
     target[::9] = -100
-    _, rival, _, _, confidence, entropy, *_, maximum, log_sum = OPS.sample_statistics(
-        logits, target, None, None, -100
+    _, rival, _, _, confidence, entropy, *_, maximum, log_sum, _, _ = OPS.sample_statistics(
+        logits, target, None, None, -100, False
     )
     fields = confidence, entropy, maximum, log_sum
     grads = [torch.randn_like(confidence) for _ in range(4)]
     for some in (grads, [grads[0], None, None, None], [None, *grads[1:]]):
-        whole = OPS.sample_statistics_gradient(logits, target, rival, *fields, None, *some, -100)
+        whole = OPS.sample_statistics_gradient(
+            logits, target, rival, *fields, None, *some, None, None, -100
+        )
         parts, start = [], 0
         for width in split:
             here = torch.where(target == -100, -100, target - start), rival - start
             shard = logits[:, start : start + width]
-            parts.append(OPS.sample_statistics_gradient(shard, *here, *fields, None, *some, -100))
+            parts.append(
+                OPS.sample_statistics_gradient(shard, *here, *fields, None, *some, None, None, -100)
+            )
             start += width
         epsilon = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=epsilon, atol=epsilon)
@@ -129,16 +133,16 @@ def test_opcheck(device):
     target[0] = -1
     norm = torch.rand(12, dtype=torch.float64, device=device)
     log_norm = torch.tensor(0.5, dtype=torch.float64, device=device, requires_grad=True)
-    opcheck("sample_statistics", logits, target, None, None, -1)
-    opcheck("sample_statistics", logits, target, norm, log_norm, -1)
+    opcheck("sample_statistics", logits, target, None, None, -1, True)
+    opcheck("sample_statistics", logits, target, norm, log_norm, -1, False)
     exact = logits.detach()
-    _, rival, _, _, *fields = OPS.sample_statistics(exact, target, None, None, -1)
-    saved = rival, fields[0], fields[1], fields[5], fields[6]
+    _, rival, _, _, *fields = OPS.sample_statistics(exact, target, None, None, -1, True)
+    saved = rival, fields[0], fields[1], fields[6], fields[7]
     grad = torch.randn(12, dtype=torch.float64, device=device)
     spread = grad[:1].expand(12)
     for scale, grads in (
-        (None, (grad, grad, spread, spread)),
-        (log_norm.detach(), (spread, None, None, None)),
+        (None, (grad, grad, spread, spread, None, None)),
+        (log_norm.detach(), (spread, None, None, None, grad[0], fields[9])),
     ):
         opcheck("sample_statistics_gradient", exact, target, *saved, scale, *grads, -1)
     opcheck("row_sums", exact, target, True)
@@ -239,18 +243,18 @@ NATIVE = pytest.mark.skipif("MARGINOPS_DISABLE_JIT" in os.environ, reason="check
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((LOGITS[0], TARGET, None, None, -100), "logits: expected"),
-        ((LOGITS[:, :1], TARGET, None, None, -100), "logits: expected 2 <= C"),
-        ((LOGITS.int(), TARGET, None, None, -100), "logits: expected dtype"),
-        ((LOGITS, TARGET[:2], None, None, -100), "target: expected shape"),
-        ((LOGITS, TARGET[:1], None, None, -100), "target: expected shape"),
-        ((LOGITS, TARGET.view(2, 2), None, None, -100), "target: expected shape"),
-        ((LOGITS, TARGET.int(), None, None, -100), "target: expected dtype"),
-        ((LOGITS, TARGET, torch.ones(3), None, -100), "input_norm: expected"),
-        ((LOGITS, TARGET, torch.ones(4, 1), None, -100), "input_norm: expected"),
-        ((LOGITS, TARGET, torch.ones(4).double(), None, -100), "input_norm: expected"),
-        ((LOGITS, TARGET, None, torch.ones(2), -100), "log_norm: expected"),
-        ((LOGITS, TARGET, None, torch.ones(()).double(), -100), "log_norm: expected"),
+        ((LOGITS[0], TARGET, None, None, -100, True), "logits: expected"),
+        ((LOGITS[:, :1], TARGET, None, None, -100, True), "logits: expected 2 <= C"),
+        ((LOGITS.int(), TARGET, None, None, -100, True), "logits: expected dtype"),
+        ((LOGITS, TARGET[:2], None, None, -100, True), "target: expected shape"),
+        ((LOGITS, TARGET[:1], None, None, -100, True), "target: expected shape"),
+        ((LOGITS, TARGET.view(2, 2), None, None, -100, True), "target: expected shape"),
+        ((LOGITS, TARGET.int(), None, None, -100, True), "target: expected dtype"),
+        ((LOGITS, TARGET, torch.ones(3), None, -100, True), "input_norm: expected"),
+        ((LOGITS, TARGET, torch.ones(4, 1), None, -100, True), "input_norm: expected"),
+        ((LOGITS, TARGET, torch.ones(4).double(), None, -100, True), "input_norm: expected"),
+        ((LOGITS, TARGET, None, torch.ones(2), -100, True), "log_norm: expected"),
+        ((LOGITS, TARGET, None, torch.ones(()).double(), -100, True), "log_norm: expected"),
     ],
 )
 def test_wrong_direct_calls(arguments, message):
@@ -269,15 +273,15 @@ def test_wrong_direct_calls_for_a_shard(arguments):
 
 
 @NATIVE
-@pytest.mark.parametrize("position", [*range(12)])
+@pytest.mark.parametrize("position", [*range(14)])
 def test_wrong_direct_calls_of_the_gradient(position):
     """Each argument in turn is too long, too short, of another dtype, or of more dimensions."""
-    _, rival, _, _, confidence, entropy, *_, maximum, log_sum = OPS.sample_statistics(
-        LOGITS, TARGET, None, None, -100
+    _, rival, _, _, confidence, entropy, *_, maximum, log_sum, _, _ = OPS.sample_statistics(
+        LOGITS, TARGET, None, None, -100, False
     )
     grad = torch.ones(4)
     right = [LOGITS, TARGET, rival, confidence, entropy, maximum, log_sum, torch.ones(())]
-    right += [grad] * 4
+    right += [grad] * 4 + [torch.ones(())] * 2
     OPS.sample_statistics_gradient(*right, -100)
     value = right[position]
     for wrong in (
@@ -295,8 +299,8 @@ def test_layout_of_a_direct_call(device):
     """The kernels take the strides of every argument."""
     logits, target = random_logits(device, torch.float32)
     norm = torch.rand(200, 2, device=device)[:, 1]
-    expected = OPS.sample_statistics(logits, target, norm.contiguous(), None, -100)
+    expected = OPS.sample_statistics(logits, target, norm.contiguous(), None, -100, True)
     spread = relayout(logits.cpu(), "strided").to(device)
-    actual = OPS.sample_statistics(spread, target, norm, None, -100)
+    actual = OPS.sample_statistics(spread, target, norm, None, -100, True)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)

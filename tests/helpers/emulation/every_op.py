@@ -9,7 +9,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,9 +134,32 @@ def _values(case: Case) -> dict[str, Any]:
         **{name: numbers(rows).abs() for name in ("confidence", "entropy", "log_sum")},
         **{f"{name}?": numbers(rows) for name in names},
         "log_norm?": torch.tensor(3.5 - case.seed, dtype=result),
+        "grad_mean_loss?": torch.tensor(0.75, dtype=result),
+        "num_counted?": torch.tensor(float(rows), dtype=result),
+        **_dynamics(case, numbers, below),
         "ignore_index": IGNORE,
         "classes": classes,
         "num_classes": max(classes, many),
+    }
+
+
+def _dynamics(
+    case: Case, numbers: Callable[..., Tensor], below: Callable[..., Tensor]
+) -> dict[str, Any]:
+    """The arguments of update_dynamics: samples with a past, and rows that repeat some of them."""
+    samples = case.classes
+    names = ("margin", "score", "loss", "el2n")
+    past = torch.arange(4 * samples, dtype=torch.int32).view(samples, 4) % 3
+    return {
+        "values": torch.arange(8.0 * samples).view(samples, 8),
+        "counts": past,
+        "last_seen": torch.where(past[:, 0] == 0, -1, past[:, 0].long() << 32),
+        "totals": torch.tensor([5, 0]),
+        "indices": below(samples, case.rows),
+        **{name: numbers(case.rows, values=case.values) for name in names},
+        "correct": below(2, case.rows) == 1,
+        "counted": below(4, case.rows) > 0,
+        "decay": 0.75,
     }
 
 
@@ -182,8 +205,16 @@ def filled(
     return normal.to(dtype)
 
 
-def as_bytes(results: Any) -> list[bytes]:
-    """The bytes of one or several tensors."""
+def results_of(op: torch._ops.OpOverload, values: list[Any]) -> list[bytes]:
+    """The bytes of the results, or of copies of the arguments that the op changes."""
+    changes = [argument.is_write for argument in op._schema.arguments]
+    copies = [
+        value.clone() if is_changed else value
+        for value, is_changed in zip(values, changes, strict=True)
+    ]
+    results = op(*copies)
+    if results is None:
+        results = list(itertools.compress(copies, changes))
     tensors = (results,) if isinstance(results, Tensor) else results
     return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
 
@@ -214,7 +245,7 @@ def main() -> None:
             results = {}
             for order in options.orders:
                 os.environ["CUDACPU_ORDER"] = order
-                results[order] = as_bytes(op(*values))
+                results[order] = results_of(op, values)
             if any(other != results[options.orders[0]] for other in results.values()):
                 sys.exit("the result depends on the order of threads")
 
