@@ -202,11 +202,9 @@ class MarginSampler(DynamicsSampler):
             raise ValueError(
                 f"policy: expected weights of shape [{self.population}], got {list(weights.shape)}"
             )
-        weights = weights.detach().cpu().clone()
-        weights[unseen] = 0
+        weights = torch.where(unseen, 0, weights.detach().cpu())
         check_weights("policy", weights, others)
-        weights[unseen] = torch.inf
-        weights = as_weights(weights)
+        weights = as_weights(weights.masked_fill_(unseen, torch.inf))
         if self._class_floor > 0 and self._labels is not None and others == k:
             margin = dynamics.margin.cpu()
             weights = with_class_floor(weights, margin, self._labels, self._class_floor)

@@ -41,8 +41,26 @@ def epoch_order(weights: Tensor, k: int, seed: int, epoch: int) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
     if k == len(weights):  # every weight is positive
         return _shuffled(k, seed, epoch)
-    chosen = _first(_race(weights, seed, epoch), k)
-    return chosen[_shuffled(k, seed, epoch)]
+    chosen = _drawn(weights.numpy(), k, seed, epoch)
+    return chosen.index_select(0, _shuffled(k, seed, epoch))
+
+
+def _drawn(weights: _Floats, k: int, seed: int, epoch: int) -> Tensor:
+    """The certain samples, and then those that arrive first; among equal times lower ids first."""
+    certain = torch.from_numpy(np.flatnonzero(np.isposinf(weights)))
+    k -= len(certain)
+    keys = _race(weights, seed, epoch)
+    if len(keys) <= _SORTED_AT_ONCE:
+        return torch.cat([certain, select_smallest(torch.from_numpy(keys), k).indices])
+    if k == 0:
+        return certain
+    times = keys[np.flatnonzero(keys < np.inf)]  # a partition is slow where many are equal
+    times.partition(k - 1)
+    last = times[k - 1]
+    del times
+    earlier = np.flatnonzero(keys < last)
+    equal = np.flatnonzero(keys == last)[: k - len(earlier)]
+    return torch.cat([certain, torch.from_numpy(earlier), torch.from_numpy(equal)])
 
 
 def repeated_order(ids: Tensor, length: int, seed: int, epoch: int) -> Tensor:
@@ -107,16 +125,16 @@ def _uniform_keys(seed: int, epoch: int, stream: int, count: int) -> _Floats:
     return words.view(np.float32)
 
 
-def _race(weights: Tensor, seed: int, epoch: int) -> _Floats:
-    """The time at which each sample arrives: -1 if it is certain, NaN if it never comes."""
-    array = weights.numpy()
-    certain, never = np.isposinf(array), array == 0
-    if np.all((array == 1) | certain | never):  # then the logarithm changes no order
-        keys = _uniform_keys(seed, epoch, _DRAW, len(array))
+def _race(weights: _Floats, seed: int, epoch: int) -> _Floats:
+    """The time at which each sample arrives: inf if it is certain or never comes."""
+    others = (weights == 0) | np.isposinf(weights)
+    if np.all((weights == 1) | others):  # then the logarithm changes no order
+        keys = _uniform_keys(seed, epoch, _DRAW, len(weights))
     else:
-        keys = _exponential_race(array, seed, epoch)
-    np.copyto(keys, -1, where=certain)
-    np.copyto(keys, np.nan, where=never)
+        keys = _exponential_race(weights, seed, epoch)
+    # Positive floats are ordered as their bits are. A maximum needs no branch.
+    bits = keys.view(np.uint32)
+    np.maximum(bits, others * np.float32(np.inf).view(np.uint32), out=bits)
     return keys
 
 
@@ -161,11 +179,12 @@ def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
     # The keys of one part are below those of the next. So the parts make up the order of the whole.
     order, begin = torch.empty(count, dtype=torch.int64), 0
     parts = -(-count // (_SORTED_AT_ONCE // 2))
-    bits = keys.view(np.uint32) - np.uint32(1 << 23)
-    edges = np.linspace(0, 1 << 30, parts + 1).astype(np.uint32)
-    for low, high in itertools.pairwise(edges):
-        positions = np.flatnonzero((bits >= low) & (bits < high))
-        sorted_keys = select_smallest(torch.from_numpy(keys[positions]), len(positions))
-        order[begin : begin + len(positions)] = torch.from_numpy(positions)[sorted_keys.indices]
+    bounds = np.linspace(1 << 23, (1 << 23) + (1 << 30), parts + 1).astype(np.uint32)
+    for low, high in itertools.pairwise(bounds.view(np.float32)):
+        positions = np.flatnonzero((keys >= low) & (keys < high))
+        sorted_keys = select_smallest(torch.from_numpy(keys[positions]), len(positions)).indices
+        order[begin : begin + len(positions)] = torch.from_numpy(positions).index_select(
+            0, sorted_keys
+        )
         begin += len(positions)
     return order

@@ -172,12 +172,12 @@ def test_orders_of_many_samples_are_those_of_one_sort(
     weights[::7] = torch.inf
     weights[3::11] = 0
     k = (int(weights.isposinf().sum()) + int((weights > 0).sum())) // 2
-    keys = orders._race(weights, 3, 9)
-    few = [orders._first(keys, number) for number in (int(weights.isposinf().sum()), k)]
+    numbers = int(weights.isposinf().sum()), k
+    few = [orders._drawn(weights.numpy(), number, 3, 9) for number in numbers]
     monkeypatch.setattr(orders, "_SORTED_AT_ONCE", 64)
     assert torch.equal(orders._shuffled(size, 3, 9), whole)
     for chosen in few:
-        again = orders._first(keys, len(chosen))
+        again = orders._drawn(weights.numpy(), len(chosen), 3, 9)
         assert torch.equal(again.sort().values, chosen.sort().values)
 
 
