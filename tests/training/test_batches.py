@@ -46,6 +46,13 @@ class Encoding(UserDict):
             raise AttributeError(name) from None
 
 
+class Closed(UserDict):
+    """A mapping that is not made from a dict."""
+
+    def __init__(self) -> None:
+        super().__init__(x=X)
+
+
 class Kept(dict):
     """A dict of another type."""
 
@@ -152,6 +159,11 @@ def test_to_device_moves_tensors_only() -> None:
         (torch.tensor(1), ValueError, "got Tensor without any"),
         ((TEXTS, TEXTS), TypeError, "batch: .* got a tuple that holds a list and no tensor, which"),
         ([[1, 2], [3, 4]], TypeError, "got a list that holds a list .*; give the lists names"),
+        (
+            Closed(),
+            TypeError,
+            r"mappings whose class takes a dict, got Closed; pass dict\(\.\.\.\)",
+        ),
         ([{"text": TEXTS}], TypeError, "got a list that holds a list"),
         (
             torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
