@@ -174,8 +174,8 @@ def test_dtypes_of_weights(dtype: torch.dtype) -> None:
 
 
 def test_the_smallest_positive_weight_stays_positive() -> None:
-    weights = torch.tensor([1e-45, 3e38, 0.0])
-    assert sorted(WeightedSampler(weights)) == [0, 1]
+    weights = torch.tensor([0.0, 1e-45, 3e38])
+    assert sorted(WeightedSampler(weights)) == [1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
