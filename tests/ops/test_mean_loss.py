@@ -123,6 +123,9 @@ def test_without_gradient_and_without_samples(batch):
         alone = marginops.sample_statistics(logits, target).mean_loss()
     assert not alone.requires_grad
     torch.testing.assert_close(alone, F.cross_entropy(logits, target).detach())
+    with torch.inference_mode():
+        inferred = marginops.sample_statistics(logits.detach(), target).mean_loss()
+    torch.testing.assert_close(inferred, alone)
     nothing = marginops.sample_statistics(logits, torch.full_like(target, -100)).mean_loss()
     assert math.isnan(nothing.item())
     assert not gradient(nothing, logits).any()
