@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class EpochSampler(DistributedSampler[int]):
     It is a ``DistributedSampler``, so hosts that would wrap an unknown sampler leave it alone.
 
     Attributes:
-        epoch: The number of the epoch that :meth:`__iter__` begins or continues.
+        epoch: The number of the epoch that ``iter(sampler)`` begins or continues.
         num_samples: How many samples this rank visits in an epoch.
         total_size: ``num_samples * num_replicas``.
     """
@@ -114,7 +115,7 @@ class EpochSampler(DistributedSampler[int]):
         Args:
             position: How many samples of this epoch all ranks together have consumed, counted from
                 the beginning of the epoch. Loaders fetch samples ahead, so only the training loop
-                knows it. The default is the position at which :meth:`__iter__` begins.
+                knows it. The default is the position at which ``iter(sampler)`` begins.
 
         Returns:
             A mapping for :meth:`load_state_dict` of a sampler on any number of ranks.
@@ -188,31 +189,42 @@ class EpochIterator(Iterator[int]):
     ) -> None:
         self._draw = draw
         self._num_replicas, self._rank, self._drop_last = num_replicas, rank, drop_last
-        self._position = position
-        self._ids: Iterator[int] | None = None
+        self._begin_at(position)
+
+    def _begin_at(self, position: int) -> None:
+        self._chunk_end = position  # of the chunk whose ids come next
+        self._chunk: Iterator[int] = iter(())
+        self._chunks: Iterator[list[int]] | None = None
 
     def __iter__(self) -> EpochIterator:
         return self
 
     def __next__(self) -> int:
-        if self._ids is None:
-            self._ids = self._remaining()
-        sample = next(self._ids)
-        self._position += self._num_replicas
-        return sample
+        for sample in self._chunk:  # this is the fastest way to take one
+            return sample
+        if self._chunks is None:
+            self._chunks = self._remaining(self._chunk_end)
+        chunk = next(self._chunks)
+        self._chunk_end += len(chunk) * self._num_replicas
+        self._chunk = iter(chunk)
+        return next(self._chunk)
 
-    def _remaining(self) -> Iterator[int]:
-        """The ids from the position on, which all ranks share evenly."""
+    def _remaining(self, position: int) -> Iterator[list[int]]:
+        """The ids from a position on, which all ranks share evenly."""
         size, step = self._draw.epoch_size, self._num_replicas
-        remaining = max(size - self._position, 0)
+        remaining = max(size - position, 0)
         share = remaining // step if self._drop_last else -(-remaining // step)
         if share == 0:
             return
         order = self._draw.order()
-        first = self._position + self._rank
+        first = position + self._rank
         for begin in range(0, share, _CHUNK):
             places = torch.arange(begin, min(begin + _CHUNK, share)) * step + first
-            yield from order[places % size].tolist()  # the padding comes from the beginning
+            yield order[places % size].tolist()  # the padding comes from the beginning
+
+    @property
+    def _position(self) -> int:
+        return self._chunk_end - length_hint(self._chunk) * self._num_replicas
 
     def state_dict(self) -> dict[str, int]:
         """The state of the sampler after the ids that this iterator has handed out."""
@@ -230,7 +242,7 @@ class EpochIterator(Iterator[int]):
                 f"{draw.weights_version}, got epoch {epoch} and version {version}; load the state "
                 "of the sampler first"
             )
-        self._position, self._ids = position, None
+        self._begin_at(position)
 
 
 def _state(*numbers: int) -> dict[str, int]:
