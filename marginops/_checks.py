@@ -273,6 +273,14 @@ def check_bias_in_norm(bias: Any, bias_in_norm: Any) -> None:
 
 def check_k(k: Any, count: int, counted: str) -> int:
     """Check an integer k in [0, count]. The integers of compiled graphs stay symbolic."""
+    k = as_k(k)
+    if k < 0 or k > count:
+        raise ValueError(f"k: expected 0 <= k <= {count} (the number of {counted}), got {k}")
+    return k
+
+
+def as_k(k: Any) -> int:
+    """Check that k is an integer of any library, and make it an int."""
     if type(k) is not int and not isinstance(k, torch.SymInt):
         if isinstance(k, bool) or not isinstance(k, SupportsIndex):
             raise TypeError(f"k: expected an int, got {type(k).__name__}{advice.for_k(k)}")
@@ -281,8 +289,6 @@ def check_k(k: Any, count: int, counted: str) -> int:
                 f"k: expected an int, got a tensor {list(k.shape)} of {k.dtype}{advice.for_k(k)}"
             )
         k = operator.index(k)
-    if k < 0 or k > count:
-        raise ValueError(f"k: expected 0 <= k <= {count} (the number of {counted}), got {k}")
     return k
 
 

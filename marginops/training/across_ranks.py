@@ -76,8 +76,8 @@ def select_across_ranks(
 
     The ranks exchange all scores and ids in their own dtypes, pickled, in one step, for which the
     call waits for the device. The result is deterministic. The step lasts as long as the rank with
-    the most rows needs. If every rank can read any sample, let rank r train on ``ids[r::R]``, which
-    are equal shares up to one sample.
+    the most rows needs. If every rank can read any sample, rank r may train on ``ids[r::R]``
+    instead: equal shares up to one sample, where each loss has the factor R / k.
 
     Example:
         >>> import torch
@@ -98,7 +98,7 @@ def select_across_ranks(
     all_ranks = [check()] if alone else exchange(group, check)
     rank = 0 if alone else dist.get_rank(group)
     everything = torch.cat([candidates.scores for candidates in all_ranks])
-    check_k_after_skip(k, skip, len(everything), "candidates of all ranks")
+    k = check_k_after_skip(k, skip, len(everything), "candidates of all ranks")
     order = select_smallest(everything, k, skip=skip).indices
     start = sum(len(candidates.scores) for candidates in all_ranks[:rank])
     own = all_ranks[rank].scores
@@ -133,6 +133,7 @@ def _check(scores: Any, k: Any, ids: Any, skip: Any, least_rows: Any) -> _Candid
     checks.check_tensor("scores", scores, 1, "[B]")
     if len(scores) == 0:
         raise ValueError("scores: expected at least one candidate on each rank, got none")
+    k = checks.as_k(k)
     checks.check_int("k", k, 0)
     checks.check_int("skip", skip, 0)
     checks.check_int("least_rows", least_rows, 0)

@@ -16,7 +16,13 @@ pytest.importorskip("torchmetrics")
 import marginops
 from helpers.mistakes import MISTAKES, C, D, N
 from marginops import _checks, metrics
-from marginops.training import InversionMonitor, report_epoch, select_batch
+from marginops.training import (
+    InversionMonitor,
+    report_epoch,
+    score_batch,
+    select_across_ranks,
+    select_batch,
+)
 
 
 class Call(NamedTuple):
@@ -69,6 +75,8 @@ def calls() -> dict[str, Call]:
         ("InversionMonitor", InversionMonitor(C).update, epoch | {"target": target}),
         ("report_epoch", report_epoch, {"network": layer, "inputs": input, "target": target}),
         ("select_batch", select_batch, {"network": layer, "inputs": input} | k),
+        ("score_batch", score_batch, {"network": layer, "inputs": input}),
+        ("select_across_ranks", select_across_ranks, {"scores": logits[:, 0]} | k),
     )
     return found | {name: Call(function, given) for name, function, given in others}
 
