@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tasks import UNIFORM, Data, Task
@@ -77,7 +78,8 @@ def _margin_batches(
     epoch = 0
     while True:
         sampler.set_epoch(epoch)
-        yield from _full_batches(torch.tensor(list(sampler)))
+        order = np.fromiter(sampler, np.int64, len(sampler))
+        yield from _full_batches(torch.from_numpy(order))
         epoch += 1
 
 

