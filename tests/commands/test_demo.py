@@ -102,6 +102,31 @@ def test_progress_is_shown_on_a_terminal_unless_quiet(
     assert "±" not in printed.out
 
 
+def test_the_learning_rate_rises_and_falls_in_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.SGD.step
+
+    def note(optimizer: torch.optim.SGD) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", note)
+    options = ["--updates", "40", "--seeds", "1", "--learning-rate", "0.04"]
+    assert run(*SMALL, *options, "--output", tmp_path / "figure.svg") == 0
+    # Three runs of 20 updates come first; then one of 20 and one of 40 for each sampling.
+    runs = rates[60:]
+    assert len(runs) == 3 * 60
+    for begin in range(0, 180, 60):
+        short, long = runs[begin : begin + 20], runs[begin + 20 : begin + 60]
+        assert short[:3] == pytest.approx([0.04 / 3, 0.08 / 3, 0.04])
+        assert long[:5] == pytest.approx([0.008, 0.016, 0.024, 0.032, 0.04])
+        assert long[22] == pytest.approx(0.02)
+        assert short[2:] == sorted(short[2:], reverse=True)
+        assert short[-1] < 0.001 and long[-1] < 0.001
+
+
 def test_fashion_mnist_files_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split, count in (("train", 60), ("t10k", 20)):
         pixels = torch.randint(256, (count * 784,), generator=torch.Generator().manual_seed(count))

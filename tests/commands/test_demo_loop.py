@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from helpers.classifiers import expected_choice
 from marginops.commands.data import ClassificationData, load_digits
+from marginops.commands.demo import loop
 from marginops.commands.demo.loop import TrainingHistory, train
 from marginops.training import TrainingDynamics
 
@@ -103,6 +104,32 @@ def test_stale_margins_decide_who_is_visited_next() -> None:
     torch.testing.assert_close(dynamics.margin, margin)
     # The last tenth of the epochs draws from all samples.
     assert len(chosen[10] & set(epochs[9])) < 14
+
+
+@pytest.mark.parametrize(("share", "left_out"), [(0.3, 15), (0.9, 30)])
+def test_what_looks_mislabelled_is_left_out(
+    share: float, left_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "mislabelled_share", lambda _: share)
+    dynamics = TrainingDynamics(50)
+    averages: list[Tensor] = []
+
+    def keep(update: int) -> None:
+        if update % 6 == 0:
+            averages.append(dynamics.margin_average)
+
+    network, _ = train_recorder(
+        "stale_margin",
+        updates=60,
+        evaluate_every=100,
+        dynamics=dynamics,
+        skip_mislabelled=True,
+        on_update=keep,
+    )
+    batches = [batch for training, batch, _, _ in network.calls if training]
+    for epoch in range(4, 9):
+        visited = set(chain(*batches[6 * epoch : 6 * epoch + 6]))
+        assert not visited & set(averages[epoch - 1].argsort()[:left_out].tolist())
 
 
 def test_uniform_runs_can_collect_dynamics() -> None:

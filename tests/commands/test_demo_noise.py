@@ -16,9 +16,10 @@ import marginops
 from helpers.demo_results import results
 from marginops.commands import cli
 from marginops.commands.data import ClassificationData, load_digits
+from marginops.commands.demo import loop
 from marginops.commands.demo.figure import draw
 from marginops.commands.demo.noise import find_flipped, flip_labels
-from marginops.training import TrainingDynamics
+from marginops.training import TrainingDynamics, mislabelled_share
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,7 +93,16 @@ def test_the_figure_has_a_data_map() -> None:
     assert title.x0 >= 0 and title.x1 <= figure.bbox.width
 
 
-def test_the_demo_finds_flipped_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_finds_flipped_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[TrainingDynamics] = []
+
+    def note(dynamics: TrainingDynamics) -> float:
+        asked.append(dynamics)
+        return mislabelled_share(dynamics)
+
+    monkeypatch.setattr(loop, "mislabelled_share", note)
     options = ["--updates", "300", "--batch-size", "32", "--candidates", "4", "--quiet"]
     files = ["--output", str(tmp_path / "figure.png"), "--json", str(tmp_path / "report.json")]
     arguments = ["demo", *options, "--seeds", "1", "--label-noise", "0.2", *files]
@@ -107,6 +117,8 @@ def test_the_demo_finds_flipped_labels(tmp_path: Path, capsys: pytest.CaptureFix
     assert issues["auroc"] > 0.95 and issues["average_precision"] > 0.9
     assert f"{issues['found']} have a flipped label; by chance it would be 54." in printed.out
     assert "leave out what looks mislabelled" in printed.out
+    # Stale margins ask once all samples were seen.
+    assert asked and all((dynamics.count > 0).all() for dynamics in asked)
     assert re.search(r"^label_issues: AUROC 0\.9\d{3}, average precision", printed.out, re.M)
 
 

@@ -108,7 +108,7 @@ def _draw_accuracy(by_time: Any, by_update: Any, results: Results, unit: str) ->
     by_update.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     by_time.set(
         title="Test accuracy against training time",
-        xlabel=f"{unit} of training (thin: half of the updates; dots: ends of the runs)",
+        xlabel=f"{unit} of training (thin: half of the updates; dots: frontier of finished runs)",
     )
     by_update.set(title="Test accuracy against updates", xlabel="updates (thin: half of them)")
     for axes in (by_time, by_update):

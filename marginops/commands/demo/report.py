@@ -37,14 +37,11 @@ def frontier(budgets: Budgets) -> Frontier:
 
     Every run ends its own schedule. A point inside a run would be one of a run that is cut off.
     """
-    costs, accuracies = (
-        np.array([[value(run) for run in runs] for runs in budgets.values()]).T
-        for value in (
-            lambda run: max(run.seconds[-1], 1e-9),
-            lambda run: run.test_accuracy[-1],
-        )
-    )
-    return Frontier(costs, accuracies)
+    groups = list(budgets.values())
+    # The logarithm of a time of 0 is no number.
+    costs = np.array([[max(run.seconds[-1], 1e-9) for run in runs] for runs in groups])
+    accuracies = np.array([[run.test_accuracy[-1] for run in runs] for runs in groups])
+    return Frontier(costs.T, accuracies.T)
 
 
 def time_to_reach(accuracy: float, budgets: Budgets) -> float | None:
