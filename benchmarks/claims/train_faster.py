@@ -29,7 +29,7 @@ import loop
 import tasks
 import torch
 
-from marginops.training import Comparison, TrainingRun, compare
+from marginops.training import Comparison, SmallestMargins, TrainingRun, compare
 
 SAMPLINGS = [tasks.UNIFORM, tasks.STALE]
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -130,7 +130,9 @@ def measured(
         for future in as_completed(futures):
             name = futures[future]
             rows[name] += future.result()
-            if len({row["seed"] for row in rows[name]}) == chosen[name].seeds:
+            done = len({row["seed"] for row in rows[name]})
+            print(f"{name}: {done} of {chosen[name].seeds} seeds", file=sys.stderr)
+            if done == chosen[name].seeds:
                 yield name, sorted(rows[name], key=lambda row: SAMPLINGS.index(row["sampling"]))
 
 
@@ -193,14 +195,14 @@ def write(folder: Path, chosen: dict[str, tasks.Task], comparisons: dict[str, Co
             name: {
                 "title": chosen[name].title,
                 "learning_rates": chosen[name].learning_rates,
-                "policy": dataclasses.asdict(chosen[name].policy),
+                "policy": policy_text(chosen[name].policy),
                 "claims": claims(chosen[name], comparison),
                 "runs": comparison.to_rows(),
             }
             for name, comparison in comparisons.items()
         },
     }
-    (folder / f"{NAME}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    (folder / f"{NAME}.json").write_text(json.dumps(result) + "\n")
     figure = Figure(figsize=(4 * len(comparisons), 3.2), layout="constrained")
     for ax, (name, comparison) in zip(
         figure.subplots(1, len(comparisons), squeeze=False)[0], comparisons.items(), strict=True
@@ -209,6 +211,12 @@ def write(folder: Path, chosen: dict[str, tasks.Task], comparisons: dict[str, Co
         ax.set(title=chosen[name].title, xlabel="CPU seconds of training", ylabel="test accuracy")
     figure.savefig(folder / f"{NAME}.png", dpi=100)
     print(f"written: {folder / NAME}.json and .png")
+
+
+def policy_text(policy: SmallestMargins) -> dict[str, Any]:
+    """The arguments of a policy. Functions are called by their names."""
+    fields = dataclasses.asdict(policy).items()
+    return {name: getattr(value, "__name__", value) for name, value in fields}
 
 
 def processor() -> str:

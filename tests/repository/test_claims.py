@@ -43,11 +43,12 @@ def write(path: Path, values: torch.Tensor, *header: int) -> None:
 def test_train_faster(claims, images, tmp_path, capsys) -> None:
     module = claims("train_faster")
     output = tmp_path / "results"
-    options = ["--quick", "--seeds", "2", "--jobs", "1", "--tasks", "mlp", "rare-classes"]
+    options = ["--quick", "--seeds", "2", "--jobs", "1", "--tasks", "mlp", "wrong-labels"]
     assert module.main([*options, "--data-dir", str(images), "--output", str(output)]) == 0
     text = capsys.readouterr().out
     assert "Fashion-MNIST, MLP" in text and "stale margins" in text and "minutes" in text
     result = json.loads((output / "claims-train-faster.json").read_text())
+    assert result["tasks"]["wrong-labels"]["policy"]["skip_hardest"] == "mislabelled_share"
     rows = result["tasks"]["mlp"]["runs"]
     assert len(rows) == 2 * 2 * len(module.QUICK_BUDGETS)
     for row in rows:

@@ -60,13 +60,27 @@ def test_the_cut_is_half_way_from_the_valley_to_the_peak() -> None:
     assert mislabelled_share(seen(margins)) == (200 + 40) / len(margins)
 
 
-@pytest.mark.parametrize(("low", "expected"), [(100, 0), (48, 0), (36, 91 / 628)])
-def test_a_valley_must_be_deep_and_certain(low: int, expected: float) -> None:
-    # Peak 91. 91 - 48 = 43 is below 4 sqrt(139) = 47, and 91 - 36 = 55 above 4 sqrt(127) = 45.
-    counts = [400 - low + 36, low, 91]
+@pytest.mark.parametrize(
+    ("valley", "peak", "is_found"),
+    [
+        (48, 91, False),  # 91 - 48 = 43 is below 4 sqrt(139) = 47
+        (36, 91, True),  # 91 - 36 = 55 is above 4 sqrt(127) = 45
+        (9100, 10000, False),  # 900 is above 4 sqrt(19100) = 553, but 0.91 is no deep valley
+        (8900, 10000, True),
+    ],
+)
+def test_a_valley_must_be_deep_and_certain(valley: int, peak: int, is_found: bool) -> None:
+    counts = [peak + 100, valley, peak]
     negative = [np.full(count, -(place + 0.5)) for place, count in enumerate(counts)]
     margins = torch.tensor(np.concatenate([np.full(101, 4.0), *negative]), dtype=torch.float32)
-    assert mislabelled_share(seen(margins)) == pytest.approx(expected)
+    assert mislabelled_share(seen(margins)) == (peak / len(margins) if is_found else 0)
+
+
+def test_samples_without_a_finite_margin_do_not_count() -> None:
+    margins = torch.cat([torch.full((101,), 4.0), torch.full((36,), -1.5), torch.full((91,), -2.5)])
+    none = torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(500)
+    dynamics = seen(torch.cat([margins, torch.zeros(1500)]))
+    assert mislabelled_share(dynamics, by=torch.cat([margins, none])) == 91 / 228
 
 
 @pytest.mark.parametrize("margins", [[1.0, 2.0], [-1.0, -2.0], [0.0, 0.0], [torch.nan, torch.inf]])
