@@ -6,7 +6,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from conftest import DEVICE
 from marginops.training import MarginSampler, TrainingDynamics, WeightedSampler
-from marginops.training.order import as_weights, epoch_order
+from marginops.training.samplers.order import as_weights, epoch_order
 
 SIZES = [60_000, 1_000_000]
 CASES = {  # the share that is certain, and whether the other weights differ

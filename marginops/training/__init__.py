@@ -2,26 +2,26 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .across_ranks import RankSelection, select_across_ranks
 from .batches import batch_size, take, to_device
-from .comparison import Comparison, compare
-from .data_map import DataMap
-from .dynamics import TrainingDynamics
-from .frontier import Gain
+from .comparison.comparison import Comparison, compare
+from .comparison.frontier import Gain
+from .comparison.runs import Stopwatch, TrainingRun
+from .dynamics.data_map import DataMap
+from .dynamics.label_issues import LabelIssues, ThresholdSamples, threshold_samples
+from .dynamics.mislabelled_share import mislabelled_share
+from .dynamics.training_dynamics import TrainingDynamics
 from .indexed import Indexed
 from .inversion import InversionMonitor
-from .label_issues import LabelIssues, ThresholdSamples, threshold_samples
-from .margin_sampler import MarginSampler
-from .mislabelled_share import mislabelled_share
-from .policies import BelowMeanLoss, SmallestMargins, Uniform
-from .reduction import ReductionSampler
-from .runs import Stopwatch, TrainingRun
-from .schedule import SelectionSchedule, keep_closest
-from .scoring import score_batch
-from .selection import select_batch
+from .samplers.margin_sampler import MarginSampler
+from .samplers.policies import BelowMeanLoss, SmallestMargins, Uniform
+from .samplers.reduction_sampler import ReductionSampler
+from .samplers.strata import BetaWindow, RankPower, Strata
+from .samplers.weighted_sampler import WeightedSampler
+from .selection.across_ranks import RankSelection, select_across_ranks
+from .selection.schedule import SelectionSchedule, keep_closest
+from .selection.scoring import score_batch
+from .selection.selection import select_batch
 from .stability import straggler_stability
-from .strata import BetaWindow, RankPower, Strata
-from .weighted_sampler import WeightedSampler
 
 if TYPE_CHECKING:
     from .epoch_report import EpochReport, report_epoch

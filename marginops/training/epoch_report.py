@@ -29,8 +29,8 @@ from ..networks import (
 from ..norms import log_norm_product
 from ..ops.margin_pair import normalize
 from ..ops.statistics import sample_statistics
-from .head_kinds import check_head_type
-from .heads import check_head, is_checked
+from .selection.head_kinds import check_head_type
+from .selection.heads import check_head, is_checked
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from helpers.dynamics_batches import assert_same_dynamics, batches
 from helpers.ranks import Ranks
 from marginops.training import TrainingDynamics
-from marginops.training import _dynamics_merge as merging
+from marginops.training.dynamics import merge as merging
 
 SAMPLES, EPOCHS = 50, 3
 

@@ -20,8 +20,8 @@ from marginops.training import (
     TrainingDynamics,
     Uniform,
 )
-from marginops.training.class_floor import rank_within_class
-from marginops.training.strata import order_weights
+from marginops.training.samplers.class_floor import rank_within_class
+from marginops.training.samplers.strata import order_weights
 
 N = 200
 MARGINS = torch.randn(N, generator=torch.Generator().manual_seed(3)) * 2

@@ -9,8 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 
-from marginops.training import order as orders
-from marginops.training.order import as_weights, epoch_order, random_numbers, repeated_order
+from marginops.training.samplers import order as orders
+from marginops.training.samplers.order import (
+    as_weights,
+    epoch_order,
+    random_numbers,
+    repeated_order,
+)
 
 SEVERAL = 6_000  # epochs of a test of frequencies
 GOLDEN = {

@@ -13,7 +13,7 @@ import marginops
 from helpers.dynamics_twin import Twin
 from helpers.rounding import assert_same
 from marginops.training import TrainingDynamics
-from marginops.training.dynamics import _moved
+from marginops.training.dynamics.training_dynamics import _moved
 
 SAMPLES, FEATURES, CLASSES = 40, 6, 5
 FLOATS = [

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...training.frontier import Frontier
+from ...training.comparison.frontier import Frontier
 from .loop import Sampling, TrainingHistory
 
 LABELS: dict[Sampling, str] = {

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from ..ops._results import describe
-from ._dynamics_values import DynamicsValues
+from ... import _checks as checks
+from ...ops._results import describe
+from .values import DynamicsValues
 
 _DRAWN = 25_000
 COLUMNS = (

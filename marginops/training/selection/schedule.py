@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from .. import _checks as checks
-from .batches import batch_size, take
+from ... import _checks as checks
+from ..batches import batch_size, take
 from .selection import select_batch
 
 

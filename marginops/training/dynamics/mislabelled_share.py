@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .read_outs import By, check_by, difficulty
+from .difficulty import By, check_by, difficulty
 
 if TYPE_CHECKING:
-    from .dynamics import TrainingDynamics
+    from .training_dynamics import TrainingDynamics
 
 _BINS_PER_MEDIAN = 4  # bins of the histogram up to the median of the positive margins
 _BINS = 60

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from ..ops.dynamics import DynamicsState, empty_state, update_dynamics_op
-from ..ops.statistics import SampleStatistics, sample_statistics
-from . import _dynamics_file as files
-from . import _dynamics_merge as merging
-from . import _dynamics_state as states
-from ._dynamics_values import DynamicsValues
+from ... import _checks as checks
+from ...ops.dynamics import DynamicsState, empty_state, update_dynamics_op
+from ...ops.statistics import SampleStatistics, sample_statistics
+from . import file as files
+from . import merge as merging
+from . import state as states
 from .data_map import DataMap, data_map, to_table
 from .label_issues import LabelIssues, label_issues
+from .values import DynamicsValues
 
 
 class TrainingDynamics(DynamicsValues):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from ..ops.select import select_smallest
+from ... import _checks as checks
+from ...ops.select import select_smallest
+from ..dynamics.training_dynamics import TrainingDynamics
 from .class_floor import checked_labels, rank_within_class
-from .dynamics import TrainingDynamics
 from .dynamics_sampler import DynamicsSampler, check_dynamics
 from .order import random_numbers
 from .policies import check_share

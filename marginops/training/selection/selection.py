@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _checks as checks
-from ..ops.linear_select import linear_select_minimal_margin
-from ..ops.margin import Rival
-from ..ops.select import (
+from ... import _checks as checks
+from ...ops.linear_select import linear_select_minimal_margin
+from ...ops.margin import Rival
+from ...ops.select import (
     allowed_rows,
     check_k_after_skip,
     select_minimal_margin,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
+from ... import _checks as checks
+from ..dynamics.training_dynamics import TrainingDynamics
 from .class_floor import checked_labels, with_class_floor
-from .dynamics import TrainingDynamics
 from .dynamics_sampler import DynamicsSampler, check_dynamics
 from .order import as_weights
 from .policies import SmallestMargins, check_share

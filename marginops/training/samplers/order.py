@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ops.select import select_smallest
+from ...ops.select import select_smallest
 
 # The numbers come from Philox 4x64 (Salmon et al., 2011) with (seed, epoch) as its key. A stream is
 # a part of its counter. NumPy promises that raw numbers never change, and all arithmetic below is

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import _checks as checks
+from ... import _checks as checks
 
 
 class Stopwatch:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import _checks as checks
-from ..networks import last_linear
+from ... import _checks as checks
+from ...networks import last_linear
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding

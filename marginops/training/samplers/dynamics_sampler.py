@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..dynamics.training_dynamics import TrainingDynamics
 from .agreement import check_agreement, together
-from .dynamics import TrainingDynamics
 from .epoch_sampler import EpochSampler
 from .weighted_sampler import check_weights
 

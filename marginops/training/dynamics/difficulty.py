@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
+from ... import _checks as checks
 
 if TYPE_CHECKING:
-    from .dynamics import TrainingDynamics
+    from .training_dynamics import TrainingDynamics
 
 By = str | Tensor | Callable[["TrainingDynamics"], Tensor]
 

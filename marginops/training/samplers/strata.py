@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from ..ops.select import select_smallest
+from ... import _checks as checks
+from ...ops.select import select_smallest
+from ..dynamics.difficulty import By, check_by, difficulty
 from .policies import check_keep, check_skip, number_to_skip
-from .read_outs import By, check_by, difficulty
 
 if TYPE_CHECKING:
-    from .dynamics import TrainingDynamics
+    from ..dynamics.training_dynamics import TrainingDynamics
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .. import _checks as checks
+from ... import _checks as checks
 from .frontier import Array, Frontier, Gain, Pair, t_width
 from .runs import Train, TrainingRun, train_all
 

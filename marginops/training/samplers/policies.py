@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..ops.select import select_smallest
-from .read_outs import By, check_by, difficulty
+from ...ops.select import select_smallest
+from ..dynamics.difficulty import By, check_by, difficulty
 
 if TYPE_CHECKING:
-    from .dynamics import TrainingDynamics
+    from ..dynamics.training_dynamics import TrainingDynamics
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops.dynamics import COUNTS, VALUES, DynamicsState
+from ...ops.dynamics import COUNTS, VALUES, DynamicsState
 
 
 class DynamicsValues:

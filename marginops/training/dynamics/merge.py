@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.dynamics import VALUES, DynamicsState
-from ._dynamics_values import DynamicsValues
+from ...ops.dynamics import VALUES, DynamicsState
+from .values import DynamicsValues
 
 _LAST_ROW = 2**32 - 1
 _CHUNK = 2**20  # samples whose records are in temporary memory at a time

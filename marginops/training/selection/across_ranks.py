@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _checks as checks
-from ..ops.select import check_k_after_skip, select_smallest
-from ..ops.shard import RankArguments, exchange
+from ... import _checks as checks
+from ...ops.select import check_k_after_skip, select_smallest
+from ...ops.shard import RankArguments, exchange
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

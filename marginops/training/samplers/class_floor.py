@@ -15,7 +15,7 @@ def with_class_floor(weights: Tensor, margin: Tensor, labels: Tensor, floor: flo
     above the floors, those with the largest margins lose their certainty.
 
     Args:
-        weights: ``[N]`` from :func:`marginops.training.order.as_weights`.
+        weights: ``[N]`` from :func:`marginops.training.samplers.order.as_weights`.
         margin: ``[N]`` float32.
         labels: ``[N]`` int64, classes >= 0.
         floor: In [0, k / N], so that k visits suffice.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.dynamics import COUNTS, VALUES
-from ._dynamics_values import DynamicsValues
+from ...ops.dynamics import COUNTS, VALUES
+from .values import DynamicsValues
 
 VERSION = 1
 _LAST_ROW = 2**32 - 1

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from ..ops._results import describe
-from ._dynamics_values import DynamicsValues
+from ... import _checks as checks
+from ...ops._results import describe
+from .values import DynamicsValues
 
 _SCORES = ("aum", "confidence", "margin_average", "margin", "correctness")
 

@@ -10,7 +10,7 @@ from os import PathLike
 import numpy as np
 import torch
 
-from ..ops.dynamics import COUNTS, VALUES, DynamicsState
+from ...ops.dynamics import COUNTS, VALUES, DynamicsState
 
 _MAGIC = b"marginops state"
 _VERSION = 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from .. import _checks as checks
+from ... import _checks as checks
 from .order import epoch_order, repeated_order
 
 _VERSION = 1

@@ -4,7 +4,7 @@ import zlib
 
 from torch import Tensor
 
-from .. import _checks as checks
+from ... import _checks as checks
 from .epoch_sampler import EpochSampler
 from .order import as_weights
 

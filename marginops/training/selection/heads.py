@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _checks as checks
-from ..networks import unwrap, watch_layer
+from ... import _checks as checks
+from ...networks import unwrap, watch_layer
 from .head_kinds import Head, Products, head_bias, head_weight
 
 _ADVICE = (

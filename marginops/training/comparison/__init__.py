@@ -1,0 +1,1 @@
+"""Compares samplings by the cost of equal accuracy."""

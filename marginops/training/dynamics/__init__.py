@@ -1,0 +1,1 @@
+"""What a training run saw of every sample, and what follows from it."""

@@ -1,0 +1,1 @@
+"""Samplers: which samples the next epoch visits, and in which order."""

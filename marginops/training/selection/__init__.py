@@ -1,0 +1,1 @@
+"""Selects the samples of a batch that are worth a backward pass."""
