@@ -128,7 +128,7 @@ def warn_of_probabilities(logits: Tensor) -> None:
     have no values to look at.
     """
     global _looks
-    if torch.compiler.is_compiling() or _looks <= 0 or logits.device.type != "cpu":
+    if _looks <= 0 or torch.compiler.is_compiling() or logits.device.type != "cpu":
         return
     if not has_values(logits):
         return

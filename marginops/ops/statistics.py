@@ -39,18 +39,24 @@ class SampleStatistics(NamedTuple):
             0-d, in the dtype of ``loss``: the sum of ``loss`` divided by the number of samples
             with ``counted``. NaN if there is none.
 
-        The mean is differentiable where ``loss`` is, and does not wait for the GPU.
+        The mean is differentiable where ``loss`` is, and does not wait for the GPU. It is a result
+        of its own: :func:`torch.autograd.grad` finds no gradient of it in ``loss`` itself, unless
+        ``loss`` has a hook or retains its gradient.
 
         Example:
             >>> logits = torch.tensor([[2.0, 0.5], [0.0, 3.0], [1.0, 1.0]])
             >>> marginops.sample_statistics(logits, torch.tensor([0, 0, -100])).mean_loss()
             tensor(1.6250)
         """
+        loss, counted = self.loss, self.counted
         if not torch.compiler.is_compiling():
-            mean, counted = getattr(self.loss, _MEAN, (None, None))
-            if mean is not None and counted is self.counted and not _has_changed(self):
-                return mean
-        return self.loss.sum() / self.counted.sum()
+            mean, samples = getattr(loss, _MEAN, (None, None))
+            if mean is not None and samples is counted:
+                has_changed = loss._version or counted._version
+                # Hooks want to see a gradient of the losses.
+                if not (has_changed or loss._backward_hooks or loss.retains_grad):
+                    return mean
+        return loss.sum() / counted.sum()
 
 
 def sample_statistics(
@@ -142,14 +148,6 @@ def sample_statistics(
 # The name of an attribute of losses with a gradient: their mean, a result of the same op, and the
 # samples in it. A backward pass from this mean calls one function of autograd and not three.
 _MEAN = "_marginops_mean"
-
-
-def _has_changed(statistics: SampleStatistics) -> bool:
-    """Whether a mean from the forward pass no longer says all: hooks want to see the losses."""
-    loss = statistics.loss
-    return bool(
-        loss._version or statistics.counted._version or loss._backward_hooks or loss.retains_grad
-    )
 
 
 def as_statistics(fields: tuple[Tensor, ...], has_gradient_norm: bool) -> SampleStatistics:

@@ -102,6 +102,8 @@ def _checked_header(descriptor: int, path: str | PathLike[str]) -> tuple[int, fl
 def _map(descriptor: int, num_samples: int) -> tuple[np.ndarray, DynamicsState]:
     """Map a file: its header, and its arrays as tensors."""
     content = mmap.mmap(descriptor, 0)
+    # Batches touch single samples. Reading ahead of each would read most of the file.
+    content.madvise(mmap.MADV_RANDOM)
     start = _HEADER.itemsize
 
     def take(dtype: torch.dtype, columns: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import marginops.training  # noqa: F401 - defines its op
 from marginops._checks import result_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -216,7 +217,7 @@ def results_of(op: torch._ops.OpOverload, values: list[Any]) -> list[bytes]:
     if results is None:
         results = list(itertools.compress(copies, changes))
     tensors = (results,) if isinstance(results, Tensor) else results
-    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    return [tensor.flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]
 
 
 def main() -> None:
