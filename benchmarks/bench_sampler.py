@@ -1,4 +1,4 @@
-"""The order of an epoch against ``torch.randperm``, ``torch.multinomial`` and WeightedRandomSampler."""
+"""The order of an epoch against torch.randperm, torch.multinomial and WeightedRandomSampler."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ class EpochSampler(DistributedSampler[int]):
     It is a ``DistributedSampler``, so hosts that would wrap an unknown sampler leave it alone.
 
     Attributes:
-        epoch: The number of the epoch that :meth:`__iter__` begins or continues.
+        epoch: The number of the epoch that ``iter(sampler)`` begins or continues.
         num_samples: How many samples this rank visits in an epoch.
         total_size: ``num_samples * num_replicas``.
     """
@@ -115,7 +115,7 @@ class EpochSampler(DistributedSampler[int]):
         Args:
             position: How many samples of this epoch all ranks together have consumed, counted from
                 the beginning of the epoch. Loaders fetch samples ahead, so only the training loop
-                knows it. The default is the position at which :meth:`__iter__` begins.
+                knows it. The default is the position at which ``iter(sampler)`` begins.
 
         Returns:
             A mapping for :meth:`load_state_dict` of a sampler on any number of ranks.

@@ -24,7 +24,7 @@ Policy = Callable[[TrainingDynamics, int, Tensor | None], Tensor]
 
 
 class MarginSampler(DynamicsSampler):
-    """Draws each epoch by what :class:`TrainingDynamics` saw of every sample.
+    r"""Draws each epoch by what :class:`TrainingDynamics` saw of every sample.
 
     :meth:`set_epoch` computes weights from the dynamics and keeps them there, and the order is a
     pure function of (seed, epoch, weights). It runs on all ranks alike.
@@ -56,6 +56,13 @@ class MarginSampler(DynamicsSampler):
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or range.
+
+    An epoch takes O(N) time and memory beside the dynamics. For :math:`N = 10^6` and the default
+    policy, one CPU thread takes about 30 ms for the weights and 12 ms for the order.
+
+    Without :meth:`set_epoch`, each iteration gives the same order. A new sampler on dynamics that
+    already hold weights of the same epoch goes on with these weights; set
+    ``dynamics.weights_version = -1`` to begin anew.
 
     Samples that were never seen come first. So the first ``ceil(N / k)`` epochs visit every sample
     once, if each visit updates the dynamics.

@@ -182,9 +182,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
     bounds = np.linspace(1 << 23, (1 << 23) + (1 << 30), parts + 1).astype(np.uint32)
     for low, high in itertools.pairwise(bounds.view(np.float32)):
         positions = np.flatnonzero((keys >= low) & (keys < high))
-        sorted_keys = select_smallest(torch.from_numpy(keys[positions]), len(positions)).indices
-        order[begin : begin + len(positions)] = torch.from_numpy(positions).index_select(
-            0, sorted_keys
-        )
+        in_order = select_smallest(torch.from_numpy(keys[positions]), len(positions)).indices
+        order[begin : begin + len(positions)] = torch.from_numpy(positions)[in_order]
         begin += len(positions)
     return order

@@ -37,7 +37,7 @@ class WeightedSampler(EpochSampler):
         TypeError, ValueError: An argument has the wrong type, dtype, shape or range.
 
     :meth:`set_epoch` names the epoch; without it each iteration gives the same order. An epoch
-    takes O(N + k) time: for :math:`N = 10^6` about as long as two calls of ``torch.randperm(N)``.
+    takes O(N) time: for :math:`N = 10^6` as long as two to three calls of ``torch.randperm(N)``.
 
     The method is that of Efraimidis and Spirakis (2006), as an exponential race.
 

@@ -211,6 +211,12 @@ def test_probabilities_above_one_are_capped() -> None:
     torch.testing.assert_close(probability.sum(), torch.tensor(60.0).double(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("policy", [RankPower(power=1e4), BetaWindow(b=1e4)])
+def test_a_steep_density_still_gives_enough_samples(policy: Any) -> None:
+    """Most densities are 0 in floating-point numbers."""
+    assert int((weights_of(policy, seen(MARGINS), 190) > 0).sum()) >= 190
+
+
 def strata_by_definition(values: list[float], skip: int, strata: int, k: int) -> list[float]:
     """The probability of each sample, in plain Python."""
     order = sorted(range(len(values)), key=lambda index: values[index])

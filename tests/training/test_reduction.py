@@ -64,6 +64,14 @@ def test_a_share_of_positive_margins_is_enough(share: float, reduced: bool) -> N
     assert (sampler.reduced_at == 0) == reduced
 
 
+def test_an_unseen_sample_delays_the_reduction() -> None:
+    dynamics = TrainingDynamics(N)
+    see(dynamics, range(1, N), MARGINS[1:].tolist())
+    sampler = ReductionSampler(dynamics, 5, trigger=0.5)
+    sampler.set_epoch(0)
+    assert sampler.reduced_at is None
+
+
 def test_unseen_samples_come_first() -> None:
     dynamics = TrainingDynamics(N)
     sampler = ReductionSampler(dynamics, 5, num_samples=20)

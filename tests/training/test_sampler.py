@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from torch.utils.data import DataLoader, DistributedSampler
 
-from marginops.training import WeightedSampler
+from marginops.training import WeightedSampler, epoch_sampler
 
 WEIGHTS = torch.tensor([1.0, 0.0, 2.0, math.inf, 0.5, 3.0, 1.0, 9.0, 0.1, 4.0, 1.0, 1.0])
 
@@ -76,6 +76,25 @@ def test_a_run_goes_on_after_any_sample_on_any_number_of_ranks(data: st.DataObje
     last.load_state_dict(state)
     assert list(last) == []
     assert epoch_of(last, 3) == epoch_of(sampler(**options), 3)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_chunks_of_ids_change_nothing(
+    chunk: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sampler(weights=torch.ones(31), num_samples=31, num_replicas=ranks)
+    expected = list(one)
+    monkeypatch.setattr(epoch_sampler, "_CHUNK", chunk)
+    iterator = iter(one)
+    for place, sample in enumerate(iterator, 1):
+        assert sample == expected[place - 1]
+        state = iterator.state_dict()
+        assert state["position"] == min(place * ranks, 31)
+        resumed = iter(one)
+        resumed.load_state_dict(state)
+        assert list(resumed) == expected[place:]
+    assert place == len(expected)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 8])
@@ -155,8 +174,8 @@ def test_dtypes_of_weights(dtype: torch.dtype) -> None:
 
 
 def test_the_smallest_positive_weight_stays_positive() -> None:
-    weights = torch.tensor([1e-45, 3e38, 0.0])
-    assert sorted(WeightedSampler(weights)) == [0, 1]
+    weights = torch.tensor([0.0, 1e-45, 3e38])
+    assert sorted(WeightedSampler(weights)) == [1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
