@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
+import marginops
 from marginops.commands.data import load_fashion_mnist
 from marginops.training import TrainingDynamics, threshold_samples
 
@@ -221,11 +222,12 @@ def machine() -> Row:
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
         names = []
-    packages = ["torch", "marginops", "cleanlab"]
     return {
         "date": datetime.date.today().isoformat(),
         "processor": f"{[*names, 'unknown'][0]}, {torch.backends.cpu.get_cpu_capability()}",
-        **{name: version(name) for name in packages},
+        "torch": torch.__version__,
+        "marginops": marginops.__version__,
+        "cleanlab": version("cleanlab"),
     }
 
 

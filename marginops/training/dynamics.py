@@ -214,24 +214,19 @@ class TrainingDynamics(DynamicsValues):
             >>> dynamics.count
             tensor([1, 1], dtype=torch.int32)
         """
-        margin, loss, confidence, el2n, correct, counted, score = _fields(statistics, score)
+        fields = _fields(statistics, score)
+        margin, device = fields[0], self._state.values.device
         checks.check_indices("indices", indices, "[B]")
         if len(indices) != len(margin):
             raise ValueError(
                 f"indices: expected shape {list(margin.shape)}, one index for each sample of the "
                 f"batch, got {list(indices.shape)}"
             )
-        device = self._state.values.device
         if margin.device != device:
-            numbers = torch.stack((margin, score, loss, confidence, el2n, correct, counted))
-            margin, score, loss, confidence, el2n, correct, counted = numbers.to(device)
-            correct, counted = correct.bool(), counted.bool()
+            fields = _moved(fields, device)
         if indices.device != device:
             indices = indices.to(device, non_blocking=device.type == "cuda")
-        update_dynamics_op(
-            *self._state,
-            *(indices, margin, score, loss, confidence, el2n, correct, counted, self.decay),
-        )
+        update_dynamics_op(*self._state, indices, *fields, self.decay)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, for ``torch.save``; ``torch.load(..., weights_only=True)`` reads it.
@@ -391,6 +386,12 @@ def _fields(statistics: Any, score: Any) -> tuple[Tensor, ...]:
         checks.check_device("score", score, margin, "logits")
         score = score.to(margin.dtype)
     return (
-        *(margin, statistics.loss, statistics.confidence, statistics.el2n),
-        *(statistics.correct, statistics.counted, score),
+        *(margin, score, statistics.loss, statistics.confidence, statistics.el2n),
+        *(statistics.correct, statistics.counted),
     )
+
+
+def _moved(fields: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The fields on another device. One copy is faster than seven."""
+    *numbers, correct, counted = torch.stack(fields).to(device)
+    return *numbers, correct.bool(), counted.bool()

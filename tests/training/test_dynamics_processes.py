@@ -77,12 +77,16 @@ def test_the_newest_record_wins_and_the_lowest_rank_among_equals(ranks):
         return torch.tensor([index]), torch.tensor([[margin, 0.0]]), torch.tensor([0])
 
     nobody = torch.tensor([], dtype=torch.int64), torch.zeros(0, 2), torch.tensor([]).long()
-    updates = [[update(0, 1.0), update(1, 1.0), nobody] for _ in range(ranks.count)]
-    updates[-1] = [update(1, 2.0), update(2, 2.0), update(0, 3.0)]
+    updates = [
+        [update(0, 1.0 + rank), update(1, 1.0 + rank), nobody, update(4, 1.0 + rank)]
+        for rank in range(ranks.count)
+    ]
+    updates[-1][:3] = [update(1, 2.0), update(2, 2.0), update(0, 3.0)]
     for dynamics in raise_errors(ranks(newest, updates)):
         assert dynamics.margin[:3].tolist() == [3.0, 1.0, 2.0]
         assert dynamics.last_step[:4].tolist() == [2, 1, 1, -1]
-        assert dynamics.num_updates == 3
+        assert dynamics.margin[4] == 1.0 and dynamics.last_step[4] == 3  # of rank 0
+        assert dynamics.num_updates == 4
 
 
 def calls_of_a_sync(groups, samples):

@@ -43,6 +43,8 @@ def test_a_state_goes_through_a_file_and_goes_on(device):
     state = torch.load(file, weights_only=True)
     after.load_state_dict(state)
     assert_same_dynamics(before, after)
+    unseen = before._state.last_seen == -1
+    assert torch.equal(after._state.last_seen.cpu() == -1, unseen) and unseen.any()
     for value in (state["values"], state["weights"]):
         value.zero_()  # the dynamics have copies
     for batch in batches(SAMPLES, 5, 7, seed=3):

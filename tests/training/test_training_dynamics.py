@@ -13,6 +13,7 @@ import marginops
 from helpers.dynamics_twin import Twin
 from helpers.rounding import assert_same
 from marginops.training import TrainingDynamics
+from marginops.training.dynamics import _moved
 
 SAMPLES, FEATURES, CLASSES = 40, 6, 5
 FLOATS = [
@@ -124,6 +125,20 @@ def test_values_that_are_not_finite_are_counted_and_leave_the_means_alone():
     assert dynamics.margin[0] == -math.inf and dynamics.loss[0] == math.inf
     assert dynamics.aum[0] == dynamics.margin_average[0] == 1
     assert dynamics.variability[0] == 0
+
+
+def test_statistics_of_another_device_arrive_as_they_are(device):
+    fields = (*torch.randn(5, 7, dtype=torch.float64), *(torch.rand(2, 7) < 0.5))
+    fields[0][2] = math.nan
+    moved = _moved(tuple(field.to(device) for field in fields), torch.device("cpu"))
+    for one, other in zip(moved, fields, strict=True):
+        assert_same(one, other)
+    one, other = TrainingDynamics(SAMPLES), TrainingDynamics(SAMPLES, device=device)
+    for dynamics in (one, other):
+        torch.manual_seed(3)
+        train(dynamics, Twin(SAMPLES, 0.5), device=device)
+    for name in FLOATS:
+        assert_same(getattr(one, name), getattr(other, name).cpu())
 
 
 def test_an_update_can_be_compiled(device):
