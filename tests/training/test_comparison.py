@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from marginops.training import Comparison, Stopwatch, TrainingRun, compare, frontier
+from marginops.training import Comparison, Stopwatch, TrainingRun, compare
+from marginops.training.comparison import frontier
 
 BUDGETS = [1.0, 2.0, 4.0, 8.0]
 SEEDS = [3, 1, 4, 15, 9]

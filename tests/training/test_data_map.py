@@ -5,7 +5,8 @@ import torch
 
 from helpers.dynamics_batches import batches
 from helpers.rounding import assert_same
-from marginops.training import DataMap, TrainingDynamics, data_map
+from marginops.training import DataMap, TrainingDynamics
+from marginops.training.dynamics import data_map
 
 SAMPLES = 40
 

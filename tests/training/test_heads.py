@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from helpers.classifiers import BodyAndHead, compiled, data_parallel, expected_choice
 from marginops.networks import predict
-from marginops.training import heads, select_batch
+from marginops.training import select_batch
+from marginops.training.selection import heads
 
 INPUTS = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
 REFUSED = "head: expected logits F.linear.* up to a constant in each row, got a difference of"

@@ -82,7 +82,7 @@ def test_every_policy_gives_enough_weights(
 def test_smallest_margins_are_certain(margins: list[float], k: int, share: float) -> None:
     k = min(k, len(margins))
     weights = weights_of(SmallestMargins(random_share=share), seen(margins), k)
-    numbers = [index for index, margin in enumerate(margins) if not math.isnan(margin)]
+    numbers = [index for index, margin in enumerate(margins) if math.isfinite(margin)]
     numbers.sort(key=lambda index: margins[index])
     expected = numbers[: k - math.floor(share * k + 0.5)]
     assert weights.isposinf().nonzero().flatten().tolist() == sorted(expected)

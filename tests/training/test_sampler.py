@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from torch.utils.data import DataLoader, DistributedSampler
 
-from marginops.training import WeightedSampler, epoch_sampler
+from marginops.training import WeightedSampler
+from marginops.training.samplers import epoch_sampler
 
 WEIGHTS = torch.tensor([1.0, 0.0, 2.0, math.inf, 0.5, 3.0, 1.0, 9.0, 0.1, 4.0, 1.0, 1.0])
 

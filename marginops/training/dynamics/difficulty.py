@@ -35,11 +35,11 @@ def check_by(name: str, by: Any) -> None:
 
 
 def difficulty(name: str, by: By, dynamics: TrainingDynamics) -> Tensor:
-    """``[N]`` numbers, the smaller the harder; NaN for samples that were never seen.
+    """``[N]`` numbers, the smaller the harder; NaN where there is no finite number.
 
     Small margins, scores, confidences and shares of correct visits are hard, and so are large
     losses, EL2N, variabilities and numbers of forgetting events. A tensor or the result of a
-    function is taken as it is.
+    function is taken as it is, except for samples that were never seen.
     """
     if isinstance(by, str):
         values = getattr(dynamics, by)
@@ -54,4 +54,6 @@ def difficulty(name: str, by: By, dynamics: TrainingDynamics) -> Tensor:
                 f"got {list(values.shape)}"
             )
         values = values.detach().to(dynamics.device)
-    return torch.where(dynamics.last_step < 0, torch.nan, values.float())
+    # Logits that are not finite are a fault, not a difficult sample.
+    values = values.float()
+    return torch.where((dynamics.last_step < 0) | ~values.isfinite(), torch.nan, values)

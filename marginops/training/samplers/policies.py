@@ -35,7 +35,8 @@ class SmallestMargins:
         by: What the policy goes by: ``"margin"``, ``"margin_average"``, ``"aum"``, ``"score"``,
             ``"confidence"`` and ``"correctness"``, where small is hard, or ``"loss"``, ``"el2n"``,
             ``"variability"`` and ``"forgetting"``, where large is hard. Or a tensor ``[N]``, or a
-            function of the dynamics that returns one, where small is hard. NaN counts as easy.
+            function of the dynamics that returns one, where small is hard. What is not finite
+            counts as easy.
         skip_hardest: The share of the seen samples that is left out because they are the hardest
             and so perhaps mislabelled, in [0, 1 - keep], or a function of the dynamics that
             returns it.
@@ -79,7 +80,7 @@ class SmallestMargins:
             weights[skipped] = 0
             values[skipped] = torch.nan
         certain = k - math.floor(self.random_share * k + 0.5)
-        # NaN comes last, so the random share may have to take what has no margin.
+        # The random share may have to take what has no finite margin.
         certain = min(certain, int((~values.isnan()).sum()))
         weights[select_smallest(values, certain).indices] = torch.inf
         if self.random_share == 0 and certain == k:
