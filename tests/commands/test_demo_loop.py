@@ -140,6 +140,13 @@ def test_uniform_runs_can_collect_dynamics() -> None:
     assert dynamics.count.sum() == 60
 
 
+def test_runs_with_selection_can_collect_dynamics() -> None:
+    dynamics = TrainingDynamics(50)
+    network, _ = train_recorder("minimal_margin", evaluate_every=100, dynamics=dynamics)
+    trained = [*chain(*(batch for training, batch, _, _ in network.calls if training))]
+    assert dynamics.count.tolist() == [trained.count(sample) for sample in range(50)]
+
+
 def test_time_is_that_of_this_process() -> None:
     def wait(_: int) -> None:
         time.sleep(0.05)
