@@ -37,9 +37,9 @@ class Task:
         prepare: Makes the data of one seed from the data as loaded.
         network: Makes a new network for the data.
         budgets: Back-propagated samples of each run, in sizes of the training set.
-        learning_rates: For each sampling the learning rate of each budget, best on a validation
-            split among those of ``tried``.
-        tried: The learning rates that were tried at every budget.
+        learning_rates: For each sampling the learning rate of each budget, the best of ``tried`` on
+            held-out training samples.
+        tried: The learning rates that were tried, at some of the budgets.
         policy: The policy of the stale margins.
         seconds: About how long an epoch of all samples takes, for the estimate.
         seeds: The number of runs of each budget.
@@ -150,11 +150,13 @@ def convolutions(data: Data) -> nn.Module:
 
 
 _BUDGETS = (2, 3, 4, 6, 8, 12)
+_MORE_BUDGETS = (2, 3, 4, 6, 10, 16)
 
 
-def _rates(short: float, long: float, last_short: float) -> dict[float, float]:
-    """One learning rate for budgets up to ``last_short``, and one for longer ones."""
-    return {budget: short if budget <= last_short else long for budget in _BUDGETS}
+def _rates(up_to: dict[float, float]) -> dict[float, float]:
+    """The learning rate of every budget: that of the first limit which is not below the budget."""
+    budgets = sorted({*_BUDGETS, *_MORE_BUDGETS})
+    return {budget: next(r for limit, r in up_to.items() if budget <= limit) for budget in budgets}
 
 
 TASKS = {
@@ -162,8 +164,8 @@ TASKS = {
         "Fashion-MNIST, MLP",
         unchanged,
         perceptron,
-        _BUDGETS,
-        {UNIFORM: _rates(0.1, 0.05, 4), STALE: _rates(0.1, 0.05, 2)},
+        _MORE_BUDGETS,
+        {UNIFORM: _rates({4: 0.1, 16: 0.05}), STALE: _rates({2: 0.1, 16: 0.05})},
         (0.05, 0.1, 0.2),
         SmallestMargins(0.3, random_share=0.2),
         seconds=0.85,
@@ -175,9 +177,9 @@ TASKS = {
         with_rare_classes,
         perceptron,
         _BUDGETS,
-        {UNIFORM: _rates(0.1, 0.05, 4), STALE: _rates(0.1, 0.05, 2)},
+        {UNIFORM: _rates({4: 0.1, 16: 0.05}), STALE: _rates({2: 0.1, 16: 0.05})},
         (0.05, 0.1),
-        SmallestMargins(0.3, random_share=0.2),
+        SmallestMargins(0.4, random_share=0.2),
         seconds=0.45,
     ),
     "wrong-labels": Task(
@@ -185,7 +187,7 @@ TASKS = {
         with_wrong_labels,
         perceptron,
         _BUDGETS,
-        {UNIFORM: _rates(0.1, 0.05, 4), STALE: _rates(0.1, 0.05, 2)},
+        {UNIFORM: _rates({4: 0.1, 16: 0.05}), STALE: _rates({2: 0.1, 16: 0.05})},
         (0.05, 0.1),
         SmallestMargins(0.4, random_share=0.2, skip_hardest=mislabelled_share),
         seconds=0.85,
@@ -195,9 +197,9 @@ TASKS = {
         unchanged,
         convolutions,
         _BUDGETS,
-        {UNIFORM: _rates(0.1, 0.1, 4), STALE: _rates(0.1, 0.1, 12)},
+        {UNIFORM: _rates({16: 0.1}), STALE: _rates({16: 0.1})},
         (0.05, 0.1, 0.2),
-        SmallestMargins(0.3, random_share=0.2),
+        SmallestMargins(0.4, random_share=0.2),
         seconds=2.1,
     ),
     "newsgroups": Task(
@@ -205,9 +207,9 @@ TASKS = {
         unchanged,
         perceptron,
         _BUDGETS,
-        {UNIFORM: _rates(0.1, 0.1, 4), STALE: _rates(0.1, 0.1, 12)},
-        (0.05, 0.1),
-        SmallestMargins(0.3, random_share=0.2),
-        seconds=0.5,
+        {UNIFORM: _rates({16: 1.0}), STALE: _rates({16: 1.0})},
+        (0.3, 1.0, 3.0),
+        SmallestMargins(0.4, random_share=0.2),
+        seconds=0.75,
     ),
 }

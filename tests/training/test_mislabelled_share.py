@@ -76,6 +76,12 @@ def test_a_valley_must_be_deep_and_certain(valley: int, peak: int, is_found: boo
     assert mislabelled_share(seen(margins)) == (peak / len(margins) if is_found else 0)
 
 
+@pytest.mark.parametrize(("easy", "share"), [(5000, 0.5), (4999, 0.0)])
+def test_a_lower_mode_of_most_samples_are_not_wrong_labels(easy: int, share: float) -> None:
+    margins = torch.cat([torch.full((easy,), 4.0), torch.full((5000,), -2.5)])
+    assert mislabelled_share(seen(margins)) == share
+
+
 def test_samples_without_a_finite_margin_do_not_count() -> None:
     margins = torch.cat([torch.full((101,), 4.0), torch.full((36,), -1.5), torch.full((91,), -2.5)])
     none = torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(500)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _BINS_PER_MEDIAN = 4  # bins of the histogram up to the median of the positive margins
 _BINS = 60
 _DEEPEST_VALLEY = 0.9  # of the height of the peak below it
+_LARGEST_SHARE = 0.5
 _DEVIATIONS = 4  # by how many standard deviations the peak is above the valley
 
 
@@ -23,14 +24,15 @@ def mislabelled_share(dynamics: TrainingDynamics, by: By = "margin_average") -> 
 
     A network learns the right labels first. Meanwhile the margins of many wrong labels form a
     second mode below zero, while those of merely hard samples fall off from zero on. So the
-    function looks for a valley in the histogram of the negative margins. It needs not be told how
+    function looks for a valley in the histogram of the negative margins. Nobody has to tell it how
     many labels are wrong, and without a valley it returns 0.
 
     The bins are a quarter of the median positive margin wide, and so do not depend on the scale of
     the logits. A bin v is a valley if a bin p further below has a larger count n, with
     :math:`n_v < 0.9 \, n_p` and :math:`n_p - n_v > 4 \sqrt{n_p + n_v}`. Of several pairs, the one
     with the smallest :math:`n_v / n_p` counts. The share is that of the margins below the middle
-    between its v and p.
+    between its v and p. A mode with more than half of the samples tells of a network that has not
+    learnt yet, and the share is 0.
 
     Args:
         dynamics: What training saw of the samples.
@@ -38,14 +40,15 @@ def mislabelled_share(dynamics: TrainingDynamics, by: By = "margin_average") -> 
             function of the dynamics that returns one. Right labels have positive margins.
 
     Returns:
-        A number in [0, 1).
+        A number in [0, 0.5].
 
     Raises:
         TypeError, ValueError: ``by`` has the wrong type, shape or name.
 
-    It is made for ``skip_hardest`` of :class:`SmallestMargins`. It may overlook a few wrong labels,
-    up to about 5 %. It takes a kind of samples that is never learnt for mislabelled. The cost is
-    that of a few passes over ``[N]``.
+    The function is made for ``skip_hardest`` of :class:`SmallestMargins` with ``keep`` up to 0.5.
+    It may overlook a few wrong labels, up to about 5 %. If the network never learns one kind of
+    samples, the function takes them for mislabelled. The cost is that of a few passes over
+    ``[N]``.
 
     Example:
         >>> import torch
@@ -70,7 +73,8 @@ def mislabelled_share(dynamics: TrainingDynamics, by: By = "margin_average") -> 
     cut = _cut(torch.bincount(bins, minlength=_BINS + 1)[:_BINS].tolist())
     if cut is None:
         return 0.0
-    return int((values < -cut * width).sum()) / len(values)
+    share = int((values < -cut * width).sum()) / len(values)
+    return share if share <= _LARGEST_SHARE else 0.0
 
 
 def _cut(counts: list[int]) -> float | None:
