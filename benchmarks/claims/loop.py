@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tasks import UNIFORM, Data, Task
@@ -78,8 +77,7 @@ def _margin_batches(
     epoch = 0
     while True:
         sampler.set_epoch(epoch)
-        order = np.fromiter(sampler, np.int64, len(sampler))
-        yield from _full_batches(torch.from_numpy(order))
+        yield from _full_batches(sampler.indices())
         epoch += 1
 
 

@@ -24,7 +24,9 @@ def sampler(**arguments: Any) -> WeightedSampler:
 
 def epoch_of(one: WeightedSampler, epoch: int) -> list[int]:
     one.set_epoch(epoch)
-    return list(one)
+    ids = list(one)
+    assert one.indices().tolist() == ids
+    return ids
 
 
 def interleave(shares: list[list[int]]) -> list[int]:

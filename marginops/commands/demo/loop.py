@@ -243,7 +243,7 @@ def _draw_stale(
     sampler = MarginSampler(dynamics, policy, num_epochs=num_epochs, seed=int(seed))
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
-        order = torch.tensor(list(sampler)).to(dynamics.device)
+        order = sampler.indices().to(dynamics.device)
         yield from order[: len(order) - len(order) % batch_size].split(batch_size)
 
 
