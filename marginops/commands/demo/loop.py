@@ -107,7 +107,7 @@ def train(
         dynamics: What the training collects about every training sample. ``"stale_margin"`` makes
             its own if there is none. The others collect nothing then.
         skip_mislabelled: Whether ``"stale_margin"`` leaves out the samples that look mislabelled,
-            see :func:`marginops.training.dynamics.training_dynamics.mislabelled_share`.
+            see :func:`marginops.training.mislabelled_share`.
 
     Returns:
         The history. Its margins are on the CPU.
