@@ -195,7 +195,10 @@ def write(folder: Path, chosen: dict[str, tasks.Task], comparisons: dict[str, Co
             name: {
                 "title": chosen[name].title,
                 "learning_rates": chosen[name].learning_rates,
-                "policy": policy_text(chosen[name].policy),
+                "policies": {
+                    budget: arguments_of(chosen[name].policies[budget])
+                    for budget in chosen[name].budgets
+                },
                 "claims": claims(chosen[name], comparison),
                 "runs": comparison.to_rows(),
             }
@@ -213,7 +216,7 @@ def write(folder: Path, chosen: dict[str, tasks.Task], comparisons: dict[str, Co
     print(f"written: {folder / NAME}.json and .png")
 
 
-def policy_text(policy: SmallestMargins) -> dict[str, Any]:
+def arguments_of(policy: SmallestMargins) -> dict[str, Any]:
     """The arguments of a policy. Functions are called by their names."""
     fields = dataclasses.asdict(policy).items()
     return {name: getattr(value, "__name__", value) for name, value in fields}
