@@ -39,7 +39,7 @@ def train(
         if dynamics is None:
             batches = _uniform_batches(size, seed)
         else:
-            batches = _margin_batches(task, dynamics, steps, seed)
+            batches = _margin_batches(MarginSampler(dynamics, task.policies[budget], seed=seed))
         samples = 0
         for _, indices in zip(range(steps), batches, strict=False):
             target = data.train_target[indices]
@@ -70,10 +70,7 @@ def _uniform_batches(size: int, seed: int) -> Iterator[Tensor]:
         yield from _full_batches(torch.randperm(size, generator=generator))
 
 
-def _margin_batches(
-    task: Task, dynamics: TrainingDynamics, steps: int, seed: int
-) -> Iterator[Tensor]:
-    sampler = MarginSampler(dynamics, task.policy, seed=seed)
+def _margin_batches(sampler: MarginSampler) -> Iterator[Tensor]:
     epoch = 0
     while True:
         sampler.set_epoch(epoch)
