@@ -15,6 +15,7 @@ from marginops.training import MarginSampler, ReductionSampler, SmallestMargins,
 N, GLOBAL_BATCH, EPOCHS = 75, 12, 6
 KINDS = {
     "margins": (MarginSampler, {"seed": 4}),  # 30 samples an epoch
+    "padding": (MarginSampler, {"num_samples": 31, "policy": SmallestMargins(by="aum")}),
     "reduction": (ReductionSampler, {"num_kept": 5, "num_samples": 30, "trigger": 0.5}),
 }
 
@@ -69,7 +70,9 @@ def run(kind: str, state: Any, steps: int, group: Any) -> tuple[list[list[int]],
             visited.append(ids)
             consumed += len(ids) * sampler.num_replicas
         epoch += 1
-    return visited, None
+    if group is not None:
+        dynamics.sync(group)
+    return visited, (dynamics.state_dict(), sampler.state_dict())
 
 
 def run_on_rank(groups: Any, arguments: Any) -> Any:
@@ -83,12 +86,15 @@ def run_on_rank(groups: Any, arguments: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group_index", [0, 1], ids=["3 ranks", "2 ranks"])
 def test_ranks_visit_what_one_process_visits(ranks: Ranks, kind: str, group_index: int) -> None:
-    expected, _ = run(kind, None, 10**6, None)
+    expected, final = run(kind, None, 10**6, None)
     answers = on_all(ranks, run_on_rank, [(kind, None, 10**6, group_index)] * 3)
-    assert joined([ids for ids, _ in answers]) == [sorted(ids) for ids in expected]
+    assert_same_visits(joined([ids for ids, _ in answers]), expected, kind)
+    for ids, state in answers:
+        if ids and kind != "reduction":  # which visits a sample on several ranks
+            assert_same_state(state, final)
     assert len(expected) == EPOCHS * 3
     last_epoch = {sample for ids in expected[-3:] for sample in ids}
-    assert len(last_epoch) == (5 if kind == "reduction" else 30)
+    assert len(last_epoch) == {"margins": 30, "padding": 31, "reduction": 5}[kind]
 
 
 def joined(visits: list[list[list[int]]]) -> list[list[int]]:
@@ -97,13 +103,26 @@ def joined(visits: list[list[list[int]]]) -> list[list[int]]:
     return [sorted(itertools.chain(*step)) for step in zip(*members, strict=True)]
 
 
+def assert_same_visits(visited: list[list[int]], expected: list[list[int]], kind: str) -> None:
+    unique = set if kind == "padding" else list  # padding repeats ids of the same step
+    assert [sorted(unique(ids)) for ids in visited] == [sorted(ids) for ids in expected]
+
+
+def assert_same_state(state: Any, expected: Any) -> None:
+    for name, value in expected[0].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(state[0][name].nan_to_num(), value.nan_to_num()), name
+        else:
+            assert state[0][name] == value, name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stops", [(2, 7), (4, 5), (9, 13)], ids=str)
 def test_a_run_goes_on_with_another_number_of_ranks(
     ranks: Ranks, kind: str, stops: tuple[int, int]
 ) -> None:
     """2 ranks, then 1 process, then 3 ranks; kills within an epoch and between two."""
-    expected, _ = run(kind, None, 10**6, None)
+    expected, final = run(kind, None, 10**6, None)
     first = on_all(ranks, run_on_rank, [(kind, None, stops[0], 1)] * 3)
     states = [state for ids, state in first if ids]
     assert states[0][1] == states[1][1], "the ranks saved different states"
@@ -111,7 +130,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     last = on_all(ranks, run_on_rank, [(kind, state, 10**6, 0)] * 3)
     visited = joined([ids for ids, _ in first]) + [sorted(ids) for ids in alone]
     visited += joined([ids for ids, _ in last])
-    assert visited == [sorted(ids) for ids in expected]
+    assert_same_visits(visited, expected, kind)
+    for _, state in last:
+        if kind != "reduction":
+            assert_same_state(state, final)
 
 
 def begin(groups: Any, arguments: dict[str, Any]) -> Any:

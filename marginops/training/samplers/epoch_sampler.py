@@ -217,10 +217,14 @@ class EpochIterator(Iterator[int]):
         if share == 0:
             return
         order = self._draw.order()
-        first = position + self._rank
+        first, last_round = position + self._rank, position + (share - 1) * step
         for begin in range(0, share, _CHUNK):
-            places = torch.arange(begin, min(begin + _CHUNK, share)) * step + first
-            yield order[places % size].tolist()  # the padding comes from the beginning
+            end = min(begin + _CHUNK, share)
+            places = torch.arange(begin, end, device="cpu") * step + first
+            # The padding repeats what lower ranks visit at the same step. A sync keeps the visits
+            # of the lower ranks, so the padding leaves no trace in the dynamics.
+            padding = last_round + (places - last_round) % (size - last_round)
+            yield order[torch.where(places < size, places, padding)].tolist()
 
     @property
     def _position(self) -> int:
