@@ -51,7 +51,9 @@ def test_ranks_share_the_order_of_one_process(
         assert joined[:size] == whole
         # The other ranks of the last step repeat what the first ones visit in it.
         first = size - (size % ranks or ranks)
-        assert joined[size:] == list(itertools.islice(itertools.cycle(whole[first:]), -size % ranks))
+        assert joined[size:] == list(
+            itertools.islice(itertools.cycle(whole[first:]), -size % ranks)
+        )
     # The rule for the ends is that of torch.
     oracle = DistributedSampler(range(size), ranks, 0, shuffle=False, drop_last=drop_last)
     assert len(sampler(rank=0, **options)) == len(shares[0]) == len(oracle)

@@ -140,8 +140,9 @@ def begin(groups: Any, arguments: dict[str, Any]) -> Any:
     own = {"num_samples_of_data": N, "epoch": 0, **arguments}
     dynamics = seen([float(sample) for sample in range(own.pop("num_samples_of_data"))])
     epoch = own.pop("epoch")
-    if own.pop("stale", False):
-        dynamics.weights, dynamics.weights_version = torch.ones(dynamics.num_samples), epoch
+    if stale := own.pop("stale", 0):
+        weights = torch.arange(dynamics.num_samples).float() + stale
+        dynamics.weights, dynamics.weights_version = weights, epoch
     sampler = MarginSampler(dynamics, group=groups[0], **own)
     sampler.set_epoch(epoch)
     return list(sampler)
@@ -169,7 +170,11 @@ DIFFERENCES = {
     "length": ([{"policy": SmallestMargins(0.5)}, {}, {}], "num_samples: expected the same .* 38"),
     "epoch": ([{}, {}, {"epoch": 3}], "epoch: expected the same value on all ranks, got 0, 0, 3"),
     "ends": ([{"drop_last": True}, {}, {}], "drop_last: expected the same value"),
-    "state": ([{"stale": True}, {}, {}], "dynamics.weights_version: expected the same value"),
+    "state": ([{"stale": 1}, {}, {}], "dynamics.weights_version: expected the same value"),
+    "stale": (
+        [{"stale": 1}, {"stale": 2}, {"stale": 1}],
+        "checksum of the weights: expected the same value on all ranks",
+    ),
     "weights": (
         [{"policy": own_zero_policy, "num_samples": 9}] * 3,
         "checksum of the weights: expected the same value on all ranks",
@@ -196,3 +201,9 @@ def test_an_error_on_one_rank_is_an_error_on_all(ranks: Ranks) -> None:
     answers = ranks(begin, [{"policy": wrong_policy, "num_samples": 9}] * 3, timeout=60)
     assert [type(answer) for answer in answers] == [RuntimeError, KeyError, RuntimeError]
     assert str(answers[0]) == "rank 1 failed: KeyError: 'no such file'"
+
+
+def test_a_wrong_epoch_on_one_rank_is_an_error_on_all(ranks: Ranks) -> None:
+    answers = ranks(begin, [{}, {"epoch": -1}, {}], timeout=60)
+    assert [type(answer) for answer in answers] == [RuntimeError, ValueError, RuntimeError]
+    assert str(answers[2]) == "rank 1 failed: ValueError: epoch: expected at least 0, got -1"
