@@ -226,11 +226,14 @@ class EpochIterator(Iterator[int]):
         if share == 0:
             return torch.empty(0, dtype=torch.int64)
         order = self._draw.order()
-        first = self._position + self._rank
+        first, last_round = self._position + self._rank, self._position + (share - 1) * step
         own = order[first::step][:share]
-        padding = torch.arange(len(own), share) * step + first
-        # The padding comes from the beginning of the order.
-        return torch.cat((own, order[padding % size])) if len(padding) else own
+        if len(own) == share:
+            return own
+        # The padding repeats what lower ranks visit at the same step. A sync keeps the visits of
+        # the lower ranks, so the padding leaves no trace in the dynamics.
+        padding = last_round + self._rank % (size - last_round)
+        return torch.cat((own, order[padding : padding + 1]))
 
     @property
     def _position(self) -> int:

@@ -111,7 +111,7 @@ class Uniform:
 
     def __call__(self, dynamics: TrainingDynamics, k: int, labels: Tensor | None) -> Tensor:
         """Weights ``[N]``, all of them 1."""
-        return torch.ones(dynamics.num_samples)
+        return torch.ones(dynamics.num_samples, dtype=torch.float32, device=dynamics.device)
 
 
 @dataclass(frozen=True)
