@@ -52,9 +52,10 @@ class SampleStatistics(NamedTuple):
         if not torch.compiler.is_compiling():
             mean, samples = getattr(loss, _MEAN, (None, None))
             if mean is not None and samples is counted:
-                has_changed = loss._version or counted._version
+                has_changed = loss._version or counted._version or mean._version
+                is_detached = not (loss.requires_grad and mean.requires_grad)
                 # Hooks want to see a gradient of the losses.
-                if not (has_changed or loss._backward_hooks or loss.retains_grad):
+                if not (has_changed or is_detached or loss._backward_hooks or loss.retains_grad):
                     return mean
         return loss.sum() / counted.sum()
 
@@ -138,7 +139,9 @@ def sample_statistics(
         widest = torch.promote_types(input.dtype, dtype)
         input_norm = torch.linalg.vector_norm(input.detach(), dim=1, dtype=widest).to(dtype)
     log_norm = checks.as_log_norm(log_norm, logits)
-    with_mean = logits.requires_grad and not torch.compiler.is_compiling()
+    # Without gradient the mean saves nothing, and inference tensors cannot tell of changes.
+    with_mean = torch.is_grad_enabled() and logits.requires_grad
+    with_mean = with_mean and not torch.compiler.is_compiling()
     fields = sample_statistics_op(logits, target, input_norm, log_norm, ignore_index, with_mean)
     if with_mean:
         setattr(fields[3], _MEAN, (fields[12], fields[9]))

@@ -35,8 +35,9 @@ def batch_size(batch: Any) -> int:
         The number of samples, on which all parts with rows agree.
 
     Raises:
-        TypeError: A part is a list of lists without a tensor, a nested tensor or a
-            :class:`torch.nn.utils.rnn.PackedSequence`, or a mapping cannot be made from a dict.
+        TypeError: A part is a list of lists without a tensor, a nested or compressed sparse tensor
+            or a :class:`torch.nn.utils.rnn.PackedSequence`, or a mapping cannot be made from a
+            dict.
         ValueError: No part has rows, or the parts disagree.
 
     Example:
@@ -140,14 +141,25 @@ def _map_rows(function: Callable[[Any], Any], batch: Any) -> Any:
 
     def replace(part: Any) -> Any:
         if isinstance(part, (Tensor, np.ndarray)):
-            if isinstance(part, Tensor) and part.is_nested:
-                raise TypeError(
-                    "batch: expected dense tensors, got a nested tensor; pass .to_padded_tensor(0)"
-                )
+            if isinstance(part, Tensor):
+                _check_layout(part)
             return function(part) if part.ndim else part
         return function(part) if type(part) in (list, tuple) else part
 
     return _map(replace, batch, _is_row_list)
+
+
+def _check_layout(part: Tensor) -> None:
+    """Check that rows of a tensor can be taken."""
+    if part.is_nested:
+        raise TypeError(
+            "batch: expected dense tensors, got a nested tensor; pass .to_padded_tensor(0)"
+        )
+    if part.layout not in (torch.strided, torch.sparse_coo):
+        raise TypeError(
+            f"batch: expected dense or COO tensors, got layout {part.layout}; pass "
+            ".to_sparse_coo() or .to_dense()"
+        )
 
 
 def _is_row_list(part: Any) -> bool:
@@ -227,9 +239,12 @@ def _map(
 def _checked_indices(indices: Any, size: int) -> Tensor:
     """Rows as a tensor ``[k]``."""
     if not isinstance(indices, Tensor):
-        if hasattr(indices, "indices"):
+        is_list = isinstance(indices, (Sequence, np.ndarray)) and not isinstance(indices, str)
+        is_selection = is_list and hasattr(indices, "indices")
+        if is_selection or not is_list:
             raise TypeError(
-                f"indices: expected a tensor [k], got {type(indices).__name__}; pass its indices"
+                f"indices: expected a tensor [k] or a list of ints, got {type(indices).__name__}"
+                f"{'; pass its indices' if is_selection else ''}"
             )
         indices = torch.as_tensor(indices, dtype=None if len(indices) else torch.int64)
     if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):

@@ -75,7 +75,11 @@ class Indexed(Dataset[Any]):
         return [self._with_index(*pair) for pair in zip(items, checked, strict=True)]
 
     def _checked(self, index: Any) -> int:
-        index, count = operator.index(index), len(self.dataset)
+        count = len(self.dataset)
+        try:
+            index = operator.index(index)
+        except TypeError as error:
+            raise TypeError(f"index: expected an int, got {type(index).__name__}") from error
         if not -count <= index < count:
             raise IndexError(f"index: expected at least {-count} and below {count}, got {index}")
         return index % count

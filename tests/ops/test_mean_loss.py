@@ -105,6 +105,28 @@ def test_a_change_of_the_losses_changes_their_mean(batch):
     torch.testing.assert_close(fewer.mean_loss(), fewer.loss.sum() / kept.sum())
 
 
+def test_a_change_of_the_mean_does_not_change_the_next_one(batch):
+    logits, target = batch
+    statistics = marginops.sample_statistics(logits, target)
+    mean = statistics.mean_loss()
+    mean /= 4
+    expected = F.cross_entropy(logits, target)
+    torch.testing.assert_close(statistics.mean_loss(), expected)
+    torch.testing.assert_close(gradient(statistics.mean_loss(), logits), gradient(expected, logits))
+
+
+def test_the_mean_is_differentiable_where_the_losses_are(batch):
+    statistics = marginops.sample_statistics(*batch)
+    statistics.mean_loss().detach_()
+    assert statistics.mean_loss().requires_grad
+    statistics.loss.detach_()
+    assert not statistics.mean_loss().requires_grad
+    with torch.no_grad():
+        statistics = marginops.sample_statistics(*batch)
+    statistics.loss.requires_grad_()
+    assert gradient(statistics.mean_loss(), statistics.loss).any()
+
+
 def test_hooks_and_gradients_of_the_losses_see_the_mean(batch):
     logits, target = batch
     share = (target != -100) / (target != -100).sum()
@@ -123,9 +145,10 @@ def test_without_gradient_and_without_samples(batch):
         alone = marginops.sample_statistics(logits, target).mean_loss()
     assert not alone.requires_grad
     torch.testing.assert_close(alone, F.cross_entropy(logits, target).detach())
-    with torch.inference_mode():
-        inferred = marginops.sample_statistics(logits.detach(), target).mean_loss()
-    torch.testing.assert_close(inferred, alone)
+    for given in (logits, logits.detach()):
+        with torch.inference_mode():
+            inferred = marginops.sample_statistics(given, target).mean_loss()
+        torch.testing.assert_close(inferred, alone)
     nothing = marginops.sample_statistics(logits, torch.full_like(target, -100)).mean_loss()
     assert math.isnan(nothing.item())
     assert not gradient(nothing, logits).any()

@@ -171,6 +171,11 @@ def test_to_device_moves_tensors_only() -> None:
             r"batch: expected dense tensors, got a nested tensor; pass \.to_padded_tensor",
         ),
         (
+            {"x": torch.eye(3).to_sparse_csr()},
+            TypeError,
+            r"batch: expected dense or COO tensors, got layout torch\.sparse_csr; pass ",
+        ),
+        (
             {"x": nn.utils.rnn.pack_sequence([torch.zeros(3), torch.zeros(2)])},
             TypeError,
             "got a PackedSequence; pass padded sequences",
@@ -191,6 +196,11 @@ def test_batches_that_are_not_clear_are_refused(batch, error, message) -> None:
         (torch.ones(5, dtype=torch.bool), TypeError, r"torch\.bool; pass indices\.nonzero"),
         (torch.zeros(2, 2, dtype=torch.int64), TypeError, r"expected shape \[k\].*got \[2, 2\]"),
         ([0.5], TypeError, r"indices: expected .* int64 or int32, got \[1\] of torch\.float32"),
+        (1, TypeError, r"indices: expected a tensor \[k\] or a list of ints, got int$"),
+        ("12", TypeError, "indices: .*, got str$"),
+        (None, TypeError, "indices: .*, got NoneType$"),
+        (slice(2), TypeError, "indices: .*, got slice$"),
+        (iter([1]), TypeError, "indices: .*, got list_iterator$"),
     ],
 )
 def test_wrong_indices_are_named(indices, error, message) -> None:

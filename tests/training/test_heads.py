@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from helpers.classifiers import BodyAndHead, compiled, data_parallel, expected_choice
 from marginops.networks import predict
@@ -221,12 +221,79 @@ def runs_of(network: nn.Module, calls: int, **options: Any) -> list[int]:
 
 def test_the_check_runs_once_for_a_network_and_head() -> None:
     network = network_with()
-    assert runs_of(network, 3) == [2, 1, 1]
-    assert runs_of(copy.deepcopy(network), 2) == [2, 1], "another network"
+    assert runs_of(network, 3) == [3, 1, 1]
+    assert runs_of(copy.deepcopy(network), 2) == [3, 1], "another network"
     network.head = nn.Linear(8, 4)
-    assert runs_of(network, 2) == [2, 1], "another head"
+    assert runs_of(network, 2) == [3, 1], "another head"
     other = network_with(lambda logits: logits.log_softmax(1))
-    assert runs_of(other, 2, head=other.head) == [1, 1], "the head is known before the first run"
+    assert runs_of(other, 2, head=other.head) == [2, 1], "the head is known before the first run"
+
+
+class Scaled(nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.scale = nn.Parameter(torch.ones(sizes[1], 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.scale * self.weight, self.bias)
+
+
+def new_adapter() -> Adapted:
+    """An adapter without effect before training."""
+    adapter = Adapted(nn.Linear(8, 4))
+    nn.init.zeros_(adapter.up)
+    return adapter
+
+
+def with_temperature() -> BodyAndHead:
+    network = network_with(lambda logits: logits * network.temperature)
+    network.temperature = nn.Parameter(torch.ones(()))
+    return network
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: network_with(head=new_adapter()),
+        lambda: network_with(head=new_adapter()).bfloat16(),
+        lambda: network_with(head=Scaled(8, 4)),
+        with_temperature,
+        lambda: compiled(with_temperature()),
+    ],
+)
+def test_what_training_makes_of_the_logits_is_checked_before_training(make) -> None:
+    network = make()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"whatever values .* no effect yet; merge"):
+            select_batch(network, INPUTS, 5)
+
+
+def test_what_training_does_not_change_is_no_objection() -> None:
+    network = network_with(head=new_adapter())
+    network.head.up.requires_grad_(False)
+    chosen = select_batch(network, INPUTS, 5)
+    assert torch.equal(
+        chosen, expected_choice(predict(network, INPUTS), network.head.base.weight, 5)
+    )
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, prune.identity, weight_norm])
+def test_the_check_changes_nothing_in_the_network(wrap) -> None:
+    network = network_with(head=wrap(nn.Linear(8, 4), *["weight"][: wrap is prune.identity]))
+    loss = network(INPUTS).square().sum()  # its gradient needs the parameters unchanged
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    weight, state = network.head.weight.clone(), torch.get_rng_state()
+    select_batch(network, INPUTS, 5)
+    assert torch.equal(network.head.weight, weight)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    loss.backward()
+
+
+def test_a_network_that_refuses_other_parameters_is_used_as_it_is() -> None:
+    network = network_with(lambda logits: logits if (network.share == 1).all() else logits[0])
+    network.share = nn.Parameter(torch.ones(()))
+    assert runs_of(network, 2) == [3, 1]
 
 
 def test_a_change_of_the_head_is_checked_again() -> None:

@@ -150,3 +150,9 @@ def test_an_item_that_does_not_go_with_the_key_is_named(item, key, error, messag
 def test_an_index_out_of_range_is_an_index_error(index: int) -> None:
     with pytest.raises(IndexError, match=f"index: expected at least -2 and below 2, got {index}"):
         Indexed([(1,), (2,)])[index]
+
+
+@pytest.mark.parametrize("index", [1.0, slice(2), "1"])
+def test_an_index_of_another_type_is_named(index: Any) -> None:
+    with pytest.raises(TypeError, match=f"index: expected an int, got {type(index).__name__}"):
+        Indexed([(1,), (2,)])[index]

@@ -41,8 +41,9 @@ def can_read(logits: Tensor) -> bool:
 def check_head(network: nn.Module, inputs: Any, head: Head, at: int | str | None = None) -> Tensor:
     """Check that the logits are ``F.linear(features, head.weight, head.bias)``.
 
-    They may differ by a constant in each row, as log-probabilities do. The check runs the network
-    and waits for the device. If it passes, :func:`is_checked` is true from now on.
+    They may differ by a constant in each row, as log-probabilities do. The check runs the network,
+    once as it is and once with other values of the other parameters, and waits for the device. If
+    it passes, :func:`is_checked` is true from now on.
 
     Args:
         network: Any network.
@@ -59,12 +60,7 @@ def check_head(network: nn.Module, inputs: Any, head: Head, at: int | str | None
     checks.check_tensor("weight", head_weight(head), 2, "[C, D]")
     network = unwrap(network)
     facts = _facts(network, head)
-    if isinstance(head, nn.Embedding):  # its calls look up rows
-        with Products(head.weight) as products:
-            _, logits = watch_layer(network, inputs, head, at)
-        calls = products.calls
-    else:
-        calls, logits = watch_layer(network, inputs, head, at)
+    calls, logits = _watch(network, inputs, head, at)
     if not can_read(logits):
         return logits
     if not calls:
@@ -72,6 +68,10 @@ def check_head(network: nn.Module, inputs: Any, head: Head, at: int | str | None
             "head: expected network to call this layer at least once in a forward pass, got 0 "
             f"calls; {_ADVICE}"
         )
+    expected = (
+        f"head: expected logits F.linear(features, weight, bias) of {type(head).__name__} "
+        f"{facts.path!r}, up to a constant in each row"
+    )
     agreements = [_agreement(features, output, head, logits) for features, output in calls]
     if not any(agreement.agrees for agreement in agreements):
         difference = min(agreement.difference for agreement in agreements)
@@ -84,13 +84,82 @@ def check_head(network: nn.Module, inputs: Any, head: Head, at: int | str | None
             )
         elif _are_probabilities(logits):
             got = f"{got}; the logits look like probabilities"
-        raise ValueError(
-            f"head: expected logits F.linear(features, weight, bias) of {type(head).__name__} "
-            f"{facts.path!r}, up to a constant in each row, {got}; {_ADVICE}"
-        )
+        raise ValueError(f"{expected}, {got}; {_ADVICE}")
     if any(agreement.agrees and agreement.is_conclusive for agreement in agreements):
+        if difference := _difference_after_training(network, inputs, head, at):
+            raise ValueError(
+                f"{expected}, whatever values the other parameters take, got a difference of "
+                f"{difference:.3g} for others, as of an adapter or a scale that has no effect yet; "
+                f"{_ADVICE}"
+            )
         _passed.setdefault(network, WeakKeyDictionary())[head] = facts
     return logits
+
+
+def _watch(
+    network: nn.Module, inputs: Any, head: Head, at: int | str | None
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """The features and outputs of every call of the head, and the logits."""
+    if not isinstance(head, nn.Embedding):
+        return watch_layer(network, inputs, head, at)
+    with Products(head.weight) as products:  # the calls of an embedding look up rows
+        _, logits = watch_layer(network, inputs, head, at)
+    return products.calls, logits
+
+
+def _difference_after_training(
+    network: nn.Module, inputs: Any, head: Head, at: int | str | None
+) -> float:
+    """How far the logits are from those of the head if training changes all other parameters.
+
+    It is 0 if they agree. An adapter or a learned scale may be without effect before training.
+    """
+    others = _trained_parameters(network, head)
+    if not others:
+        return 0.0
+    try:
+        calls, logits = _watch(_WithParameters(network, others), inputs, head, at)
+    except Exception:  # The network takes no such parameters. Nothing else is wrong with it.
+        return 0.0
+    agreements = [_agreement(features, output, head, logits) for features, output in calls]
+    if not agreements or any(agreement.agrees for agreement in agreements):
+        return 0.0
+    return min(agreement.difference for agreement in agreements)
+
+
+class _WithParameters(nn.Module):
+    """A network with other values of some parameters, which does not change the network."""
+
+    def __init__(self, network: nn.Module, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.values = values
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return torch.func.functional_call(self.network, self.values, arguments, keywords)
+
+
+@torch.no_grad()
+def _trained_parameters(network: nn.Module, head: Head) -> dict[str, Tensor]:
+    """Other values of all parameters that are trained, but for weight and bias of the head."""
+    own = [head._parameters.get(name) for name in ("weight", "bias")]
+    computing = getattr(head, "parametrizations", None)  # they compute weight or bias
+    skipped = set() if computing is None else set(computing.modules())
+    values = {}
+    for path, module in network.named_modules():
+        # A hook such as that of pruning writes what it computes into its module.
+        if module in skipped or module._forward_pre_hooks:
+            continue
+        for name, value in module.named_parameters(path, recurse=False):
+            is_own = any(value is each for each in own)
+            if is_own or not value.requires_grad or value.dtype not in checks.FLOATING:
+                continue
+            generator = torch.Generator(value.device).manual_seed(0)
+            noise = torch.empty_like(value).normal_(generator=generator)
+            size = torch.linalg.vector_norm(value, dtype=checks.result_dtype(value.dtype))
+            size = torch.where(size > 0, size / max(value.numel(), 1) ** 0.5, 1)
+            values[name] = value + 0.1 * size * noise
+    return values
 
 
 class _Facts(NamedTuple):

@@ -92,11 +92,13 @@ def select_batch(
     outputs of the network the selection is deterministic.
 
     The first call for such a network and head checks that the logits equal
-    ``F.linear(features, head.weight, head.bias)`` up to rounding and to a constant in each row. For
-    this the call waits for the device, and without ``head`` it runs the network twice. Later calls
-    do not check again, except if the head has been wrapped, hooked or replaced. So a change that
-    starts later, such as an adapter whose weights are still 0 in the first call, is not seen. With
-    ``weight`` there is no check.
+    ``F.linear(features, head.weight, head.bias)`` up to rounding and to a constant in each row. It
+    also runs the network with other values of the other parameters that require a gradient, because
+    an adapter or a learned scale may have no effect before training. The network is not changed for
+    this. So the first call waits for the device, runs the network two or three times, and needs
+    memory for one more copy of these parameters. Later calls do not check again, except if the head
+    has been wrapped, hooked or replaced. So what is frozen in the first call and trained later is
+    not seen. With ``weight`` there is no check.
 
     The mode (training or evaluation) of every module is restored, also after an error. Running
     statistics and random number generators do not change, whatever ``evaluation`` is. Apart from
