@@ -15,12 +15,9 @@ T* state(const char* name, const Tensor& tensor, int64_t samples, int64_t column
   check_dtype(name, tensor, type);
   const bool fits = tensor.dim() == (columns > 0 ? 2 : 1) && tensor.size(0) == samples &&
                     (columns == 0 || tensor.size(1) == columns);
-  std::ostringstream shape;
-  shape << "[" << samples;
-  if (columns > 0) shape << ", " << columns;
-  shape << "]";
   MARGINOPS_CHECK(tensor.is_cpu() && fits && tensor.is_contiguous(), name,
-                  ": expected a contiguous tensor ", shape.str(), " on the CPU, got ",
+                  ": expected a contiguous tensor [", samples,
+                  columns > 0 ? ", " + std::to_string(columns) : "", "] on the CPU, got ",
                   tensor.is_contiguous() ? "shape " : "strided shape ", shape_of(tensor), " on ",
                   device_of(tensor));
   return static_cast<T*>(tensor.mutable_data_ptr());

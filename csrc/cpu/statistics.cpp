@@ -137,8 +137,9 @@ void write_dense(const SoftmaxGradient<ValueOf<T>>& gradient, const T* logits, i
       logit = load(part);
     }
     const auto log_p = logit - gradient.maximum - gradient.log_sum;
-    const auto dense =
-        exp<Value>(log_p) * (constant - gradient.grad_entropy * maximum(lowest, log_p));
+    VectorOf<Value> slope = VectorOf<Value>{} + constant;
+    if (gradient.grad_entropy != 0) slope -= gradient.grad_entropy * maximum(lowest, log_p);
+    const auto dense = exp<Value>(log_p) * slope;
     if (writable - (result + begin) >= kLanes) {
       store(dense, result + begin);
     } else {

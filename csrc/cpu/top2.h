@@ -58,7 +58,7 @@ template <class T>
 void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
   using Value = ValueOf<T>;
   using Index = typename Simd<Value>::Index;
-  constexpr int kLanes = Simd<Value>::kLanes;
+  constexpr int kLanes = Simd<Value>::kLanes, kBlock = 4 * kLanes;
   if (classes < kLanes) {
     top = Top2<Value>{};
     for (int64_t column = 0; column < classes; ++column) {
@@ -67,17 +67,25 @@ void find_classes(const T* row, int64_t classes, Top2<ValueOf<T>>& top) {
     return;
   }
   const Index none = Index{} + Top2<Value>::kNone;
-  Index first = none, second = none, index = lane_numbers<Value>();
-  const auto match = [&](const VectorOf<Value>& value) {
+  Index first = none, second = none;
+  const auto match = [&](int64_t column) {
+    const VectorOf<Value> value = load(row + column);
+    const Index index = lane_numbers<Value>() + static_cast<int32_t>(column);
     first = minimum(value == top.first_value ? index : none, first);
     second = minimum(value == top.second_value ? index : none, second);
   };
   int64_t column = 0;
-  for (; column + kLanes <= classes; column += kLanes, index += kLanes) match(load(row + column));
-  if (column < classes) {  // the last vector overlaps: a logit seen twice changes nothing
-    index -= static_cast<int>(column + kLanes - classes);
-    match(load(row + classes - kLanes));
+  for (; column + kBlock <= classes; column += kBlock) {  // few blocks hold one of the two values
+    VectorOf<Value> largest = load(row + column);
+    for (int i = kLanes; i < kBlock; i += kLanes) {
+      largest = maximum(load(row + column + i), largest);
+    }
+    if (lane_bits<Value>(largest >= top.second_value) == 0) continue;
+    for (int i = 0; i < kBlock; i += kLanes) match(column + i);
   }
+  for (; column + kLanes <= classes; column += kLanes) match(column);
+  // The last vector overlaps: a logit seen twice changes nothing.
+  if (column < classes) match(classes - kLanes);
   for_each_fold<Value>([&](auto fold) {
     first = minimum(first, fold(first));
     second = minimum(second, fold(second));

@@ -12,6 +12,8 @@ from torch import Tensor
 import marginops
 from helpers.kernels import FILES, declared
 from helpers.ops import DTYPES, OPS
+from marginops.ops.dynamics import empty_state, update_dynamics_op
+from marginops.training import TrainingDynamics
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is false"
@@ -35,6 +37,19 @@ def softmax_statistics(f: Tensor, y: Tensor, n: Tensor) -> tuple[Tensor, ...]:
     return (statistics.loss + statistics.entropy + statistics.confidence, *statistics)
 
 
+def dynamics(f: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """The state of half as many samples as rows: each is in the batch twice."""
+    samples = max(len(f) // 2, 1)
+    state = empty_state(samples, f.device)
+    seen = marginops.sample_statistics(f.detach(), y)
+    update_dynamics_op(
+        *(*state, torch.arange(len(f), device=f.device) % samples),
+        *(seen.margin, seen.top2_margin, seen.loss, seen.confidence, seen.el2n),
+        *(seen.correct, seen.counted, 0.5),
+    )
+    return tuple(state)
+
+
 def moments(f: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, ...]:
     return marginops.class_moments(f[:, :70], y, f.shape[1], normalize=normalize)[1:]
 
@@ -46,6 +61,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
     "logits": lambda f, w, y, n: (marginops.minimal_margin_score(f),),
     "probabilities": lambda f, w, y, n: (marginops.minimal_margin_score(f, softmax=True),),
     "statistics": lambda f, w, y, n: softmax_statistics(f, y, n),
+    "dynamics": lambda f, w, y, n: dynamics(f, y),
     "shard": lambda f, w, y, n: OPS.row_sums(f, y, True),
     "moments": lambda f, w, y, n: moments(f, y, False),
     "unit moments": lambda f, w, y, n: moments(f, y, True),
@@ -85,7 +101,7 @@ HEADS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
     ),
 }
 ALL = CALLS | HEADS
-DIFFERENTIABLE = [name for name in ALL if name not in ("shard", "select")]
+DIFFERENTIABLE = [name for name in ALL if name not in ("dynamics", "shard", "select")]
 
 
 def on_side_stream() -> torch.cuda.StreamContext:
@@ -188,6 +204,29 @@ def test_graph_replays_on_fresh_inputs(name, rows):
             value.copy_(fresh)
         graph.replay()
         assert_same(name, captured, call(*inputs))
+
+
+def test_every_replay_is_a_step_of_the_dynamics():
+    """The op reads the number of the step on the device."""
+    logits, _, target, _ = make_inputs(300, 10)
+    indices = torch.arange(300, device=DEVICE) % 150
+    captured, plain, other = (TrainingDynamics(150, device=DEVICE) for _ in range(3))
+    with on_side_stream():
+        other.update(indices, logits, target)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.update(indices, logits, target)
+    for _ in range(3):
+        fresh, _, classes, _ = make_inputs(300, 10)
+        logits.copy_(fresh)
+        target.copy_(classes)
+        graph.replay()
+        plain.update(indices, logits, target)
+    assert captured.num_updates == 3
+    for name, value in captured.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, plain.state_dict()[name]), name
 
 
 def gradients(name: str, inputs: Inputs) -> tuple[Tensor, ...]:

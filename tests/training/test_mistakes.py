@@ -18,6 +18,7 @@ from helpers.mistakes import MISTAKES, C, D, N
 from marginops import _checks, metrics
 from marginops.training import (
     InversionMonitor,
+    TrainingDynamics,
     report_epoch,
     score_batch,
     select_across_ranks,
@@ -64,6 +65,7 @@ def calls() -> dict[str, Call]:
     second = metrics.NeuralCollapse(C, D, two_passes=True).update_nearest
     regularization = marginops.nn.MultiMarginRegularization(2)
     samples = {"input": input, "target": target}
+    seen = {"indices": torch.arange(N), "input": input} | plain | labels
     epoch = {"radius": torch.rand(C), "misclassified": target > 0}
     others = (
         ("without logits", marginops.multi_margin_regularization, linear | labels),
@@ -72,6 +74,7 @@ def calls() -> dict[str, Call]:
         ("NeuralCollapse second pass", second, samples | plain),
         ("ClassManifolds", manifolds.update, samples),
         ("MarginDistribution", metrics.MarginDistribution().update, margins),
+        ("TrainingDynamics", TrainingDynamics(N).update, seen),
         ("InversionMonitor", InversionMonitor(C).update, epoch | {"target": target}),
         ("report_epoch", report_epoch, {"network": layer, "inputs": input, "target": target}),
         ("select_batch", select_batch, {"network": layer, "inputs": input} | k),
@@ -89,6 +92,7 @@ LEFT_OUT = {
     ("multi_margin_regularization", "logits", "none"),
     ("MultiMarginRegularization", "logits", "none"),
     ("sample_statistics", "input", "none"),
+    ("TrainingDynamics", "input", "none"),
     ("NeuralCollapse", "weight", "none"),
     ("InversionMonitor", "target", "none"),
     ("NeuralCollapse second pass", "logits", "one column"),
