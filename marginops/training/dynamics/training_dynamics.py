@@ -315,8 +315,9 @@ class TrainingDynamics(DynamicsValues):
         Counts and means are those of all visits; the variance is merged as Chan, Golub, LeVeque
         (1983) do. Where both saw a sample, the one with the larger ``last_step`` has its last
         visits, and these dynamics if the steps are equal: ``margin``, ``loss``, ``score`` and
-        ``margin_average`` are those of the last visits. ``num_updates`` is the larger of both
-        numbers, and ``weights`` stay.
+        ``margin_average`` are those of the last visits. ``forgetting`` may differ by 1 from that of
+        one run, because the state does not hold the first visit. ``num_updates`` is the larger of
+        both numbers, and ``weights`` stay.
 
         Args:
             other: Dynamics with the same ``num_samples`` and ``decay``, on any device.
