@@ -236,8 +236,9 @@ def one_run(histories, steps=0):
 
 
 def test_merged_visits_of_the_same_samples_are_one_history():
-    before = [[0, 1], [1], [0], [0, 1, 0], [1, 0], [1], [], [0, 1, 0, 1]]
-    after = [[1, 1], [0, 0], [1], [0], [1, 1], [], [1, 1], [0]]  # each begins as it goes on
+    before = [[0, 1], [1], [0], [0, 1, 0], [1, 0], [1], [], [0, 1, 0, 1], [1], [0, 1]]
+    # Each begins as it ends, or every wrong visit forgets.
+    after = [[1, 1], [0, 0], [1], [0], [1, 1], [], [1, 1], [0], [1, 0], [1, 0, 1, 0]]
     *first, early = one_run(before)
     *second, late = one_run(after, steps=len(first))
     whole = TrainingDynamics(len(before), decay=0.0)

@@ -243,6 +243,34 @@ def test_a_killed_run_goes_on_bit_for_bit(stop: int, options: Any, choice: Any) 
     assert before + rest == expected
 
 
+def shrunk() -> tuple[ReductionSampler, list[Any]]:
+    """A sampler in its reduced epoch, and the states of both epochs."""
+    sampler = ReductionSampler(TrainingDynamics(N), 5, shrink=True, trigger=0.0)
+    states = []
+    for epoch, position in enumerate((N - 3, 2)):
+        sampler.set_epoch(epoch)
+        states.append((sampler.dynamics.state_dict(), sampler.state_dict(position)))
+        see(sampler.dynamics, range(N), MARGINS)
+    return sampler, states
+
+
+def test_the_dynamics_may_be_loaded_after_the_sampler() -> None:
+    sampler, states = shrunk()
+    other = ReductionSampler(TrainingDynamics(N), 5, shrink=True)
+    other.load_state_dict(states[1][1])
+    other.dynamics.load_state_dict(states[1][0])
+    assert list(other) == list(sampler)[2:] and len(list(sampler)) == 5
+
+
+def test_a_run_goes_back_to_a_longer_epoch() -> None:
+    sampler, states = shrunk()
+    assert len(sampler) == 5
+    sampler.dynamics.load_state_dict(states[0][0])
+    sampler.load_state_dict(states[0][1])
+    sampler.set_epoch(0)
+    assert len(sampler) == N and len(list(sampler)) == 3
+
+
 def test_a_state_without_its_dynamics_is_an_error() -> None:
     sampler = ReductionSampler(seen(MARGINS), 5)
     sampler.set_epoch(3)

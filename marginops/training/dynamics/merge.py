@@ -67,11 +67,14 @@ def _merge_rows(one: DynamicsState, other: DynamicsState) -> None:
 
     was_correct, is_correct = _is_correct(one.counts), _is_correct(other.counts)
     earlier = torch.where(is_later, was_correct, is_correct)
-    later = torch.where(is_later, is_correct, was_correct)
+    later = torch.where(is_later.unsqueeze(1), other.counts, one.counts)
+    # The state does not tell whether the first of the later visits was correct. It certainly was if
+    # each visit that was not correct forgot the sample; else take it to be as the last one.
+    begins_correct = _is_correct(later) | (later[:, 0] - later[:, 1] == later[:, 3])
     one.counts.add_(other.counts)
-    # The later visits began as if the sample had not been correct before.
-    one.counts[:, 2].sub_((both & earlier & later).int())
-    one.counts[:, 3].add_((both & earlier & ~later).int())
+    # The later visits were counted as if the sample had not been correct before.
+    one.counts[:, 2].sub_((both & earlier & begins_correct).int())
+    one.counts[:, 3].add_((both & earlier & ~begins_correct).int())
     one.last_seen.copy_(torch.maximum(one.last_seen, other.last_seen))
 
 

@@ -48,7 +48,7 @@ def load_dict(dynamics: DynamicsValues, state_dict: Any) -> None:
     # The row of the last visit means nothing after its update, so the state does without it.
     state.last_seen.copy_(state_dict["last_step"]).bitwise_left_shift_(32).bitwise_or_(_LAST_ROW)
     state.totals.copy_(state_dict["totals"])
-    dynamics.weights = None if weights is None else weights.to(dynamics.device, copy=True)
+    dynamics.weights = None if weights is None else weights.to("cpu", copy=True)
     dynamics.weights_version = state_dict["weights_version"]
     dynamics._common_nonfinite = dynamics.num_nonfinite
 

@@ -76,8 +76,8 @@ class TrainingDynamics(DynamicsValues):
         num_updates: The number of updates so far. Reading it waits for the GPU.
         num_nonfinite: The number of visits with values that are not finite. Reading it waits for
             the GPU.
-        weights: ``[N]`` float32, the weights by which a sampler drew the current epoch, or None.
-            Samplers write it. It is a part of the state, because a run that resumes in the middle
+        weights: ``[N]`` float32 on the CPU, the weights by which a sampler drew the current epoch,
+            or None. Samplers write it. It is a part of the state, because a run that resumes in the middle
             of an epoch has to draw the same epoch again.
         weights_version: The version of ``weights``, -1 without weights.
 
@@ -314,8 +314,9 @@ class TrainingDynamics(DynamicsValues):
         Counts and means are those of all visits; the variance is merged as Chan, Golub, LeVeque
         (1983) do. Where both saw a sample, the one with the larger ``last_step`` has its last
         visits, and these dynamics if the steps are equal: ``margin``, ``loss``, ``score`` and
-        ``margin_average`` are those of the last visits. ``num_updates`` is the larger of both
-        numbers, and ``weights`` stay.
+        ``margin_average`` are those of the last visits. ``forgetting`` may differ by 1 from that of
+        one run, because the state does not hold the first visit. ``num_updates`` is the larger of
+        both numbers, and ``weights`` stay.
 
         Args:
             other: Dynamics with the same ``num_samples`` and ``decay``, on any device.

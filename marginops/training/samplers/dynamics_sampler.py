@@ -40,6 +40,7 @@ class DynamicsSampler(EpochSampler):
         super().__init__(dynamics.num_samples, epoch_size, seed, num_replicas, rank, drop_last)
         self.dynamics, self.group = dynamics, group
         self._loaded_version = -1
+        self._adopted: Tensor | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch: compute its weights, unless the dynamics hold them already.
@@ -59,6 +60,9 @@ class DynamicsSampler(EpochSampler):
             self._prepare(self.epoch)
             weights = self.dynamics.weights
             assert weights is not None
+        elif weights is not self._adopted:  # the dynamics were loaded after the sampler
+            self._adopt(weights)
+            self._adopted = weights
         return weights.cpu(), self.epoch
 
     def _version(self) -> int:
@@ -77,7 +81,8 @@ class DynamicsSampler(EpochSampler):
         together(self.group, lambda: begin(epoch), lambda _: self._facts())
         weights = together(self.group, self._weights_of_epoch, _checksum)
         self._adopt(weights)
-        self.dynamics.weights, self.dynamics.weights_version = weights, self.epoch
+        self._adopted = self.dynamics.weights = weights
+        self.dynamics.weights_version = self.epoch
 
     def _weights_of_epoch(self) -> Tensor:
         """The weights that the dynamics hold for the current epoch, or new ones."""

@@ -77,6 +77,11 @@ class EpochSampler(DistributedSampler[int]):
         """How many samples an epoch visits on all ranks together, without padding."""
         return len(self.dataset)  # type: ignore[arg-type]
 
+    @property
+    def _longest_epoch(self) -> int:
+        """The length of the longest epoch."""
+        return self.epoch_size
+
     def _resize(self, epoch_size: int) -> None:
         """Change the length of this epoch."""
         epoch = self.epoch
@@ -152,7 +157,7 @@ class EpochSampler(DistributedSampler[int]):
             TypeError, ValueError: The state is damaged, or of a sampler with another seed or
                 another number of samples. The sampler stays as it was.
         """
-        _, _, epoch, position, version = _checked(state_dict, self.seed, self.epoch_size)
+        _, _, epoch, position, version = _checked(state_dict, self.seed, self._longest_epoch)
         self._load(epoch, position, version)
 
     def _load(self, epoch: int, position: int, version: int) -> None:

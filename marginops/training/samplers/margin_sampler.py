@@ -47,7 +47,9 @@ class MarginSampler(DynamicsSampler):
         uniform_above: Draw from all samples alike while the share of samples with a positive last
             margin is above this. The default never does.
         seed: 0 <= seed < 2**63.
-        num_replicas: The number of ranks; the default is that of ``group``, or 1.
+        num_replicas: The number of ranks; the default is that of ``group``, or 1. Without
+            ``group``, give all ranks equal dynamics with ``dynamics.sync()`` before each
+            :meth:`set_epoch`; else they draw different epochs.
         rank: The number of this rank; the default is that in ``group``, or 0.
         group: The process group of the ranks. :meth:`set_epoch` is then a collective call that
             syncs the dynamics first.
@@ -68,8 +70,8 @@ class MarginSampler(DynamicsSampler):
     once, if each visit updates the dynamics.
 
     To resume, restore the dynamics and then the sampler. A state within an epoch needs dynamics
-    that hold the weights of this epoch. With several ranks, call ``dynamics.sync(group)`` before
-    you save, and load the same state on every rank. :meth:`state_dict` says nothing about policies
+    that hold the weights of this epoch. With several ranks, call ``dynamics.sync(group)`` on all
+    of them, save the state on one, and load it on all. :meth:`state_dict` says nothing about policies
     and labels; make the sampler with the same ones.
 
     Example:

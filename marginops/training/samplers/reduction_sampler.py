@@ -201,6 +201,10 @@ class ReductionSampler(DynamicsSampler):
         if weights is not None and self.dynamics.weights_version == self.epoch:
             self._adopt(weights)
 
+    @property
+    def _longest_epoch(self) -> int:
+        return self.population if self.shrink else self.epoch_size
+
     def _adopt(self, weights: Tensor) -> None:
         if not (weights > 0).any():
             raise ValueError("dynamics.weights: expected a positive weight, got weights of 0")
