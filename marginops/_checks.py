@@ -119,6 +119,28 @@ def check_logits(logits: Any) -> None:
         )
 
 
+def check_labelled_logits(logits: Any, target: Any, ignore_index: Any) -> None:
+    """Check logits [N, C], C >= 2, their targets [N] and an integer ``ignore_index``."""
+    # Right arguments, in one look. The other checks find out what is wrong.
+    if (
+        type(logits) in _ORDINARY
+        and type(target) in _ORDINARY
+        and not (logits.is_nested or target.is_nested)
+        and logits.layout == target.layout == torch.strided
+        and logits.dtype in FLOATING
+        and target.dtype == torch.int64
+        and logits.dim() == 2
+        and target.dim() == 1
+        and logits.shape[0] == target.numel()
+        and logits.shape[1] >= 2
+        and logits.device == target.device
+        and type(ignore_index) is int
+    ):
+        return
+    check_logits(logits)
+    check_target(target, logits, ignore_index)
+
+
 _looks = 16  # how many more calls of this process look at their logits
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tasks import UNIFORM, Data, Task
@@ -40,7 +39,7 @@ def train(
         if dynamics is None:
             batches = _uniform_batches(size, seed)
         else:
-            batches = _margin_batches(task, dynamics, steps, seed)
+            batches = _margin_batches(MarginSampler(dynamics, task.policies[budget], seed=seed))
         samples = 0
         for _, indices in zip(range(steps), batches, strict=False):
             target = data.train_target[indices]
@@ -71,15 +70,11 @@ def _uniform_batches(size: int, seed: int) -> Iterator[Tensor]:
         yield from _full_batches(torch.randperm(size, generator=generator))
 
 
-def _margin_batches(
-    task: Task, dynamics: TrainingDynamics, steps: int, seed: int
-) -> Iterator[Tensor]:
-    sampler = MarginSampler(dynamics, task.policy, seed=seed)
+def _margin_batches(sampler: MarginSampler) -> Iterator[Tensor]:
     epoch = 0
     while True:
         sampler.set_epoch(epoch)
-        order = np.fromiter(sampler, np.int64, len(sampler))
-        yield from _full_batches(torch.from_numpy(order))
+        yield from _full_batches(sampler.indices())
         epoch += 1
 
 

@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,8 +75,7 @@ def epochs(sampler: MarginSampler) -> Iterator[Tensor]:
     epoch = 0
     while True:
         sampler.set_epoch(epoch)
-        order = torch.from_numpy(np.fromiter(sampler, np.int64, len(sampler)))
-        yield order[: len(sampler) // BATCH * BATCH]
+        yield sampler.indices()[: len(sampler) // BATCH * BATCH]
         epoch += 1
 
 

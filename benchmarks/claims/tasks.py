@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from marginops.commands.data import load_fashion_mnist
 from marginops.training import SmallestMargins, mislabelled_share
 
+T = TypeVar("T")
 UNIFORM, STALE = "uniform", "stale margins"
 RARE_CLASSES = (1, 3, 5, 7, 9)
 
@@ -40,7 +42,7 @@ class Task:
         learning_rates: For each sampling the learning rate of each budget, the best of ``tried`` on
             held-out training samples.
         tried: The learning rates that were tried, at some of the budgets.
-        policy: The policy of the stale margins.
+        policies: The policy of the stale margins for each budget, chosen in the same way.
         seconds: About how long an epoch of all samples takes, for the estimate.
         seeds: The number of runs of each budget.
         accuracies: The range of accuracies whose gain is the claim; by default what both reach.
@@ -52,7 +54,7 @@ class Task:
     budgets: tuple[float, ...]
     learning_rates: dict[str, dict[float, float]]
     tried: tuple[float, ...]
-    policy: SmallestMargins
+    policies: dict[float, SmallestMargins]
     seconds: float
     seeds: int = 5
     accuracies: tuple[float, float] | None = None
@@ -153,10 +155,10 @@ _BUDGETS = (2, 3, 4, 6, 8, 12)
 _MORE_BUDGETS = (2, 3, 4, 6, 10, 16)
 
 
-def _rates(up_to: dict[float, float]) -> dict[float, float]:
-    """The learning rate of every budget: that of the first limit which is not below the budget."""
+def _up_to(values: dict[float, T]) -> dict[float, T]:
+    """The value of each budget: that of the first limit that is not below it."""
     budgets = sorted({*_BUDGETS, *_MORE_BUDGETS})
-    return {budget: next(r for limit, r in up_to.items() if budget <= limit) for budget in budgets}
+    return {budget: next(v for limit, v in values.items() if budget <= limit) for budget in budgets}
 
 
 TASKS = {
@@ -165,9 +167,9 @@ TASKS = {
         unchanged,
         perceptron,
         _MORE_BUDGETS,
-        {UNIFORM: _rates({4: 0.1, 16: 0.05}), STALE: _rates({2: 0.1, 16: 0.05})},
+        {UNIFORM: _up_to({4: 0.1, 16: 0.05}), STALE: _up_to({2: 0.1, 16: 0.05})},
         (0.05, 0.1, 0.2),
-        SmallestMargins(0.3, random_share=0.2),
+        _up_to({4: SmallestMargins(0.3), 16: SmallestMargins(0.4)}),
         seconds=0.85,
         seeds=10,
         accuracies=(0.889, 0.896),
@@ -177,9 +179,9 @@ TASKS = {
         with_rare_classes,
         perceptron,
         _BUDGETS,
-        {UNIFORM: _rates({4: 0.1, 16: 0.05}), STALE: _rates({2: 0.1, 16: 0.05})},
+        {UNIFORM: _up_to({4: 0.1, 16: 0.05}), STALE: _up_to({2: 0.1, 16: 0.05})},
         (0.05, 0.1),
-        SmallestMargins(0.4, random_share=0.2),
+        _up_to({16: SmallestMargins(0.4)}),
         seconds=0.45,
     ),
     "wrong-labels": Task(
@@ -187,9 +189,9 @@ TASKS = {
         with_wrong_labels,
         perceptron,
         _BUDGETS,
-        {UNIFORM: _rates({4: 0.1, 16: 0.05}), STALE: _rates({2: 0.1, 16: 0.05})},
+        {UNIFORM: _up_to({4: 0.1, 16: 0.05}), STALE: _up_to({2: 0.1, 16: 0.05})},
         (0.05, 0.1),
-        SmallestMargins(0.4, random_share=0.2, skip_hardest=mislabelled_share),
+        _up_to({16: SmallestMargins(0.4, skip_hardest=mislabelled_share)}),
         seconds=0.85,
     ),
     "cnn": Task(
@@ -197,9 +199,9 @@ TASKS = {
         unchanged,
         convolutions,
         _BUDGETS,
-        {UNIFORM: _rates({16: 0.1}), STALE: _rates({16: 0.1})},
+        {UNIFORM: _up_to({16: 0.1}), STALE: _up_to({16: 0.1})},
         (0.05, 0.1, 0.2),
-        SmallestMargins(0.4, random_share=0.2),
+        _up_to({16: SmallestMargins(0.5)}),
         seconds=2.1,
     ),
     "newsgroups": Task(
@@ -207,9 +209,9 @@ TASKS = {
         unchanged,
         perceptron,
         _BUDGETS,
-        {UNIFORM: _rates({16: 1.0}), STALE: _rates({16: 1.0})},
+        {UNIFORM: _up_to({16: 1.0}), STALE: _up_to({16: 1.0})},
         (0.3, 1.0, 3.0),
-        SmallestMargins(0.4, random_share=0.2),
+        _up_to({16: SmallestMargins(0.4)}),
         seconds=0.75,
     ),
 }

@@ -130,9 +130,7 @@ def measured(
         for future in as_completed(futures):
             name = futures[future]
             rows[name] += future.result()
-            done = len({row["seed"] for row in rows[name]})
-            print(f"{name}: {done} of {chosen[name].seeds} seeds", file=sys.stderr)
-            if done == chosen[name].seeds:
+            if len({row["seed"] for row in rows[name]}) == chosen[name].seeds:
                 yield name, sorted(rows[name], key=lambda row: SAMPLINGS.index(row["sampling"]))
 
 
@@ -152,6 +150,10 @@ def runs(name: str, task: tasks.Task, seed: int, source: Path) -> list[Row]:
     def train(sampling: str, budget: float, seed: int, stopwatch: Any) -> tuple[float, int]:
         return loop.train(task, data, sampling, budget, seed, stopwatch)
 
+    def show(run: TrainingRun) -> None:
+        text = f"{name}, {run.sampling}, budget {run.budget}, seed {seed}: {run.accuracy:.4f}"
+        print(f"{text}, {run.process_seconds:.2f} CPU s", file=sys.stderr, flush=True)
+
     # The first batches of a process are slow, so they are not measured.
     first = dataclasses.replace(
         data,
@@ -162,7 +164,9 @@ def runs(name: str, task: tasks.Task, seed: int, source: Path) -> list[Row]:
     )
     for sampling in SAMPLINGS:
         loop.train(task, first, sampling, task.budgets[0], seed, loop.Stopwatch())
-    return compare(train, SAMPLINGS, task.budgets, seeds=[seed], warm_up=False).to_rows()
+    return compare(
+        train, SAMPLINGS, task.budgets, seeds=[seed], warm_up=False, on_run=show
+    ).to_rows()
 
 
 def claims(task: tasks.Task, comparison: Comparison) -> dict[str, str]:
@@ -195,7 +199,10 @@ def write(folder: Path, chosen: dict[str, tasks.Task], comparisons: dict[str, Co
             name: {
                 "title": chosen[name].title,
                 "learning_rates": chosen[name].learning_rates,
-                "policy": policy_text(chosen[name].policy),
+                "policies": {
+                    budget: arguments_of(chosen[name].policies[budget])
+                    for budget in chosen[name].budgets
+                },
                 "claims": claims(chosen[name], comparison),
                 "runs": comparison.to_rows(),
             }
@@ -213,7 +220,7 @@ def write(folder: Path, chosen: dict[str, tasks.Task], comparisons: dict[str, Co
     print(f"written: {folder / NAME}.json and .png")
 
 
-def policy_text(policy: SmallestMargins) -> dict[str, Any]:
+def arguments_of(policy: SmallestMargins) -> dict[str, Any]:
     """The arguments of a policy. Functions are called by their names."""
     fields = dataclasses.asdict(policy).items()
     return {name: getattr(value, "__name__", value) for name, value in fields}

@@ -31,11 +31,13 @@ class Op:
         Returns empty tensors with the shapes and dtypes of the results, for tracing.
     ``setup_context``, ``backward``
         The first saves what the gradient needs, the second computes the gradient with
-        differentiable PyTorch and with other ops. It gets None for results that are not used, but
-        is not called if none is used. If a gradient must flow through an op without
-        ``backward``, that op raises NotImplementedError.
+        differentiable PyTorch and with other ops. It gets the gradients of the results that are not
+        in ``constants``: None for results that are not used, but it is not called if none is used.
+        If a gradient must flow through an op without ``backward``, that op raises
+        NotImplementedError.
     ``constants``
-        Names and positions of the floating-point results that have no gradient.
+        Names and positions of results that have no gradient: all such floating-point results, and
+        others if their position is to be left out of ``backward``.
     ``has_kernels``
         Whether the native libraries may have kernels for the op.
     """
@@ -58,7 +60,7 @@ class Op:
             _ops, self.schema, lambda _: self._kernel_op, self._checked_fake
         )
         if self._autograd_op._schema.is_mutable:
-            _ops.impl(self.name, self._call_without_gradient, "Autograd")
+            _ops.impl(self.name, self._refuse_or_call, "Autograd")
             return
         constants = {index for _, index in self.constants}
         results = range(len(self._kernel_op._schema.returns))
@@ -81,7 +83,19 @@ class Op:
                     if self._apply is None or _is_watched(arguments):
                         return self._autograd_op(*arguments)
                     return self._call_directly(arguments)
-        return self._kernel_op(*arguments)
+        # A graph that is traced knows the op itself, and not what its call in Python calls.
+        if torch.compiler.is_compiling():
+            return self._kernel_op(*arguments)
+        return self._kernel_op._op(*arguments)
+
+    def call_without_gradient(self, *arguments: Any) -> Any:
+        """Call the op as inside ``torch.no_grad()``, in two microseconds less."""
+        is_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return self(*arguments)
+        finally:
+            torch._C._set_grad_enabled(is_enabled)
 
     def _call_directly(self, arguments: tuple[Any, ...]) -> Any:
         """Do what the dispatcher would do for autograd, in fewer microseconds."""
@@ -103,7 +117,6 @@ class Op:
         save = self.setup_context or (lambda *_: None)
         differentiate = self.backward or self._refuse_gradient
         schema, differentiable = kernel_op._schema, self._differentiable
-        no_grads: list[torch.Tensor | None] = [None] * len(schema.returns)
         no_gradients = (None,) * len(schema.arguments)
 
         def forward(ctx: Any, *arguments: Any) -> Any:
@@ -116,8 +129,8 @@ class Op:
         # Each result that passes through autograd costs time in the forward and backward pass. So
         # the results without a gradient come in the list that is the last argument.
         def direct_forward(ctx: Any, *inputs: Any) -> Any:
-            arguments, results = inputs[:-1], inputs[-1]
-            output = kernel_op(*arguments)
+            *arguments, results = inputs
+            output = kernel_op._op(*arguments)
             ctx.set_materialize_grads(False)
             save(ctx, arguments, output)
             if not constants:
@@ -126,21 +139,17 @@ class Op:
             return tuple([output[index] for index in differentiable])
 
         def direct_backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            all_grads, is_used = no_grads.copy(), False
-            for index, grad in zip(differentiable, grads, strict=True):
+            for grad in grads:
                 if grad is not None:
-                    all_grads[index], is_used = grad, True
-            return *(differentiate(ctx, *all_grads) if is_used else no_gradients), None
+                    return *differentiate(ctx, *grads), None
+            return *no_gradients, None
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
             save(ctx, inputs, output)
 
-        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            for grad in grads:
-                if grad is not None:
-                    return differentiate(ctx, *grads)
-            return no_gradients
+        def backward(ctx: Any, *all_grads: torch.Tensor | None) -> Any:
+            return direct_backward(ctx, *[all_grads[index] for index in differentiable])[:-1]
 
         # torch.func would take the gradient of a result that is marked as not differentiable as 0.
         # So its function marks none, and an unexpected gradient is an error here.
@@ -188,7 +197,7 @@ class Op:
         stacked = tuple(map(torch.stack, zip(*results, strict=True)))
         return stacked, (0,) * len(stacked)
 
-    def _call_without_gradient(self, *arguments: Any) -> Any:
+    def _refuse_or_call(self, *arguments: Any) -> Any:
         """Call an op that changes its arguments, for which autograd has no gradient."""
         if torch.is_grad_enabled() and any(
             isinstance(value, torch.Tensor) and value.requires_grad for value in arguments

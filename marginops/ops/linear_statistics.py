@@ -157,13 +157,12 @@ class LinearSampleStatisticsOp(Op):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         input, weight, bias, target, log_norm, rival, *saved, margin = ctx.saved_tensors
-        grad = StatisticsFields._make(grads)
-        grad_log_norm = log_norm_gradient(grad.margin, margin, target, ctx.ignore_index)
-        softmax_grads = grad.loss, grad.confidence, grad.entropy
+        grad_margin, *softmax_grads, _ = grads
+        grad_log_norm = log_norm_gradient(grad_margin, margin, target, ctx.ignore_index)
         if not any(ctx.needs_input_grad[:3]):
             gradients: tuple[Tensor | None, ...] = (None, None, None)
-        elif all(value is None for value in softmax_grads) and grad.margin is not None:
-            value, pair = label_pair(grad.margin, target, rival, log_norm, ctx.ignore_index)
+        elif all(value is None for value in softmax_grads) and grad_margin is not None:
+            value, pair = label_pair(grad_margin, target, rival, log_norm, ctx.ignore_index)
             gradients = margin_head_gradient(
                 value, pair, (input, weight, bias), ctx.dtype, ctx.needs_input_grad
             )
@@ -176,7 +175,7 @@ class LinearSampleStatisticsOp(Op):
                 rival,
                 *saved,
                 log_norm,
-                grad.margin,
+                grad_margin,
                 *softmax_grads,
                 ctx.ignore_index,
                 ctx.dtype,

@@ -55,8 +55,7 @@ def classification_margin(
         >>> marginops.classification_margin(logits, torch.tensor([0, 1]))
         tensor([ 1., -1.])
     """
-    checks.check_logits(logits)
-    checks.check_target(target, logits, ignore_index)
+    checks.check_labelled_logits(logits, target, ignore_index)
     return classification_margin_op(
         logits, target, checks.as_log_norm(log_norm, logits), ignore_index
     )

@@ -300,8 +300,7 @@ def select_classification_margin(
         >>> marginops.select_classification_margin(logits, torch.tensor([0, 1, 0]), k=1)
         Selection(scores=tensor([-0.1000]), indices=tensor([1]))
     """
-    checks.check_logits(logits)
-    checks.check_target(target, logits, ignore_index)
+    checks.check_labelled_logits(logits, target, ignore_index)
     k = checks.check_k(k, logits.size(0), "rows of logits")
     log_norm = checks.as_log_norm(log_norm, logits)
     return Selection(*select_classification_margin_op(logits, target, log_norm, k, ignore_index))

@@ -129,8 +129,7 @@ def sample_statistics(
         >>> statistics.loss, statistics.mean_loss()
         (tensor([0.4644, 1.3266]), tensor(0.8955))
     """
-    checks.check_logits(logits)
-    checks.check_target(target, logits, ignore_index)
+    checks.check_labelled_logits(logits, target, ignore_index)
     checks.warn_of_probabilities(logits)
     input_norm = None
     if input is not None:
@@ -223,27 +222,26 @@ class SampleStatisticsOp(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, target, _, log_norm, ctx.ignore_index, with_mean = inputs
-        margin, rival, _, _, confidence, entropy, *_, maximum, log_sum, _, count = output
-        margin_or_none = margin if ctx.needs_input_grad[3] else None
+        margin, rival, _, _, confidence, entropy, _, _, _, _, maximum, log_sum, _, count = output
         ctx.save_for_backward(
             *(logits, target, rival, confidence, entropy, maximum, log_sum, log_norm),
             count if with_mean else None,
-            margin_or_none,
+            margin if ctx.needs_input_grad[3] else None,
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *saved, count, margin = ctx.saved_tensors
-        grad_margin, _, _, *softmax_grads = grads[:6]
-        grad_mean = None if count is None else grads[12]
-        ignore_index = ctx.ignore_index
+        *field_grads, grad_mean = grads
         grad_logits = grad_log_norm = None
         if ctx.needs_input_grad[0]:
+            if count is None:  # the mean is an empty tensor
+                grad_mean = None
             grad_logits = sample_statistics_gradient_op(
-                *saved, grad_margin, *softmax_grads, grad_mean, count, ignore_index
+                *saved, *field_grads, grad_mean, count, ctx.ignore_index
             )
         if margin is not None:
-            grad_log_norm = log_norm_gradient(grad_margin, margin, saved[1], ignore_index)
+            grad_log_norm = log_norm_gradient(grads[0], margin, saved[1], ctx.ignore_index)
         return grad_logits, None, None, grad_log_norm, None, None
 
 

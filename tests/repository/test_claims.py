@@ -48,7 +48,7 @@ def test_train_faster(claims, images, tmp_path, capsys) -> None:
     text = capsys.readouterr().out
     assert "Fashion-MNIST, MLP" in text and "stale margins" in text and "minutes" in text
     result = json.loads((output / "claims-train-faster.json").read_text())
-    assert result["tasks"]["wrong-labels"]["policy"]["skip_hardest"] == "mislabelled_share"
+    assert result["tasks"]["wrong-labels"]["policies"]["2"]["skip_hardest"] == "mislabelled_share"
     rows = result["tasks"]["mlp"]["runs"]
     assert len(rows) == 2 * 2 * len(module.QUICK_BUDGETS)
     for row in rows:

@@ -112,7 +112,7 @@ DAMAGES = {
     r"last_step in \[-1, 8\), which fails at index 2": at("last_step", 2, 8),
     r"last_step in \[-1, 8\), which fails at index 3": at("last_step", 3, -2),
     "counts >= 0": at("counts", (4, 1), -1),
-    "no more visits than steps": at("counts", (4, 0), 9),
+    "no visits of samples that were never seen": at("last_step", 4, -1),
     "no more correct visits than visits": at("counts", 4, torch.tensor([0, 1, 0, 0])),
     "learnt no more often than correct": at("counts", 4, torch.tensor([1, 0, 1, 0])),
     "forgotten no more often than not correct": at("counts", 4, torch.tensor([1, 1, 1, 1])),
@@ -255,6 +255,18 @@ def test_merged_visits_of_the_same_samples_are_one_history():
             torch.testing.assert_close(getattr(merged, name), getattr(whole, name))
         assert merged.num_updates == whole.num_updates
         merged.load_state_dict(merged.state_dict())  # a merged state is a whole state
+
+
+def test_a_state_may_have_more_visits_than_steps():
+    """So it is after the merge of two runs that visit every sample at every step."""
+    runs = TrainingDynamics(20), TrainingDynamics(20)
+    random = torch.Generator().manual_seed(0)
+    for run in runs * 4:
+        logits = torch.randn(20, 2, generator=random)
+        run.update(torch.arange(20), logits, torch.zeros(20, dtype=torch.int64))
+    runs[0].merge(runs[1])
+    assert runs[0].count.tolist() == [8] * 20 and runs[0].num_updates == 4
+    assert_same_dynamics(copy.deepcopy(runs[0]), runs[0])
 
 
 def test_dynamics_that_do_not_match_are_not_merged():

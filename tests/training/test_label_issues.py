@@ -46,6 +46,15 @@ def test_the_threshold_is_the_percentile_of_the_threshold_samples(dynamics, perc
     assert issues.num_issues == sum(score < threshold for score in issues.scores.tolist())
 
 
+def test_a_margin_that_is_not_finite_tells_nothing(dynamics):
+    nan = torch.tensor([[float("nan"), 0.0]], device=dynamics.device)
+    dynamics.update(torch.tensor([3]), nan, torch.tensor([0], device=dynamics.device))
+    assert 3 not in dynamics.label_issues("margin").indices
+    assert 3 in dynamics.label_issues("aum").indices
+    with pytest.raises(ValueError, match="finite score, and 1 have none, such as 3"):
+        dynamics.label_issues("margin", threshold_samples=torch.tensor([3, 8]))
+
+
 def test_no_sample_was_seen():
     assert len(TrainingDynamics(3).label_issues().indices) == 0
 
@@ -57,7 +66,7 @@ WRONG = {
     "threshold_samples: expected at least one sample": (torch.tensor([]).long(), ValueError),
     r"threshold_samples: expected values in \[0, 40\), got 40": (torch.tensor([40]), ValueError),
     r"threshold_samples: expected values in \[0, 40\), got -1": (torch.tensor([-1]), ValueError),
-    "threshold_samples: expected samples that were seen, and 2 were not, such as 38": (
+    "threshold_samples: expected samples with a finite score, and 2 have none, such as 38": (
         torch.tensor([1, 38, 39]),
         ValueError,
     ),

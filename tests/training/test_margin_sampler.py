@@ -363,6 +363,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "above": ({"uniform_above": -0.1}, ValueError, r"^uniform_above: expected a value in \[0, 1\]"),
     "rank": ({"rank": 2, "num_replicas": 2}, ValueError, r"^rank: expected"),
     "seed": ({"seed": 0.5}, TypeError, r"^seed: expected an int, got float"),
+    "group": ({"group": "gloo"}, TypeError, r"^group: expected a torch.distributed.ProcessGroup"),
 }
 
 

@@ -111,7 +111,8 @@ def test_a_sampler_leaves_the_lower_mode_out() -> None:
 
 def test_wrong_arguments() -> None:
     dynamics = TrainingDynamics(3)
-    with pytest.raises(ValueError, match=r"by: expected one of margin, .*, got 'depth'"):
-        mislabelled_share(dynamics, by="depth")
+    for name in ("depth", "loss", "confidence"):  # those of TrainingDynamics are no margins
+        with pytest.raises(ValueError, match=rf'by: expected "margin_average", .*, got \'{name}\''):
+            mislabelled_share(dynamics, by=name)
     with pytest.raises(ValueError, match=r"by: expected shape \[3\]"):
         mislabelled_share(dynamics, by=torch.zeros(2))

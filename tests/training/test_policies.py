@@ -135,12 +135,15 @@ def test_the_hardest_are_told_by_their_own_number() -> None:
 
 
 def test_a_share_to_skip_that_leaves_too_few_is_an_error() -> None:
-    for skip in (lambda dynamics: 0.8, lambda dynamics: 1.2):
-        policy = SmallestMargins(0.3, skip_hardest=skip)
-        with pytest.raises(ValueError, match=r"^skip_hardest: expected a "):
-            policy(seen(MARGINS), 60, None)
+    with pytest.raises(ValueError, match=r"^skip_hardest: expected a "):
+        SmallestMargins(0.3, skip_hardest=lambda dynamics: 1.2)(seen(MARGINS), 60, None)
     with pytest.raises(ValueError, match=r"that leaves 100 of 200 seen samples, got 0.6; lower it"):
         SmallestMargins(0.3, skip_hardest=0.6)(seen(MARGINS), 100, None)
+
+
+def test_what_a_function_skips_leaves_enough() -> None:
+    weights = SmallestMargins(0.3, skip_hardest=lambda dynamics: 0.8)(seen(MARGINS), 60, None)
+    assert weights.nonzero().flatten().tolist() == MARGINS.argsort()[140:].sort().values.tolist()
 
 
 def test_below_the_mean_loss_is_a_random_part() -> None:

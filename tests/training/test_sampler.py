@@ -24,7 +24,9 @@ def sampler(**arguments: Any) -> WeightedSampler:
 
 def epoch_of(one: WeightedSampler, epoch: int) -> list[int]:
     one.set_epoch(epoch)
-    return list(one)
+    ids = list(one)
+    assert one.indices().tolist() == ids
+    return ids
 
 
 def interleave(shares: list[list[int]]) -> list[int]:
@@ -48,7 +50,12 @@ def test_ranks_share_the_order_of_one_process(
     if drop_last:
         assert joined == whole[: size - size % ranks]
     else:
-        assert joined == [whole[place % size] for place in range(-(-size // ranks) * ranks)]
+        assert joined[:size] == whole
+        # The other ranks of the last step repeat what the first ones visit in it.
+        first = size - (size % ranks or ranks)
+        assert joined[size:] == list(
+            itertools.islice(itertools.cycle(whole[first:]), -size % ranks)
+        )
     # The rule for the ends is that of torch.
     oracle = DistributedSampler(range(size), ranks, 0, shuffle=False, drop_last=drop_last)
     assert len(sampler(rank=0, **options)) == len(shares[0]) == len(oracle)

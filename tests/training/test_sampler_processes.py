@@ -15,6 +15,7 @@ from marginops.training import MarginSampler, ReductionSampler, SmallestMargins,
 N, GLOBAL_BATCH, EPOCHS = 75, 12, 6
 KINDS = {
     "margins": (MarginSampler, {"seed": 4}),  # 30 samples an epoch
+    "padding": (MarginSampler, {"num_samples": 31, "policy": SmallestMargins(by="aum")}),
     "reduction": (ReductionSampler, {"num_kept": 5, "num_samples": 30, "trigger": 0.5}),
 }
 
@@ -69,7 +70,9 @@ def run(kind: str, state: Any, steps: int, group: Any) -> tuple[list[list[int]],
             visited.append(ids)
             consumed += len(ids) * sampler.num_replicas
         epoch += 1
-    return visited, None
+    if group is not None:
+        dynamics.sync(group)
+    return visited, (dynamics.state_dict(), sampler.state_dict())
 
 
 def run_on_rank(groups: Any, arguments: Any) -> Any:
@@ -83,12 +86,15 @@ def run_on_rank(groups: Any, arguments: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group_index", [0, 1], ids=["3 ranks", "2 ranks"])
 def test_ranks_visit_what_one_process_visits(ranks: Ranks, kind: str, group_index: int) -> None:
-    expected, _ = run(kind, None, 10**6, None)
+    expected, final = run(kind, None, 10**6, None)
     answers = on_all(ranks, run_on_rank, [(kind, None, 10**6, group_index)] * 3)
-    assert joined([ids for ids, _ in answers]) == [sorted(ids) for ids in expected]
+    assert_same_visits(joined([ids for ids, _ in answers]), expected, kind)
+    for ids, state in answers:
+        if ids and kind != "reduction":  # which visits a sample on several ranks
+            assert_same_state(state, final)
     assert len(expected) == EPOCHS * 3
     last_epoch = {sample for ids in expected[-3:] for sample in ids}
-    assert len(last_epoch) == (5 if kind == "reduction" else 30)
+    assert len(last_epoch) == {"margins": 30, "padding": 31, "reduction": 5}[kind]
 
 
 def joined(visits: list[list[list[int]]]) -> list[list[int]]:
@@ -97,13 +103,26 @@ def joined(visits: list[list[list[int]]]) -> list[list[int]]:
     return [sorted(itertools.chain(*step)) for step in zip(*members, strict=True)]
 
 
+def assert_same_visits(visited: list[list[int]], expected: list[list[int]], kind: str) -> None:
+    unique = set if kind == "padding" else list  # padding repeats ids of the same step
+    assert [sorted(unique(ids)) for ids in visited] == [sorted(ids) for ids in expected]
+
+
+def assert_same_state(state: Any, expected: Any) -> None:
+    for name, value in expected[0].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(state[0][name].nan_to_num(), value.nan_to_num()), name
+        else:
+            assert state[0][name] == value, name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stops", [(2, 7), (4, 5), (9, 13)], ids=str)
 def test_a_run_goes_on_with_another_number_of_ranks(
     ranks: Ranks, kind: str, stops: tuple[int, int]
 ) -> None:
     """2 ranks, then 1 process, then 3 ranks; kills within an epoch and between two."""
-    expected, _ = run(kind, None, 10**6, None)
+    expected, final = run(kind, None, 10**6, None)
     first = on_all(ranks, run_on_rank, [(kind, None, stops[0], 1)] * 3)
     states = [state for ids, state in first if ids]
     assert states[0][1] == states[1][1], "the ranks saved different states"
@@ -111,15 +130,19 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     last = on_all(ranks, run_on_rank, [(kind, state, 10**6, 0)] * 3)
     visited = joined([ids for ids, _ in first]) + [sorted(ids) for ids in alone]
     visited += joined([ids for ids, _ in last])
-    assert visited == [sorted(ids) for ids in expected]
+    assert_same_visits(visited, expected, kind)
+    for _, state in last:
+        if kind != "reduction":
+            assert_same_state(state, final)
 
 
 def begin(groups: Any, arguments: dict[str, Any]) -> Any:
     own = {"num_samples_of_data": N, "epoch": 0, **arguments}
     dynamics = seen([float(sample) for sample in range(own.pop("num_samples_of_data"))])
     epoch = own.pop("epoch")
-    if own.pop("stale", False):
-        dynamics.weights, dynamics.weights_version = torch.ones(dynamics.num_samples), epoch
+    if stale := own.pop("stale", 0):
+        weights = torch.arange(dynamics.num_samples).float() + stale
+        dynamics.weights, dynamics.weights_version = weights, epoch
     sampler = MarginSampler(dynamics, group=groups[0], **own)
     sampler.set_epoch(epoch)
     return list(sampler)
@@ -147,7 +170,11 @@ DIFFERENCES = {
     "length": ([{"policy": SmallestMargins(0.5)}, {}, {}], "num_samples: expected the same .* 38"),
     "epoch": ([{}, {}, {"epoch": 3}], "epoch: expected the same value on all ranks, got 0, 0, 3"),
     "ends": ([{"drop_last": True}, {}, {}], "drop_last: expected the same value"),
-    "state": ([{"stale": True}, {}, {}], "dynamics.weights_version: expected the same value"),
+    "state": ([{"stale": 1}, {}, {}], "dynamics.weights_version: expected the same value"),
+    "stale": (
+        [{"stale": 1}, {"stale": 2}, {"stale": 1}],
+        "checksum of the weights: expected the same value on all ranks",
+    ),
     "weights": (
         [{"policy": own_zero_policy, "num_samples": 9}] * 3,
         "checksum of the weights: expected the same value on all ranks",
@@ -174,3 +201,9 @@ def test_an_error_on_one_rank_is_an_error_on_all(ranks: Ranks) -> None:
     answers = ranks(begin, [{"policy": wrong_policy, "num_samples": 9}] * 3, timeout=60)
     assert [type(answer) for answer in answers] == [RuntimeError, KeyError, RuntimeError]
     assert str(answers[0]) == "rank 1 failed: KeyError: 'no such file'"
+
+
+def test_a_wrong_epoch_on_one_rank_is_an_error_on_all(ranks: Ranks) -> None:
+    answers = ranks(begin, [{}, {"epoch": -1}, {}], timeout=60)
+    assert [type(answer) for answer in answers] == [RuntimeError, ValueError, RuntimeError]
+    assert str(answers[2]) == "rank 1 failed: ValueError: epoch: expected at least 0, got -1"

@@ -107,7 +107,7 @@ def train(
         dynamics: What the training collects about every training sample. ``"stale_margin"`` makes
             its own if there is none. The others collect nothing then.
         skip_mislabelled: Whether ``"stale_margin"`` leaves out the samples that look mislabelled,
-            see :func:`marginops.training.dynamics.training_dynamics.mislabelled_share`.
+            see :func:`marginops.training.mislabelled_share`.
 
     Returns:
         The history. Its margins are on the CPU.
@@ -243,7 +243,7 @@ def _draw_stale(
     sampler = MarginSampler(dynamics, policy, num_epochs=num_epochs, seed=int(seed))
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
-        order = torch.tensor(list(sampler)).to(dynamics.device)
+        order = sampler.indices().to(dynamics.device)
         yield from order[: len(order) - len(order) % batch_size].split(batch_size)
 
 

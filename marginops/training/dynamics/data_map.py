@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,5 +100,5 @@ def to_table(dynamics: DynamicsValues) -> Any:
     except ImportError as error:
         raise ImportError('to_table needs pyarrow; run pip install "marginops[tables]"') from error
     columns = {name: getattr(dynamics, name).cpu().numpy() for name in COLUMNS}
-    indices = torch.arange(len(columns["count"])).numpy()
+    indices = np.arange(len(columns["count"]))
     return pyarrow.table({"index": indices, **columns})

@@ -19,7 +19,8 @@ class LabelIssues(NamedTuple):
     :meth:`marginops.training.TrainingDynamics.label_issues` makes it.
 
     Attributes:
-        indices: ``[M]`` int64, the samples that were seen, the most suspicious first.
+        indices: ``[M]`` int64, the samples with a finite score, the most suspicious first.
+            Samples that were never seen have none.
         scores: ``[M]`` float32, their scores, ascending.
         threshold: The score below which a label counts as wrong; None without threshold samples.
         num_issues: The number of scores below ``threshold``, so ``indices[:num_issues]`` are the
@@ -95,8 +96,8 @@ def threshold_samples(
         raise ValueError(
             f"num_samples: expected 1 to {len(target) - 1} of {len(target)} samples, got {count}"
         )
-    random = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(target), generator=random)[:count].sort().values
+    random = torch.Generator("cpu").manual_seed(seed)
+    chosen = torch.randperm(len(target), generator=random, device="cpu")[:count].sort().values
     chosen = chosen.to(target.device)
     return ThresholdSamples(chosen, target.index_fill(0, chosen, num_classes))
 
@@ -106,7 +107,8 @@ def label_issues(
 ) -> LabelIssues:
     """See :meth:`marginops.training.TrainingDynamics.label_issues`."""
     checks.check_choice("by", by, _SCORES)
-    scores, is_judged = getattr(dynamics, by), dynamics.count > 0
+    scores = getattr(dynamics, by)
+    is_judged = scores.isfinite()
     threshold = None
     if threshold_samples is not None:
         chosen = _checked_samples(threshold_samples, is_judged)
@@ -118,22 +120,22 @@ def label_issues(
     return LabelIssues(indices[order], scores, threshold, count)
 
 
-def _checked_samples(chosen: Any, is_seen: Tensor) -> Tensor:
-    """Check that threshold samples are samples that were seen."""
+def _checked_samples(chosen: Any, has_score: Tensor) -> Tensor:
+    """Check that threshold samples are samples with a finite score."""
     checks.check_indices("threshold_samples", chosen, "[K]")
-    chosen = chosen.to(is_seen.device)
+    chosen = chosen.to(has_score.device)
     if len(chosen) == 0:
         raise ValueError("threshold_samples: expected at least one sample, got none")
-    outside = chosen[(chosen < 0) | (chosen >= len(is_seen))]
+    outside = chosen[(chosen < 0) | (chosen >= len(has_score))]
     if len(outside):
         raise ValueError(
-            f"threshold_samples: expected values in [0, {len(is_seen)}), got {int(outside[0])}"
+            f"threshold_samples: expected values in [0, {len(has_score)}), got {int(outside[0])}"
         )
-    unseen = chosen[~is_seen[chosen]]
-    if len(unseen):
+    missing = chosen[~has_score[chosen]]
+    if len(missing):
         raise ValueError(
-            f"threshold_samples: expected samples that were seen, and {len(unseen)} were not, "
-            f"such as {int(unseen[0])}; train at least one epoch"
+            f"threshold_samples: expected samples with a finite score, and {len(missing)} have "
+            f"none, such as {int(missing[0])}; train at least one epoch"
         )
     return chosen
 

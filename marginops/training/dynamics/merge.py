@@ -84,12 +84,8 @@ def sync(dynamics: DynamicsValues, group: Any) -> None:
     """Give all ranks the newest record of each sample; see :meth:`TrainingDynamics.sync`."""
     if not dist.is_available() or (group is None and not dist.is_initialized()):
         return
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group: expected a group that this process is a member of")
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}"
-        )
+    if group is not None:
+        check_group(group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     totals = _check_ranks(dynamics, group, ranks)
     device = _collective_device(dynamics, group)
@@ -99,6 +95,16 @@ def sync(dynamics: DynamicsValues, group: Any) -> None:
     state.totals[0] = max(steps for steps, _ in totals)
     state.totals[1] = common + sum(nonfinite - common for _, nonfinite in totals)
     dynamics._common_nonfinite = dynamics.num_nonfinite
+
+
+def check_group(group: Any) -> None:
+    """Check that this process is a member of a process group."""
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: expected a group that this process is a member of")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}"
+        )
 
 
 def _check_ranks(dynamics: DynamicsValues, group: Any, ranks: int) -> list[list[int]]:

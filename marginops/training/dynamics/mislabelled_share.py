@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ... import _checks as checks
 from .difficulty import By, check_by, difficulty
 
 if TYPE_CHECKING:
     from .training_dynamics import TrainingDynamics
 
+_MARGINS = "margin_average", "margin", "aum"
 _BINS_PER_MEDIAN = 4  # bins of the histogram up to the median of the positive margins
 _BINS = 60
 _DEEPEST_VALLEY = 0.9  # of the height of the peak below it
@@ -62,6 +64,8 @@ def mislabelled_share(dynamics: TrainingDynamics, by: By = "margin_average") -> 
         >>> 0.1 < mislabelled_share(dynamics) < 0.25
         True
     """
+    if isinstance(by, str):
+        checks.check_choice("by", by, _MARGINS)
     check_by("by", by)
     values = difficulty("by", by, dynamics)
     values = values[values.isfinite()]

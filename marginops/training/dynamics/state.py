@@ -108,7 +108,7 @@ def _check_content(
         "totals >= 0": totals >= 0,
         f"last_step in [-1, {steps})": (last_step >= -1) & (last_step < steps),
         "counts >= 0": (counts >= 0).all(1),
-        "no more visits than steps": count <= last_step + 1,
+        "no visits of samples that were never seen": (count == 0) | (last_step >= 0),
         "no more correct visits than visits": correct <= count,
         "learnt no more often than correct": learnt <= correct,
         "forgotten no more often than not correct": forgotten <= count - correct,

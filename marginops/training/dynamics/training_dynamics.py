@@ -185,7 +185,6 @@ class TrainingDynamics(DynamicsValues):
         self.record(indices, statistics, score=score)
         return statistics
 
-    @torch.no_grad()
     def record(
         self, indices: Tensor, statistics: SampleStatistics, *, score: Tensor | None = None
     ) -> None:
@@ -217,7 +216,7 @@ class TrainingDynamics(DynamicsValues):
         fields = _fields(statistics, score)
         margin, device = fields[0], self._state.values.device
         checks.check_indices("indices", indices, "[B]")
-        if len(indices) != len(margin):
+        if indices.shape != margin.shape:
             raise ValueError(
                 f"indices: expected shape {list(margin.shape)}, one index for each sample of the "
                 f"batch, got {list(indices.shape)}"
@@ -226,7 +225,7 @@ class TrainingDynamics(DynamicsValues):
             fields = _moved(fields, device)
         if indices.device != device:
             indices = indices.to(device, non_blocking=device.type == "cuda")
-        update_dynamics_op(*self._state, indices, *fields, self.decay)
+        update_dynamics_op.call_without_gradient(*self._state, indices, *fields, self.decay)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, for ``torch.save``; ``torch.load(..., weights_only=True)`` reads it.

@@ -47,7 +47,7 @@ def rank_within_class(labels: Tensor) -> Tensor:
     sizes = by_class.values.unique_consecutive(return_counts=True)[1]
     starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     ranks = torch.empty_like(labels)
-    ranks[by_class.indices] = torch.arange(len(labels)) - starts
+    ranks[by_class.indices] = torch.arange(len(labels), device=labels.device) - starts
     return ranks
 
 

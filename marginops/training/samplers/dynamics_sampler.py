@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..dynamics.merge import check_group
 from ..dynamics.training_dynamics import TrainingDynamics
-from .agreement import check_agreement, together
+from .agreement import together
 from .epoch_sampler import EpochSampler
 from .weighted_sampler import check_weights
 
@@ -30,6 +31,8 @@ class DynamicsSampler(EpochSampler):
         group: ProcessGroup | None,
         drop_last: bool,
     ) -> None:
+        if group is not None:
+            check_group(group)
         if num_replicas is None:
             num_replicas = 1 if group is None else dist.get_world_size(group)
         if rank is None:
@@ -48,13 +51,12 @@ class DynamicsSampler(EpochSampler):
             epoch: The number of the epoch, 0 <= epoch < 2**63. The epoch of a loaded state goes on
                 at its position; every other epoch begins anew.
         """
-        super().set_epoch(epoch)
-        self._prepare()
+        self._prepare(epoch)
 
     def _drawn_weights(self) -> tuple[Tensor, int]:
         weights = self.dynamics.weights
         if self.dynamics.weights_version != self.epoch or weights is None:
-            self._prepare()
+            self._prepare(self.epoch)
             weights = self.dynamics.weights
             assert weights is not None
         return weights.cpu(), self.epoch
@@ -69,25 +71,28 @@ class DynamicsSampler(EpochSampler):
             )
         self.epoch, self._position, self._loaded_version = epoch, position, version
 
-    def _prepare(self) -> None:
-        """Let the dynamics hold the weights of the current epoch."""
-        dynamics, epoch = self.dynamics, self.epoch
-        if self.group is not None:
-            check_agreement(self.group, self._facts())
-        if dynamics.weights_version == epoch and dynamics.weights is not None:
-            self._adopt(dynamics.weights)
-            return
-        if self._loaded_version == epoch:
+    def _prepare(self, epoch: int) -> None:
+        """Begin an epoch, and let the dynamics hold its weights."""
+        begin = super().set_epoch
+        together(self.group, lambda: begin(epoch), lambda _: self._facts())
+        weights = together(self.group, self._weights_of_epoch, _checksum)
+        self._adopt(weights)
+        self.dynamics.weights, self.dynamics.weights_version = weights, self.epoch
+
+    def _weights_of_epoch(self) -> Tensor:
+        """The weights that the dynamics hold for the current epoch, or new ones."""
+        dynamics = self.dynamics
+        if dynamics.weights_version == self.epoch and dynamics.weights is not None:
+            return dynamics.weights
+        if self._loaded_version == self.epoch:
             raise ValueError(
-                f"dynamics: expected the weights of epoch {epoch}, in which the loaded state "
+                f"dynamics: expected the weights of epoch {self.epoch}, in which the loaded state "
                 f"stopped, got those of epoch {dynamics.weights_version}; load the state of the "
                 "dynamics that was saved with the state of the sampler"
             )
         if self.group is not None:
             dynamics.sync(self.group)
-        dynamics.weights = together(self.group, self._compute, _checksum)
-        dynamics.weights_version = epoch
-        self._adopt(dynamics.weights)
+        return self._compute()
 
     def _adopt(self, weights: Tensor) -> None:
         """Take weights that the dynamics hold."""
@@ -105,6 +110,7 @@ class DynamicsSampler(EpochSampler):
             "position of the loaded state": self._position,
             "weights_version of the loaded state": self._loaded_version,
             "dynamics.weights_version": self.dynamics.weights_version,
+            "dynamics.weights is None": self.dynamics.weights is None,
         }
 
     def _compute(self) -> Tensor:
@@ -122,5 +128,5 @@ def check_dynamics(dynamics: Any) -> None:
         raise TypeError(f"dynamics: expected TrainingDynamics, got {type(dynamics).__name__}")
 
 
-def _checksum(weights: Tensor) -> int:
-    return zlib.crc32(weights.numpy().data)
+def _checksum(weights: Tensor) -> dict[str, int]:
+    return {"checksum of the weights": zlib.crc32(weights.cpu().numpy().data)}

@@ -109,6 +109,15 @@ class EpochSampler(DistributedSampler[int]):
         draw = Draw(weights, self.epoch_size, self.seed, self.epoch, version, self._repeats)
         return EpochIterator(draw, self.num_replicas, self.rank, self.drop_last, self._position)
 
+    def indices(self) -> Tensor:
+        """What ``iter(sampler)`` yields, as a tensor, for a loop over data in memory.
+
+        Returns:
+            ``[n]`` int64 on the CPU, the ids of this rank in the current epoch, from the position
+            of a loaded state on. ``sampler.indices().split(128)`` are batches.
+        """
+        return iter(self).indices()
+
     def state_dict(self, position: int | None = None) -> dict[str, int]:
         """The state as five integers.
 
@@ -203,24 +212,28 @@ class EpochIterator(Iterator[int]):
         for sample in self._chunk:  # this is the fastest way to take one
             return sample
         if self._chunks is None:
-            self._chunks = self._remaining(self._chunk_end)
+            self._chunks = map(Tensor.tolist, self.indices().split(_CHUNK))
         chunk = next(self._chunks)
         self._chunk_end += len(chunk) * self._num_replicas
         self._chunk = iter(chunk)
         return next(self._chunk)
 
-    def _remaining(self, position: int) -> Iterator[list[int]]:
-        """The ids from a position on, which all ranks share evenly."""
+    def indices(self) -> Tensor:
+        """The ids from the position on, which all ranks share evenly."""
         size, step = self._draw.epoch_size, self._num_replicas
-        remaining = max(size - position, 0)
+        remaining = max(size - self._position, 0)
         share = remaining // step if self._drop_last else -(-remaining // step)
         if share == 0:
-            return
+            return torch.empty(0, dtype=torch.int64)
         order = self._draw.order()
-        first = position + self._rank
-        for begin in range(0, share, _CHUNK):
-            places = torch.arange(begin, min(begin + _CHUNK, share)) * step + first
-            yield order[places % size].tolist()  # the padding comes from the beginning
+        first, last_round = self._position + self._rank, self._position + (share - 1) * step
+        own = order[first::step][:share]
+        if len(own) == share:
+            return own
+        # The padding repeats what lower ranks visit at the same step. A sync keeps the visits of
+        # the lower ranks, so the padding leaves no trace in the dynamics.
+        padding = last_round + self._rank % (size - last_round)
+        return torch.cat((own, order[padding : padding + 1]))
 
     @property
     def _position(self) -> int:

@@ -176,7 +176,7 @@ class MarginSampler(DynamicsSampler):
             )
         weights, _ = self._drawn_weights()
         certain = weights[indices.cpu()].isposinf()
-        return torch.where(certain, 1.0, inverse).to(indices.device)
+        return torch.where(certain, 1.0, inverse).float().to(indices.device)
 
     @property
     def unbiased(self) -> bool:
@@ -198,7 +198,7 @@ class MarginSampler(DynamicsSampler):
         """The weights of the current epoch."""
         dynamics, k = self.dynamics, self.epoch_size
         if self._is_uniform():
-            return torch.ones(self.population)
+            return torch.ones(self.population, dtype=torch.float32, device="cpu")
         unseen = self._unseen()
         others = k - int(unseen.sum())
         if others <= 0:

@@ -38,7 +38,7 @@ def epoch_order(weights: Tensor, k: int, seed: int, epoch: int) -> Tensor:
         ``[k]`` int64 on the CPU, no id twice.
     """
     if k == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     if k == len(weights):  # every weight is positive
         return _shuffled(k, seed, epoch)
     chosen = _drawn(weights.numpy(), k, seed, epoch)
@@ -74,25 +74,6 @@ def repeated_order(ids: Tensor, length: int, seed: int, epoch: int) -> Tensor:
 def random_numbers(count: int, seed: int, epoch: int) -> Tensor:
     """Random positive numbers ``[count]`` float32, for a choice of samples at random."""
     return torch.from_numpy(_uniform_keys(seed, epoch, _CHOICE, count))
-
-
-def _first(keys: _Floats, k: int) -> Tensor:
-    """The k samples that arrive first; among equal times those with the smallest ids."""
-    if len(keys) <= _SORTED_AT_ONCE:
-        return select_smallest(torch.from_numpy(keys), k).indices
-    # Certain samples have equal keys, and a partition is slow where many are equal.
-    racing = np.flatnonzero(keys >= 0)
-    times = keys[racing]
-    place = k - np.count_nonzero(keys < 0) - 1
-    del racing
-    if place < 0:
-        return torch.from_numpy(np.flatnonzero(keys < 0))
-    times.partition(place)
-    last = times[place]
-    del times
-    earlier = np.flatnonzero(keys < last)
-    equal = np.flatnonzero(keys == last)[: k - len(earlier)]
-    return torch.from_numpy(np.concatenate([earlier, equal]))
 
 
 def as_weights(weights: Tensor) -> Tensor:
@@ -177,7 +158,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
     if count <= _SORTED_AT_ONCE:
         return select_smallest(torch.from_numpy(keys), count).indices
     # The keys of one part are below those of the next. So the parts make up the order of the whole.
-    order, begin = torch.empty(count, dtype=torch.int64), 0
+    order, begin = torch.empty(count, dtype=torch.int64, device="cpu"), 0
     parts = -(-count // (_SORTED_AT_ONCE // 2))
     bounds = np.linspace(1 << 23, (1 << 23) + (1 << 30), parts + 1).astype(np.uint32)
     for low, high in itertools.pairwise(bounds.view(np.float32)):

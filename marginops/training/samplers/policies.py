@@ -39,7 +39,8 @@ class SmallestMargins:
             counts as easy.
         skip_hardest: The share of the seen samples that is left out because they are the hardest
             and so perhaps mislabelled, in [0, 1 - keep], or a function of the dynamics that
-            returns it.
+            returns it, such as :func:`marginops.training.mislabelled_share`. What it returns is
+            lowered where too few samples would be left.
         skip_by: What says which are the hardest, as ``by``.
 
     Raises:
@@ -111,7 +112,7 @@ class Uniform:
 
     def __call__(self, dynamics: TrainingDynamics, k: int, labels: Tensor | None) -> Tensor:
         """Weights ``[N]``, all of them 1."""
-        return torch.ones(dynamics.num_samples)
+        return torch.ones(dynamics.num_samples, dtype=torch.float32, device=dynamics.device)
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,8 @@ def number_to_skip(skip: Any, dynamics: TrainingDynamics, seen: int, k: int) -> 
     share = skip(dynamics) if callable(skip) else skip
     check_share("skip_hardest", share)
     number = math.floor(share * seen)
+    if callable(skip):  # what a function finds must not stop a training that goes on for days
+        return min(number, seen - k)
     if seen - number < k:
         raise ValueError(
             f"skip_hardest: expected a share that leaves {k} of {seen} seen samples, got {share}; "

@@ -171,7 +171,7 @@ class ReductionSampler(DynamicsSampler):
         A training from scratch on them is a control of its own: ``Subset(dataset, sampler.kept)``.
         """
         if self._reduced_at < 0 or self.dynamics.weights is None:
-            return torch.arange(self.population)
+            return torch.arange(self.population, device="cpu")
         return self.dynamics.weights.cpu().nonzero().squeeze(1)
 
     @property
@@ -218,8 +218,8 @@ class ReductionSampler(DynamicsSampler):
             unseen = self._unseen()
             if unseen.any() or not self._separated():
                 few = int(unseen.sum()) < self.epoch_size
-                return torch.where(unseen, torch.inf, 1.0) if few else unseen.float()
-            kept = torch.ones(self.population, dtype=torch.bool)
+                return torch.where(unseen, torch.inf, 1.0).float() if few else unseen.float()
+            kept = torch.ones(self.population, dtype=torch.bool, device="cpu")
         elif self.dynamics.weights is None:
             raise ValueError(
                 "dynamics: expected the weights that hold the kept samples, got None; load the "
@@ -229,7 +229,7 @@ class ReductionSampler(DynamicsSampler):
             kept = self.dynamics.weights.cpu() > 0
         size = self._kept_at(self.epoch, self.epoch if before < 0 else before)
         candidates = torch.ones_like(kept) if self.readmit else kept
-        weights = torch.zeros(self.population)
+        weights = torch.zeros(self.population, dtype=torch.float32, device="cpu")
         weights[self._choose(candidates, size)] = 1
         if before < 0:
             self._reduced_at = self.epoch

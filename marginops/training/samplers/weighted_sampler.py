@@ -18,8 +18,8 @@ class WeightedSampler(EpochSampler):
     weights) gives the order, with the same bits on every machine.
 
     With several ranks, rank r takes the elements r, r + R, r + 2R, ... of the order, R =
-    ``num_replicas``. As in ``torch.utils.data.DistributedSampler``, the order is padded from its
-    beginning to a multiple of R, or cut with ``drop_last``.
+    ``num_replicas``. If R does not divide k, the ranks without a last element repeat those that
+    the lower ranks visit last; with ``drop_last`` no rank visits these.
 
     Args:
         weights: ``[N]`` float32 or float64, on any device, in [0, inf]. A sample of weight 0 is
