@@ -96,7 +96,8 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Check that ``value`` is one of ``choices``."""
     if value not in choices:
         *most, last = (f'"{choice}"' for choice in choices)
-        raise ValueError(f"{name}: expected {', '.join(most)} or {last}, got {value!r}")
+        expected = f"{', '.join(most)} or {last}" if most else last
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:

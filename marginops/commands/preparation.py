@@ -60,6 +60,11 @@ def prepare(
     _check_device(options.device)
     torch.set_num_threads(options.threads)
     if options.data == "digits":
+        if options.data_dir is not None:
+            raise UsageError(
+                f"--data-dir: expected no folder for digits, got {options.data_dir}; add --data "
+                "fashion-mnist"
+            )
         data = load_digits()
     else:
         folder = options.data_dir or fashion_mnist.find_folder(quiet=options.quiet)

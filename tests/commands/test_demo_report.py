@@ -118,7 +118,10 @@ def test_conclusion_says_what_happened(
         others,
         ("Stale margins: ", "Minimal margin: "),
         expected,
-        ("They score nothing.", "It scores 10 candidates for each trained sample."),
+        (
+            "Stale margins score nothing.",
+            "Minimal margin scores 10 candidates for each trained sample.",
+        ),
         strict=True,
     ):
         assert line.startswith(name) and line.endswith(cost)
@@ -156,7 +159,7 @@ def test_no_winner_where_the_smallest_budget_is_more_than_enough() -> None:
 def test_the_samples_that_are_left_out_are_named() -> None:
     options = argparse.Namespace(candidates=10, label_noise=0.125)
     text = conclusion(results([0.9], [0.9], [0.9]), options, "s")
-    assert "They score nothing and leave out what looks mislabelled." in text
+    assert "Stale margins score nothing and leave out what looks mislabelled." in text
 
 
 def test_a_single_update_is_one() -> None:

@@ -48,6 +48,7 @@ def assert_refused(
     ("options", "message"),
     [
         (["--data", "fashion-mnist", "--data-dir", "nowhere"], "nowhere/train-images-idx3-ubyte: "),
+        (["--data-dir", "nowhere"], "--data-dir: expected no folder for digits, got nowhere; add "),
         (["--output", "nowhere/figure.png"], "the folder nowhere does not exist; create it first"),
         (["--json", "nowhere/report.json"], "the folder nowhere does not exist; create it first"),
         (["--output", "figure.docx"], "--output: expected a name ending in one of "),

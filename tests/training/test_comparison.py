@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from marginops.training import Comparison, Stopwatch, TrainingRun, compare
@@ -56,7 +57,7 @@ def test_the_range_is_what_both_reach_with_any_seed_left_out(comparison) -> None
     )
     with pytest.raises(ValueError, match="that all and half both reach, but there are none"):
         none.gain("half")
-    assert "half: gain -, accuracies" in none.to_text()
+    assert none.to_text().endswith("half: no accuracy that all reaches as well")
 
 
 def test_a_frontier_does_not_fall() -> None:
@@ -130,6 +131,11 @@ def test_samplings_take_turns_after_a_warm_up() -> None:
 def test_rows_survive_json(comparison) -> None:
     rows = json.loads(json.dumps(comparison.to_rows()))
     assert Comparison(tuple(TrainingRun(**row) for row in rows), "all") == comparison
+    arrays = compare(
+        lambda *_: (np.float32(0.5), np.int64(3)), ["all"], np.array([1, 2]), seeds=torch.arange(2)
+    )
+    run = json.loads(json.dumps(arrays.to_rows()))[1]
+    assert (run["budget"], run["seed"], run["accuracy"], run["samples"]) == (2, 0, 0.5, 3)
 
 
 def test_the_table_has_a_row_for_each_budget(comparison) -> None:
@@ -146,9 +152,12 @@ def test_the_table_has_a_row_for_each_budget(comparison) -> None:
 
 
 def test_one_seed_has_no_interval() -> None:
-    gain = compare(law, ["all", "half"], BUDGETS, seeds=[3]).gain("half")
+    alone = compare(law, ["all", "half"], BUDGETS, seeds=[3])
+    gain = alone.gain("half")
     assert gain.value == pytest.approx(2)
     assert math.isnan(gain.low) and math.isnan(gain.high)
+    assert alone.to_text().splitlines()[6].split()[-2:] == ["0.9000", "2.00"]
+    assert "nan" not in alone.to_text()
 
 
 def test_the_figure_shows_accuracy_against_cost(comparison) -> None:
@@ -202,7 +211,12 @@ def test_errors_of_a_comparison_name_what_is_wrong(comparison) -> None:
         Comparison(comparison.runs, "other")
     with pytest.raises(ValueError, match='sampling: expected "all" or "half", got'):
         comparison.gain("other")
-    with pytest.raises(ValueError, match='cost: expected "process_seconds", '):
-        comparison.plot(cost="money")
+    with pytest.raises(ValueError, match='baseline: expected "all", got'):
+        compare(law, ["all"], [1], seeds=[3], baseline="other")
+    with pytest.raises(ValueError, match="runs: expected one or more runs, got none"):
+        Comparison((), "all")
+    for use in (comparison.plot, comparison.to_text):
+        with pytest.raises(ValueError, match='cost: expected "process_seconds", '):
+            use(cost="money")
     with pytest.raises(ValueError, match="confidence: expected a number between 0 and 1, got 95"):
         comparison.gain("half", confidence=95)

@@ -239,17 +239,12 @@ def _draw_stale(
     source = "cpu" if generator is None else generator.device
     seed = torch.randint(2**62, (), generator=generator, device=source).item()
     num_epochs = math.ceil(updates / (samples_an_epoch(dynamics.num_samples) // batch_size))
-    policy = SmallestMargins(skip_hardest=_share_to_skip if skip_mislabelled else 0.0)
+    policy = SmallestMargins(skip_hardest=mislabelled_share if skip_mislabelled else 0.0)
     sampler = MarginSampler(dynamics, policy, num_epochs=num_epochs, seed=int(seed))
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
         order = sampler.indices().to(dynamics.device)
         yield from order[: len(order) - len(order) % batch_size].split(batch_size)
-
-
-def _share_to_skip(dynamics: TrainingDynamics) -> float:
-    # What is left has to fill an epoch.
-    return min(mislabelled_share(dynamics), 1 - SmallestMargins.keep)
 
 
 def _test_accuracy(network: nn.Module, data: ClassificationData) -> float:

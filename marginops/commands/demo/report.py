@@ -100,8 +100,9 @@ def conclusion(results: Results, options: argparse.Namespace, unit: str) -> str:
     updates = max(results["uniform"])
     left_out = " and leave out what looks mislabelled" if options.label_noise else ""
     costs: dict[Sampling, str] = {
-        "stale_margin": f"They score nothing{left_out}.",
-        "minimal_margin": f"It scores {options.candidates} candidates for each trained sample.",
+        "stale_margin": f"Stale margins score nothing{left_out}.",
+        "minimal_margin": f"Minimal margin scores {options.candidates} candidates for each trained "
+        "sample.",
     }
     lines = [
         f"Uniform sampling reaches {100 * target:.2f} % test accuracy in {baseline:.2f} {unit}, "

@@ -1,5 +1,6 @@
 """Compares samplings at several budgets by the cost that they need for the same accuracy."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -105,6 +106,8 @@ class Comparison:
 
     def __post_init__(self) -> None:
         """Check that the runs are complete and that the baseline is there."""
+        if not self.runs:
+            raise ValueError("runs: expected one or more runs, got none")
         checks.check_choice("baseline", self.baseline, self.samplings)
         keys = [(run.sampling, run.budget, run.seed) for run in self.runs]
         full = {(sampling, budget, i) for sampling, budget, _ in keys for i in self.seeds}
@@ -203,14 +206,15 @@ class Comparison:
     def to_text(self, cost: Cost = "process_seconds") -> str:
         """A table: cost, accuracy and gain of each sampling at each budget.
 
-        Accuracies are means over seeds with their 95 % t interval. The gain of a row is the cost
-        of the baseline for the accuracy of this row, over the cost of this row; a dash where the
-        baseline does not reach this accuracy. The last lines are the gains over the whole
-        :meth:`accuracy_range`.
+        Accuracies are means over seeds with their 95 % t interval. A single seed has no intervals.
+        The gain of a row is the cost of the baseline for the accuracy of this row, over the cost of
+        this row; a dash where the baseline does not reach this accuracy. The last lines are the
+        gains over the whole :meth:`accuracy_range`.
 
         Args:
             cost: ``"process_seconds"``, ``"wall_seconds"`` or ``"samples"``.
         """
+        checks.check_choice("cost", cost, list(_UNITS))
         rows = [("sampling", "budget", "samples", _UNITS[cost], "accuracy", "gain")]
         ends = []
         for sampling in self.samplings:
@@ -219,15 +223,20 @@ class Comparison:
             means, widths = accuracies.mean(0), t_width(accuracies)
             is_baseline, pair = sampling == self.baseline, self._pair(sampling, cost)
             for i, budget in enumerate(self.budgets(sampling)):
-                reached = f"{means[i]:.4f} +- {widths[i]:.4f}"
+                reached = f"{means[i]:.4f}"
+                if len(self.seeds) > 1:
+                    reached += f" +- {widths[i]:.4f}"
                 at = None if is_baseline else pair.gain_at(i, 0.95)
                 gain = "" if is_baseline else _interval(at)
                 numbers = f"{budget:g}", f"{samples[i]:.0f}", f"{costs[:, i].mean():.4g}"
                 rows.append((sampling, *numbers, reached, gain))
             if not is_baseline:
                 least, most = pair.accuracy_range
-                gain = _interval(pair.gain(least, most, 0.95) if least <= most else None)
-                ends.append(f"{sampling}: gain {gain}, accuracies from {least:.4f} to {most:.4f}")
+                end = f"no accuracy that {self.baseline} reaches as well"
+                if least <= most:
+                    gain = _interval(pair.gain(least, most, 0.95))
+                    end = f"gain {gain}, accuracies from {least:.4f} to {most:.4f}"
+                ends.append(f"{sampling}: {end}")
         lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.ljust, row, lengths)).rstrip() for row in rows)
         return "\n".join([*lines, *ends])
@@ -284,4 +293,7 @@ class Comparison:
 
 
 def _interval(gain: Gain | None) -> str:
-    return "-" if gain is None else f"{gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f})"
+    if gain is None:
+        return "-"
+    ends = "" if math.isnan(gain.low) else f" ({gain.low:.2f} to {gain.high:.2f})"
+    return f"{gain.value:.2f}{ends}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ... import _checks as checks
@@ -143,14 +144,16 @@ def _run(train: Train, sampling: str, budget: float, seed: int) -> TrainingRun:
     _check_positive("train: number of samples", samples)
     time = inner if inner.process_seconds or inner.wall_seconds else whole
     seconds = time.process_seconds, time.wall_seconds
-    return TrainingRun(sampling, budget, seed, accuracy, result[1], *seconds)
+    whole_samples = int(samples) if samples.is_integer() else samples
+    return TrainingRun(sampling, budget, seed, accuracy, whole_samples, *seconds)
 
 
 def _distinct(name: str, values: Iterable[Hashable], what: str) -> list[Any]:
     """The values as a list, if they are distinct."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name}: expected a list of {what}, got {type(values).__name__}")
-    listed = list(values)
+    # The numbers of an array are none of Python's, which JSON needs.
+    listed = values.tolist() if isinstance(values, (np.ndarray, torch.Tensor)) else list(values)
     if not listed or len(set(listed)) < len(listed):
         raise ValueError(f"{name}: expected one or more distinct {what}, got {listed}")
     return listed
