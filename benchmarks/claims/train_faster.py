@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         comparisons[name] = Comparison(tuple(TrainingRun(**row) for row in rows), tasks.UNIFORM)
         print(f"\n{name}: {chosen[name].title}\n{comparisons[name].to_text()}")
         print(*claims(chosen[name], comparisons[name]).values(), sep="\n", flush=True)
+    comparisons = {name: comparisons[name] for name in tasks.TASKS if name in comparisons}
     if options.output or not (options.quick or options.validate):
         write(options.output or RESULTS, chosen, comparisons)
     return 0
