@@ -151,7 +151,8 @@ def warn_of_probabilities(logits: Tensor) -> None:
     have no values to look at.
     """
     global _looks
-    if _looks <= 0 or torch.compiler.is_compiling() or logits.device.type != "cpu":
+    # The number comes last: a compiled graph that reads it is compiled again for each number.
+    if torch.compiler.is_compiling() or logits.device.type != "cpu" or _looks <= 0:
         return
     if not has_values(logits):
         return

@@ -72,11 +72,7 @@ def find(place: Path) -> Folder | None:
         RefusedError: Others may have changed the folder.
         OSError: The folder cannot be read.
     """
-    top = Folder.at(place)
-    if top is None:
-        return None
-    with top:
-        return top.folder(__version__)
+    return _find_inside(place, __version__)
 
 
 def make(place: Path) -> Folder:
@@ -109,15 +105,17 @@ def find_data(place: Path, name: str) -> Folder | None:
         RefusedError: Others may have changed the folder.
         OSError: The folder cannot be read.
     """
-    top = Folder.at(place)
-    if top is None:
-        return None
-    with top:
-        data = top.folder(_DATA)
-    if data is None:
-        return None
-    with data:
-        return data.folder(name)
+    return _find_inside(place, _DATA, name)
+
+
+def _find_inside(place: Path, *names: str) -> Folder | None:
+    folder = Folder.at(place)
+    for name in names:
+        if folder is None:
+            return None
+        with folder:
+            folder = folder.folder(name)
+    return folder
 
 
 def make_data(place: Path, name: str) -> Folder:

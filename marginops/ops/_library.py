@@ -83,9 +83,9 @@ class Op:
                     if self._apply is None or _is_watched(arguments):
                         return self._autograd_op(*arguments)
                     return self._call_directly(arguments)
-        # A graph that is traced knows the op itself, and not what its call in Python calls.
-        if torch.compiler.is_compiling():
-            return self._kernel_op(*arguments)
+        # Who runs a traced graph later may need a gradient.
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+            return self._autograd_op(*arguments)
         return self._kernel_op._op(*arguments)
 
     def call_without_gradient(self, *arguments: Any) -> Any:

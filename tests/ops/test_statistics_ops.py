@@ -2,9 +2,11 @@
 
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -304,3 +306,23 @@ def test_layout_of_a_direct_call(device):
     actual = OPS.sample_statistics(spread, target, norm, None, -100, True)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def export(module, inputs, *, strict):
+    return torch.export.export(module, inputs, strict=strict).module()
+
+
+@pytest.mark.parametrize(
+    "trace", [partial(export, strict=False), partial(export, strict=True), torch.jit.trace]
+)
+def test_a_graph_that_is_traced_without_a_gradient_has_one_later(trace, device):
+    class Loss(torch.nn.Module):
+        def forward(self, logits, target):
+            return marginops.sample_statistics(logits, target).loss.mean()
+
+    logits, target = torch.randn(6, 4, device=device), torch.arange(6, device=device) % 4
+    traced = trace(Loss(), (logits, target))
+    logits = logits.clone().requires_grad_()
+    (actual,) = torch.autograd.grad(traced(logits, target), logits)
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
+    torch.testing.assert_close(actual, expected)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("torchmetrics")
@@ -244,6 +245,16 @@ def test_only_the_first_calls_look(first_calls: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         use(LOGITS.softmax(1))
+
+
+def test_looks_of_eager_calls_compile_nothing_again(first_calls: None) -> None:
+    torch.compiler.reset()
+    use, counter = USES["minimal_margin_score"], CompileCounterWithBackend("eager")
+    compiled = torch.compile(use, backend=counter, fullgraph=True)
+    for _ in range(3):
+        compiled(LOGITS)
+        use(LOGITS)
+    assert counter.frame_count == 1
 
 
 def test_nothing_is_read_where_there_are_no_values(first_calls: None) -> None:

@@ -144,3 +144,16 @@ def test_ready_logits_need_no_forward_pass() -> None:
     network.register_forward_hook(lambda *_: pytest.fail("the network has run"))
     kept = keep_closest(network, None, Y, step=0, schedule=schedule, logits=logits)
     assert torch.equal(kept, expected)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (0.5, TypeError, "step: expected an int, got float"),
+        ("0", TypeError, "step: expected an int, got str"),
+        (-1, ValueError, "step: expected at least 0, got -1"),
+    ],
+)
+def test_a_wrong_step_is_named(step, error, message) -> None:
+    with pytest.raises(error, match=message):
+        SelectionSchedule().is_active(step)

@@ -64,6 +64,7 @@ class SelectionSchedule:
 
     def is_active(self, step: int) -> bool:
         """Whether step ``step`` selects."""
+        checks.check_int("step", step, 0)
         has_begun = step >= self.begin and (self.end is None or step < self.end)
         return has_begun and (step - self.begin) % self.every == 0
 
