@@ -71,8 +71,8 @@ class MarginSampler(DynamicsSampler):
 
     To resume, restore the dynamics and then the sampler. A state within an epoch needs dynamics
     that hold the weights of this epoch. With several ranks, call ``dynamics.sync(group)`` on all
-    of them, save the state on one, and load it on all. :meth:`state_dict` says nothing about policies
-    and labels; make the sampler with the same ones.
+    of them, save the state on one, and load it on all. :meth:`state_dict` says nothing about
+    policies and labels; make the sampler with the same ones.
 
     Example:
         >>> import torch
