@@ -105,8 +105,8 @@ class DynamicsSampler(EpochSampler):
             check_weights("dynamics.weights", weights, self.epoch_size)
         except ValueError as error:
             raise ValueError(
-                f"{error}; make the sampler with the policy and the num_samples of the one that drew "
-                "by these weights"
+                f"{error}; make the sampler with the policy and the num_samples that "
+                "these weights were made with"
             ) from None
 
     def _facts(self) -> dict[str, int | float]:
