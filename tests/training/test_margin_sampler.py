@@ -203,7 +203,10 @@ def test_a_state_of_other_weights_than_its_epoch_is_an_error() -> None:
 def test_weights_of_another_length_of_epochs_are_an_error() -> None:
     dynamics = seen(torch.linspace(-3, 5, N))
     MarginSampler(dynamics, HARDEST).set_epoch(0)
-    with pytest.raises(ValueError, match=r"^dynamics\.weights: expected at least num_samples, 20"):
+    message = (
+        r"^dynamics\.weights: expected at least num_samples, 20, .*; make the sampler with the p"
+    )
+    with pytest.raises(ValueError, match=message):
         MarginSampler(dynamics, SmallestMargins(0.5)).set_epoch(0)
 
 

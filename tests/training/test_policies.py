@@ -220,6 +220,14 @@ def test_a_steep_density_still_gives_enough_samples(policy: Any) -> None:
     assert int((weights_of(policy, seen(MARGINS), 190) > 0).sum()) >= 190
 
 
+@pytest.mark.parametrize("policy", [SmallestMargins(), Strata(), BetaWindow(), RankPower()])
+def test_too_few_seen_samples_are_an_error(policy: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^dynamics: expected at least k = 201 samples .* got 200;"
+    ):
+        policy(seen(MARGINS), 201, None)
+
+
 def strata_by_definition(values: list[float], skip: int, strata: int, k: int) -> list[float]:
     """The probability of each sample, in plain Python."""
     order = sorted(range(len(values)), key=lambda index: values[index])

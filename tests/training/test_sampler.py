@@ -333,7 +333,14 @@ def test_wrong_arguments_are_named(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [(-1, ValueError), (1.0, TypeError), (None, TypeError), (True, TypeError)]
+    ("value", "error"),
+    [
+        (-1, ValueError),
+        (2**63, ValueError),
+        (1.0, TypeError),
+        (None, TypeError),
+        (True, TypeError),
+    ],
 )
 def test_wrong_epochs_and_positions_are_named(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"^epoch: expected"):

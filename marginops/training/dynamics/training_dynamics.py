@@ -77,8 +77,8 @@ class TrainingDynamics(DynamicsValues):
         num_nonfinite: The number of visits with values that are not finite. Reading it waits for
             the GPU.
         weights: ``[N]`` float32 on the CPU, the weights by which a sampler drew the current epoch,
-            or None. Samplers write it. It is a part of the state, because a run that resumes in
-            the middle of an epoch has to draw the same epoch again.
+            or None. Samplers write it. It is a part of the state, because a run that resumes in the
+            middle of an epoch has to draw the same epoch again.
         weights_version: The version of ``weights``, -1 without weights.
 
     Every update is deterministic and does not wait for the GPU. It can be part of a CUDA graph.

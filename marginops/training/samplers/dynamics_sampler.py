@@ -101,7 +101,13 @@ class DynamicsSampler(EpochSampler):
 
     def _adopt(self, weights: Tensor) -> None:
         """Take weights that the dynamics hold."""
-        check_weights("dynamics.weights", weights, self.epoch_size)
+        try:
+            check_weights("dynamics.weights", weights, self.epoch_size)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; make the sampler with the policy and the num_samples that "
+                "these weights were made with"
+            ) from None
 
     def _facts(self) -> dict[str, int | float]:
         """What has to be equal on all ranks."""

@@ -104,6 +104,8 @@ class EpochSampler(DistributedSampler[int]):
             epoch: The number of the epoch, 0 <= epoch < 2**63.
         """
         checks.check_int("epoch", epoch, 0)
+        if epoch >= 2**63:
+            raise ValueError(f"epoch: expected an int below 2**63, got {epoch}")
         if epoch != self.epoch:
             self._position = 0
         self.epoch = int(epoch)

@@ -73,7 +73,7 @@ class SmallestMargins:
     def __call__(self, dynamics: TrainingDynamics, k: int, labels: Tensor | None) -> Tensor:
         """Weights ``[N]``: inf for the smallest margins, 1 for the others, 0 for the hardest."""
         values = difficulty("by", self.by, dynamics)
-        seen = dynamics.last_step >= 0
+        seen = seen_samples(dynamics, k)
         weights = seen.float()
         if hardest := number_to_skip(self.skip_hardest, dynamics, int(seen.sum()), k):
             by = difficulty("skip_by", self.skip_by, dynamics)
@@ -181,6 +181,18 @@ def check_skip(skip: Any, keep: float) -> None:
     """Check the share of the hardest samples, if it is known already."""
     if not callable(skip):
         check_share("skip_hardest", skip, 1 - keep)
+
+
+def seen_samples(dynamics: TrainingDynamics, k: int) -> Tensor:
+    """Which samples were seen, ``[N]`` bool. At least k have to be."""
+    seen = dynamics.last_step >= 0
+    number = int(seen.sum())
+    if number < k:
+        raise ValueError(
+            f"dynamics: expected at least k = {k} samples that were seen, got {number}; let "
+            "MarginSampler call the policy, which visits the other samples first"
+        )
+    return seen
 
 
 def number_to_skip(skip: Any, dynamics: TrainingDynamics, seen: int, k: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import _checks as checks
 from ...ops.select import select_smallest
 from ..dynamics.difficulty import By, check_by, difficulty
-from .policies import check_keep, check_skip, number_to_skip
+from .policies import check_keep, check_skip, number_to_skip, seen_samples
 
 if TYPE_CHECKING:
     from ..dynamics.training_dynamics import TrainingDynamics
@@ -58,7 +58,7 @@ class Strata:
     def __call__(self, dynamics: TrainingDynamics, k: int, labels: Tensor | None) -> Tensor:
         """Weights ``[N]`` with the probabilities of the strata."""
         values = difficulty("by", self.by, dynamics).double()
-        taken = dynamics.last_step >= 0
+        taken = seen_samples(dynamics, k)
         if hardest := number_to_skip(self.skip_hardest, dynamics, int(taken.sum()), k):
             taken[select_smallest(values, hardest).indices] = False
         finite = values.isfinite() & taken
@@ -122,7 +122,7 @@ class BetaWindow:
 
     def __call__(self, dynamics: TrainingDynamics, k: int, labels: Tensor | None) -> Tensor:
         """Weights ``[N]`` with the probabilities of the window."""
-        easy = _quantiles(difficulty("by", self.by, dynamics), dynamics.last_step >= 0)
+        easy = _quantiles(difficulty("by", self.by, dynamics), seen_samples(dynamics, k))
         logs = (self.a - 1) * easy.log() + (self.b - 1) * (-easy).log1p()
         return order_weights(_probabilities(logs, k))
 
@@ -163,7 +163,7 @@ class RankPower:
 
     def __call__(self, dynamics: TrainingDynamics, k: int, labels: Tensor | None) -> Tensor:
         """Weights ``[N]`` with the probabilities of the ranks."""
-        seen = dynamics.last_step >= 0
+        seen = seen_samples(dynamics, k)
         easy = _quantiles(difficulty("by", self.by, dynamics), seen)
         power = int(seen.sum()) / k - 1 if self.power is None else self.power
         return order_weights(_probabilities(power * (-easy).log1p(), k))
