@@ -19,8 +19,8 @@ class LabelIssues(NamedTuple):
     :meth:`marginops.training.TrainingDynamics.label_issues` makes it.
 
     Attributes:
-        indices: ``[M]`` int64, the samples with a finite score, the most suspicious first.
-            Samples that were never seen have none.
+        indices: ``[M]`` int64, the samples that were seen, the most suspicious first. Those whose
+            last margin is NaN are the last ones of the order by ``"margin"``.
         scores: ``[M]`` float32, their scores, ascending.
         threshold: The score below which a label counts as wrong; None without threshold samples.
         num_issues: The number of scores below ``threshold``, so ``indices[:num_issues]`` are the
@@ -107,11 +107,10 @@ def label_issues(
 ) -> LabelIssues:
     """See :meth:`marginops.training.TrainingDynamics.label_issues`."""
     checks.check_choice("by", by, _SCORES)
-    scores = getattr(dynamics, by)
-    is_judged = scores.isfinite()
+    scores, is_judged = getattr(dynamics, by), dynamics.count > 0
     threshold = None
     if threshold_samples is not None:
-        chosen = _checked_samples(threshold_samples, is_judged)
+        chosen = _checked_samples(threshold_samples, is_judged & scores.isfinite())
         threshold = float(np.percentile(scores[chosen].cpu().numpy(), _checked(percentile)))
         is_judged[chosen] = False
     indices = is_judged.nonzero().squeeze(1)
