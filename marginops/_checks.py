@@ -151,8 +151,8 @@ def warn_of_probabilities(logits: Tensor) -> None:
     have no values to look at.
     """
     global _looks
-    # The number comes last: a compiled graph that reads it is compiled again for each number.
-    if torch.compiler.is_compiling() or logits.device.type != "cpu" or _looks <= 0:
+    # A compiled graph must not read the number, or it is compiled again for each number.
+    if torch.compiler.is_compiling() or _looks <= 0 or logits.device.type != "cpu":
         return
     if not has_values(logits):
         return

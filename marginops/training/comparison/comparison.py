@@ -255,11 +255,11 @@ class Comparison:
             ImportError: matplotlib is not installed.
         """
         checks.check_choice("cost", cost, list(_UNITS))
+        try:
+            from matplotlib import pyplot, ticker
+        except ModuleNotFoundError as error:
+            raise ImportError("plot needs matplotlib; run pip install matplotlib") from error
         if ax is None:
-            try:
-                from matplotlib import pyplot
-            except ModuleNotFoundError as error:
-                raise ImportError("plot needs matplotlib; run pip install matplotlib") from error
             ax = pyplot.subplots()[1]
         for sampling in self.samplings:
             costs, accuracies = self._values(sampling, cost)
@@ -275,6 +275,9 @@ class Comparison:
             )
         ax.legend()
         ax.set(xscale="log", xlabel=_LABELS[cost], ylabel="accuracy")
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
         return ax.get_figure(), ax
 
     def _values(self, sampling: str, cost: Cost) -> tuple[Array, Array]:
