@@ -3,6 +3,8 @@
 import gzip
 import importlib
 import json
+import re
+import statistics
 import struct
 import zipfile
 from pathlib import Path
@@ -128,3 +130,46 @@ def test_step_overhead(claims, capsys, monkeypatch) -> None:
     module.main()
     torch.set_num_threads(threads)
     assert "step with dynamics and sampler: " in capsys.readouterr().out
+
+
+def test_the_page_has_the_gains_of_the_result_file() -> None:
+    root = CLAIMS.parents[1]
+    tasks = json.loads((root / "benchmarks/results/claims-train-faster.json").read_text())["tasks"]
+    page = (root / "docs/train_faster.md").read_text()
+    for task in tasks.values():
+        gains = [
+            re.search(r"([\d.]+) times less (\(.*?\))", text) for text in task["claims"].values()
+        ]
+        row = re.search(rf"^\| {re.escape(task['title'])} \|.*$", page, re.M)
+        assert row and all(gains)
+        assert row[0].endswith(f"| {' | '.join(f'{gain[1]} {gain[2]}' for gain in gains)} |")
+
+
+def test_the_readme_has_the_gains_of_the_result_file() -> None:
+    root = CLAIMS.parents[1]
+    tasks = json.loads((root / "benchmarks/results/claims-train-faster.json").read_text())["tasks"]
+    readme = " ".join((root / "README.md").read_text().split())
+    pattern = r"([\d.]+) times less \((.*?)\) for ([\d.]+ to [\d.]+) %"
+    for name, before in (("mlp", "test accuracies of "), ("cnn", "a small CNN ")):
+        gain, interval, accuracies = re.search(
+            pattern, tasks[name]["claims"]["process_seconds"]
+        ).groups()
+        assert f"{before}{accuracies} % in {gain} times less" in readme
+        assert interval in readme
+
+
+def test_the_page_has_the_figures_of_label_issues() -> None:
+    root = CLAIMS.parents[1]
+    runs = json.loads((root / "benchmarks/results/claims-label-issues.json").read_text())["runs"]
+    page = (root / "docs/find_mislabelled.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+) % \| `?([^|`]+?)`? \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", page, re.M
+    )
+    assert len(rows) == 4
+    for rate, method, *shown in rows:
+        own = [run for run in runs if run["rate"] == int(rate) / 100 and run["method"] == method]
+        means = [
+            statistics.fmean(run[name] for run in own)
+            for name in ("auroc", "average_precision", "cpu_seconds")
+        ]
+        assert shown == [f"{means[0]:.3f}", f"{means[1]:.3f}", f"{means[2]:.0f}"]
