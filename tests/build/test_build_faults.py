@@ -37,6 +37,20 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def load_in_a_process(
+    sources: Path, program: str = "", folder: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Loads the library of the sources in another process, in which the program ran before."""
+    return subprocess.run(
+        [sys.executable, "-c", LOAD.replace("PROGRAM", program), str(sources)],
+        env=os.environ | {"PYTHONPATH": INSTALLED} | variables,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def write_compiler(path: Path, body: str, version: str = "exec c++ --version") -> str:
     return write_program(path, f'case "$*" in *--version*) {version}; exit;; esac\n{body}')
 
@@ -134,7 +148,6 @@ def test_compiler_without_the_instruction_set_builds_the_baseline(
     [
         b"with space",
         "ünï-ジ".encode(),
-        b"non-utf8-\xff",
         b"dollar$HOME",
         b"colon:x|y",
         b"quote'\"x",
@@ -154,6 +167,14 @@ def test_folders_may_have_any_name(
     loader = new_loader(write_tiny(folder / "csrc"))
     loader.load("cpu")
     assert loader.outcome("cpu").implementation == "built now", loader.outcome("cpu").reasons
+
+
+def test_a_folder_may_have_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """In a process of its own: other packages cannot read such names of loaded libraries."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/non-utf8-\xff")
+    write_tiny(Path(folder) / "csrc")
+    done = load_in_a_process(Path(folder) / "csrc", MARGINOPS_CACHE_DIR=f"{folder}/cache")
+    assert done.stdout.startswith("True "), done.stdout + done.stderr
 
 
 def test_library_names_no_folder_of_this_machine(tiny: Path) -> None:
@@ -201,27 +222,14 @@ def test_wrong_number_of_jobs_is_the_reason(
     ],
 )
 def test_any_process_can_build(tiny: Path, tmp_path: Path, program: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD.replace("PROGRAM", program), str(tiny)],
-        env=os.environ | {"PYTHONPATH": INSTALLED},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = load_in_a_process(tiny, program, folder=tmp_path)
     assert done.stdout.startswith("True "), done.stdout + done.stderr
 
 
 def test_reason_in_a_process_that_cannot_wait_for_children(tiny: Path, tmp_path: Path) -> None:
     compiler = write_compiler(tmp_path / "g++", "echo 'x.cpp:1: error: wrong'; exit 1")
-    code = LOAD.replace("PROGRAM", "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)")
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny)],
-        env=os.environ | {"PYTHONPATH": INSTALLED, "CXX": compiler},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    program = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+    done = load_in_a_process(tiny, program, CXX=compiler)
     assert "the build failed: x.cpp:1: error: wrong" in done.stdout, done.stderr
 
 

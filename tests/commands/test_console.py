@@ -86,7 +86,10 @@ def test_interrupted_training_ends_quietly(tmp_path: Path) -> None:
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=300)
-    assert (process.returncode, error) == (130, "")
+    # Python ends itself by the signal if it was in an exec() of text, as in the import of a
+    # dataclass. A shell reports 130 for both.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert error == ""
     assert not list(tmp_path.iterdir())
 
 
