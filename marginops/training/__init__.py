@@ -12,6 +12,7 @@ from .dynamics.mislabelled_share import mislabelled_share
 from .dynamics.training_dynamics import TrainingDynamics
 from .indexed import Indexed
 from .inversion import InversionMonitor
+from .progress import TrainingProgress
 from .samplers.margin_sampler import MarginSampler
 from .samplers.policies import BelowMeanLoss, SmallestMargins, Uniform
 from .samplers.reduction_sampler import ReductionSampler
@@ -46,6 +47,7 @@ __all__ = [
     "Strata",
     "ThresholdSamples",
     "TrainingDynamics",
+    "TrainingProgress",
     "TrainingRun",
     "Uniform",
     "WeightedSampler",
