@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops.statistics import SampleStatistics
 from .dynamics.training_dynamics import TrainingDynamics
+from .recording.recorder import RunRecorder
 from .samplers.dynamics_sampler import DynamicsSampler
 
 _VERSION = 1
@@ -26,12 +27,15 @@ class TrainingProgress:
         sampler: A :class:`marginops.training.MarginSampler` or
             :class:`marginops.training.ReductionSampler`, or None if the loader has another sampler.
         dynamics: The dynamics of a training without ``sampler``. With one, they are its own.
+        recorder: A :class:`marginops.training.RunRecorder` of the same dynamics. Every update then
+            goes through it, and its state is a part of the state.
         group: The processes that share the samples of an epoch. The default is all processes, and
             one if ``torch.distributed`` is not initialised.
 
     Attributes:
         dynamics: What the training saw of every sample.
         sampler: The sampler, or None.
+        recorder: The recorder, or None.
         epoch: The number of the current epoch.
         position: How many samples of this epoch all processes together have consumed.
     """
@@ -41,12 +45,19 @@ class TrainingProgress:
         sampler: DynamicsSampler | None = None,
         *,
         dynamics: TrainingDynamics | None = None,
+        recorder: RunRecorder | None = None,
         group: Any = None,
     ) -> None:
-        if sampler is None and dynamics is None:
-            raise TypeError("sampler: expected a sampler or dynamics, got None for both")
-        self.sampler = sampler
-        self.dynamics = dynamics if sampler is None else sampler.dynamics  # type: ignore[assignment]
+        if sampler is None and dynamics is None and recorder is None:
+            raise TypeError("sampler: expected a sampler, dynamics or a recorder, got None for all")
+        self.sampler, self.recorder = sampler, recorder
+        owner = recorder if dynamics is None and sampler is None else sampler
+        self.dynamics: TrainingDynamics = dynamics if owner is None else owner.dynamics  # type: ignore[assignment]
+        if recorder is not None and recorder.dynamics is not self.dynamics:
+            raise ValueError(
+                "recorder: expected a recorder of the same dynamics, got one of others; pass "
+                "sampler.dynamics to RunRecorder"
+            )
         self.group = group
         self.epoch = 0
         self.position = 0
@@ -61,7 +72,7 @@ class TrainingProgress:
 
     def update(self, indices: Tensor, logits: Tensor, target: Tensor) -> SampleStatistics:
         """Note a batch in the dynamics, and advance by its samples."""
-        statistics = self.dynamics.update(indices, logits, target)
+        statistics = (self.recorder or self.dynamics).update(indices, logits, target)
         self.advance(indices.numel())
         return statistics
 
@@ -81,6 +92,7 @@ class TrainingProgress:
             "position": position,
             "dynamics": self.dynamics.state_dict(),
             "sampler": sampler,
+            "recorder": None if self.recorder is None else self.recorder.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -90,6 +102,8 @@ class TrainingProgress:
         try:
             if self.sampler is not None:
                 self.sampler.load_state_dict(state_dict["sampler"])
+            if self.recorder is not None:
+                self.recorder.load_state_dict(state_dict["recorder"])
         except Exception:
             self.dynamics.load_state_dict(before)
             raise
@@ -97,7 +111,10 @@ class TrainingProgress:
 
     def _sync(self) -> None:
         if self._num_processes() > 1:
-            self.dynamics.sync(self.group)
+            if self.recorder is None:
+                self.dynamics.sync(self.group)
+            else:
+                self.recorder.sync()
 
     def _num_processes(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):
