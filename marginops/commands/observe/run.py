@@ -4,7 +4,10 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
 from .. import console
+from ..models import build
 from ..options import MOMENTUM, add_count, add_data_arguments, add_run_arguments, whole_number
 from ..preparation import describe, execute, finish, prepare
 
@@ -14,14 +17,14 @@ if TYPE_CHECKING:
 _DEFAULTS = {
     # The batch size is the number of digits, so that there is no noise of batches.
     "digits": {"epochs": 300, "batch_size": 1347, "hidden": (64, 64), "learning_rate": 0.1},
-    "fashion-mnist": {"epochs": 40, "batch_size": 512, "hidden": (256, 256), "learning_rate": 0.05},
+    "other": {"epochs": 40, "batch_size": 512, "hidden": (256, 256), "learning_rate": 0.05},
 }
 _LINES = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``marginops observe`` to its parser."""
-    add_data_arguments(parser, _DEFAULTS)
+    add_data_arguments(parser)
     add_count(parser, "--epochs", "number of passes over the training data", _DEFAULTS)
     add_count(parser, "--batch-size", "number of samples in each update", _DEFAULTS)
     add_run_arguments(
@@ -52,22 +55,26 @@ def _run(arguments: argparse.Namespace) -> int:
     options, data = prepare(arguments, ["matplotlib", "scipy", "torchmetrics", "tqdm"], _DEFAULTS)
 
     from .figure import draw
-    from .loop import watch
-    from .report import HEADER, conclusion, line, report
+    from .loop import begin, watch
+    from .report import conclusion, header, line, report
 
+    torch.manual_seed(options.seed)
+    observation = begin(build(data, options), data)
     samples, network = describe(data, options)
     if options.regularize:
         network += ", multi-margin regularization"
     console.say(f"{samples}; {network}, seed {options.seed}, device: {options.device}")
+    for sentence in observation.left_out:
+        console.say(sentence)
     if not options.quiet:
-        console.say(f"\n{HEADER}")
+        console.say(f"\n{header(observation)}")
 
     def show(epoch: int, seen: "EpochReport") -> None:
         step = math.ceil(options.epochs / _LINES)
         if not options.quiet and (epoch % step == 0 or epoch in (1, options.epochs)):
-            console.say(line(epoch, seen))
+            console.say(line(epoch, seen, observation))
 
-    observation = watch(data, options, show)
+    watch(observation, data, options, show)
     return finish(
         "observe",
         options,
