@@ -170,9 +170,10 @@ def _draw_errors(axes: Any, reports: list[EpochReport]) -> None:
     _plot(axes, training, color=_BLUE, linewidth=2, label="training samples")
     _plot(axes, test, color=_VERMILION, linewidth=2, linestyle="--", label="test samples")
     axes.set(title="Misclassified samples", ylabel="share")
-    axes.set_ylim(bottom=0)
+    # The legend lies above the curves.
+    axes.set_ylim(0, 1.2 * max(training.max().item(), test.max().item()) or 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
+    axes.legend(loc="upper right", ncols=2, fontsize=9, frameon=False)
 
 
 def _draw_scaled(axes: Any, reports: list[EpochReport]) -> None:
