@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 
 MOMENTUM = 0.9
+DATA_SETS = ("digits", "fashion-mnist")
 Defaults = Mapping[str, Mapping[str, Any]]
-"""The default values that depend on the data set, by data set and option."""
+"""The default values of options for ``"digits"``, and for any ``"other"`` data set."""
 
+# package.module:function, also a method or a class.
+_PLACE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 # The largest whole number that torch takes.
 _LARGEST = 2**63 - 1
 # The largest float32, the type of the networks.
@@ -25,10 +29,15 @@ class UsageError(Exception):
     """The command cannot run with these options. The message says why and what to do."""
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--data`` and ``--data-dir``."""
     parser.add_argument(
-        "--data", choices=defaults, default="digits", help="the data set (default: digits)"
+        "--data",
+        type=_data,
+        default="digits",
+        metavar="DATA",
+        help="digits, fashion-mnist, or MODULE:FUNCTION, a function of yours that returns the "
+        "training inputs and labels and the test inputs and labels (default: digits)",
     )
     parser.add_argument(
         "--data-dir",
@@ -72,11 +81,18 @@ def add_run_arguments(
         quiet: The help text of ``--quiet``.
     """
     parser.add_argument(
+        "--model",
+        type=_place,
+        metavar="MODULE:FUNCTION",
+        help="a function of yours that returns the network, called with num_classes=C (default: "
+        "an MLP)",
+    )
+    parser.add_argument(
         "--hidden",
         type=whole_number(1),
         nargs="+",
         metavar="N",
-        help=f"widths of the hidden layers (default: {_each(defaults, 'hidden')})",
+        help=f"widths of the hidden layers of the MLP (default: {_each(defaults, 'hidden')})",
     )
     parser.add_argument(
         "--learning-rate",
@@ -114,9 +130,8 @@ def with_defaults(options: argparse.Namespace, defaults: Defaults) -> argparse.N
     """A copy of the options, in which every open option has its default."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return argparse.Namespace(
-        **{**vars(options), "device": device, **defaults[options.data], **given}
-    )
+    chosen = defaults["digits" if options.data == "digits" else "other"]
+    return argparse.Namespace(**{**vars(options), "device": device, **chosen, **given})
 
 
 def whole_number(lowest: int, highest: int = _LARGEST) -> Callable[[str], int]:
@@ -136,6 +151,11 @@ def whole_number(lowest: int, highest: int = _LARGEST) -> Callable[[str], int]:
     return whole_number
 
 
+def is_place(text: str) -> bool:
+    """Whether a text has the form ``package.module:function``."""
+    return _PLACE.fullmatch(text) is not None
+
+
 def path(text: str) -> Path:
     """An argparse type for the path of a file or folder."""
     if not text or "\0" in text:
@@ -152,6 +172,18 @@ def share(text: str) -> float:
     if not 0 <= value < 1:
         raise _refusal("a number of at least 0 and below 1", text)
     return value
+
+
+def _data(text: str) -> str:
+    if text not in DATA_SETS and not is_place(text):
+        raise _refusal(f"a data set: {', '.join(DATA_SETS)} or MODULE:FUNCTION", text)
+    return text
+
+
+def _place(text: str) -> str:
+    if not is_place(text):
+        raise _refusal("a function as MODULE:FUNCTION", text)
+    return text
 
 
 def _learning_rate(text: str) -> float:
@@ -183,7 +215,5 @@ def _each(defaults: Defaults, field: str) -> str:
     def shown(value: Any) -> str:
         return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    texts = {name: shown(values[field]) for name, values in defaults.items()}
-    if len(set(texts.values())) == 1:
-        return texts.popitem()[1]
-    return ", ".join(f"{text} for {name}" for name, text in texts.items())
+    digits, other = (shown(defaults[data][field]) for data in ("digits", "other"))
+    return other if digits == other else f"{digits} for digits, else {other}"

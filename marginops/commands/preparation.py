@@ -10,11 +10,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from . import console, fashion_mnist, figures, output
 from .data import ClassificationData, DataError, load_digits, load_fashion_mnist
+from .functions import is_out_of_memory
+from .models import widths
 from .options import Defaults, UsageError, with_defaults
+from .own_data import load_own
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,12 +36,13 @@ def execute(
         console.fail(f"marginops {name}: {error}")
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or "memory is full"
+        lower = "--batch-size" if options.model else "--hidden or --batch-size"
         console.fail(
             f"marginops {name}: the training needs more memory than there is ({reason}); "
-            "lower --hidden or --batch-size"
+            f"lower {lower}"
         )
         return 1
     finally:
@@ -59,36 +62,24 @@ def prepare(
     options = with_defaults(arguments, defaults)
     _check_device(options.device)
     torch.set_num_threads(options.threads)
-    if options.data == "digits":
-        if options.data_dir is not None:
-            raise UsageError(
-                f"--data-dir: expected no folder for digits, got {options.data_dir}; add --data "
-                "fashion-mnist"
-            )
-        data = load_digits()
-    else:
-        folder = options.data_dir or fashion_mnist.find_folder(quiet=options.quiet)
-        data = load_fashion_mnist(folder)
-    _check_memory(data, options)
+    if arguments.model is not None and arguments.hidden is not None:
+        raise UsageError(
+            f"--hidden: expected no widths of layers with --model {arguments.model}, got "
+            f"{' '.join(map(str, arguments.hidden))}"
+        )
+    data = _load(options)
+    if options.model is None:
+        _check_built_in(data, options)
     return options, data.to(options.device)
-
-
-def mlp(data: ClassificationData, hidden: Sequence[int]) -> nn.Sequential:
-    """A network of linear layers with biases and ReLU, for the inputs and classes of the data."""
-    width, *others = _widths(data, hidden)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for next_width in others:
-        layers += [nn.Linear(width, next_width), nn.ReLU()]
-        width = next_width
-    return nn.Sequential(*layers[:-1])
 
 
 def describe(data: ClassificationData, options: argparse.Namespace) -> tuple[str, str]:
     """Two texts: the data set with its numbers of samples, and the network with the batch size."""
+    network = options.model or f"MLP {'-'.join(map(str, widths(data, options.hidden)))}"
     return (
         f"{data.name}: {len(data.train_target):,} training and {len(data.test_target):,} test "
         "samples",
-        f"MLP {'-'.join(map(str, _widths(data, options.hidden)))}, batch size {options.batch_size}",
+        f"{network}, batch size {options.batch_size}",
     )
 
 
@@ -121,6 +112,20 @@ def finish(
         console.fail(line)
     console.say("\n".join([text, *written]))
     return 1 if failed else 0
+
+
+def _load(options: argparse.Namespace) -> ClassificationData:
+    if options.data != "fashion-mnist" and options.data_dir is not None:
+        raise UsageError(
+            f"--data-dir: expected no folder for {options.data}, got {options.data_dir}; add "
+            "--data fashion-mnist"
+        )
+    if options.data == "digits":
+        return load_digits()
+    if options.data == "fashion-mnist":
+        folder = options.data_dir or fashion_mnist.find_folder(quiet=options.quiet)
+        return load_fashion_mnist(folder)
+    return load_own(options.data)
 
 
 def _check_packages(names: Sequence[str]) -> None:
@@ -186,11 +191,18 @@ def _check_device(device: torch.device) -> None:
         ) from error
 
 
-def _check_memory(data: ClassificationData, options: argparse.Namespace) -> None:
-    """Refuse a network that cannot fit. Else Linux may end the process during the training."""
-    widths = _widths(data, options.hidden)
+def _check_built_in(data: ClassificationData, options: argparse.Namespace) -> None:
+    """Refuse inputs that the MLP does not take, and one that does not fit into memory.
+
+    Without this, Linux may end the process during the training.
+    """
+    if not data.train_inputs.is_floating_point():
+        raise UsageError(
+            f"--data: train_inputs: expected floating-point numbers for the MLP, got "
+            f"{data.train_inputs.dtype}; pass --model, or convert them"
+        )
     needed = _BYTES_A_PARAMETER * sum(
-        (before + 1) * after for before, after in itertools.pairwise(widths)
+        (before + 1) * after for before, after in itertools.pairwise(widths(data, options.hidden))
     )
     if options.device.type == "cuda":
         _, memory = torch.cuda.mem_get_info(options.device)
@@ -201,14 +213,3 @@ def _check_memory(data: ClassificationData, options: argparse.Namespace) -> None
             f"--hidden: expected layers whose training fits into the {memory / 1e9:.1f} GB of "
             f"memory, got {' '.join(map(str, options.hidden))}, which needs {needed / 1e9:.1f} GB"
         )
-
-
-def _widths(data: ClassificationData, hidden: Sequence[int]) -> list[int]:
-    return [data.train_inputs[0].numel(), *hidden, data.num_classes]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU torch has no type of its own for this error.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("allocate memory", "enough memory", "size calculation")
-    )

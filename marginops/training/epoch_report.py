@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import homogeneity
-from .._checks import check_int, check_target, check_tensor
+from .._checks import as_log_norm, check_int, check_target, check_tensor
 from ..metrics import (
     ClassManifolds,
     ClassManifoldsSummary,
@@ -43,9 +43,10 @@ class EpochReport:
         training_error: The share of misclassified training samples.
         test_accuracy: The share of correctly classified test samples; NaN without test samples.
         misclassified: ``[N]`` bool, in the order of the training data.
-        margins: ``[N]``, classification margins of the training samples divided by the product of
-            the layers' Frobenius norms.
-        log_norm: The logarithm of that product.
+        margins: ``[N]``, classification margins of the training samples, divided by the norm of the
+            network.
+        log_norm: The logarithm of that norm, by default of the product of the layers' Frobenius
+            norms.
         distribution: The distribution of ``margins``, see
             :class:`marginops.metrics.MarginDistribution`. Its support vectors have no meaning here,
             because they need margins that are not normalised.
@@ -82,6 +83,7 @@ def report_epoch(
     head: nn.Module | None = None,
     weight: Tensor | None = None,
     rates: Mapping[str, float] | None = None,
+    log_norm: Tensor | float | None = None,
     chunk_size: int = 4096,
 ) -> EpochReport:
     """Report margins, neural collapse and class manifolds of a network after an epoch.
@@ -107,6 +109,9 @@ def report_epoch(
             follow from it.
         rates: The result of :func:`marginops.homogeneity.rates`, which is the same for all epochs.
             Without it ``tau_margin`` and ``lambda_max_margin`` are NaN.
+        log_norm: The logarithm of the norm that divides the margins, a float or a 0-d tensor. The
+            default is :func:`marginops.log_norm_product`, which is not defined for networks
+            with embeddings or attention. With 0 the margins are not divided.
         chunk_size: The number of samples in one forward pass.
 
     Returns:
@@ -114,8 +119,8 @@ def report_epoch(
 
     Raises:
         TypeError, ValueError: An argument has the wrong type or shape, no linear layer or more than
-            one has C outputs, the logits do not follow from the weight of ``head``, or ``rates``
-            belong to another network.
+            one has C outputs, the logits do not follow from the weight of ``head``, ``rates``
+            belong to another network, or the norm product of ``network`` is not defined.
         RuntimeError: A target is outside [0, C), on the CPU. On CUDA this is a device-side
             assertion.
 
@@ -148,13 +153,16 @@ def report_epoch(
         distribution = MarginDistribution(quantiles=QUANTILES).to(device)
         collapse = NeuralCollapse(*sizes, two_passes=True).to(device)
         manifolds = ClassManifolds(*sizes).to(device)
-        log_norm = log_norm_product(network, example_input=inputs[:2]).detach()
+        norm = as_log_norm(log_norm, torch.empty(0, dtype=torch.float64, device=device))
+        if norm is None:
+            norm = log_norm_product(network, example_input=inputs[:2])
+        norm = norm.detach()
         margins, smallest, misclassified = [], [], []
         chunks = inputs.split(chunk_size)
         for chunk, labels in zip(chunks, target.split(chunk_size), strict=True):
             features, logits = features_and_logits(network, chunk, layer)
             statistics = sample_statistics(logits, labels)
-            margins.append(normalize(statistics.margin, log_norm))
+            margins.append(normalize(statistics.margin, norm))
             smallest.append(statistics.margin.amin())
             misclassified.append(~statistics.correct)
             distribution.update(margins[-1])
@@ -184,7 +192,7 @@ def report_epoch(
             test_accuracy=test_accuracy,
             misclassified=wrong.cpu(),
             margins=torch.cat(margins).cpu(),
-            log_norm=log_norm.item(),
+            log_norm=norm.item(),
             distribution=distribution.cpu().compute(),
             collapse=NeuralCollapseSummary._make(value.cpu() for value in collapse.compute()),
             manifolds=ClassManifoldsSummary._make(value.cpu() for value in manifolds.compute()),

@@ -77,7 +77,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_last_report_is_that_of_the_trained_network(
     done: Run, data: ClassificationData
 ) -> None:
-    network, last = done.observation.network, done.observation.reports[-1]
+    network, last = done.observation.model.network, done.observation.reports[-1]
     report = report_epoch(
         network,
         data.train_inputs,
@@ -94,7 +94,9 @@ def test_the_last_report_is_that_of_the_trained_network(
 def test_what_is_written_is_what_was_seen(done: Run) -> None:
     observation, written = done.observation, done.written
     assert written["rates"] == observation.rates
-    assert set(written["rates"]) == {name for name, _ in observation.network.named_parameters()}
+    assert set(written["rates"]) == {
+        name for name, _ in observation.model.network.named_parameters()
+    }
     assert written["quantile_levels"] == list(QUANTILES)
     assert len(observation.reports) == len(written["epoch"]) == 3
     for seen, epoch in zip(observation.reports, written["epoch"], strict=True):
@@ -184,6 +186,28 @@ def test_figure_shows_what_was_observed(done: Run, data: ClassificationData) -> 
         assert list(axes.lines[-1].get_xdata()) == [3, 3]
     for axes in (margins, collapse, radii, scaled):
         assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
+
+
+@pytest.mark.parametrize("errors", [(0.5, 0.25, 0.125), (0.0, 0.0, 0.0)])
+def test_figure_of_a_network_without_norms_and_rates(done: Run, errors: tuple[float, ...]) -> None:
+    reports = [
+        dataclasses.replace(seen, training_error=error, test_accuracy=1 - error / 2)
+        for seen, error in zip(done.observation.reports, errors, strict=True)
+    ]
+    shown = dataclasses.replace(done.observation, rates=None, log_norm=0.0, reports=reports)
+    assert draw(done.observation, "").axes[0].get_ylabel().startswith("margin / product of layer")
+    figure = draw(shown, "subtitle")
+    figure.draw_without_rendering()
+    margins, _, _, shares = figure.axes
+    assert margins.get_ylabel() == "margin\n(below 0: misclassified)"
+    assert shares.get_title() == "Misclassified samples"
+    training, test = (np.asarray(line.get_ydata()) for line in shares.lines[:2])
+    np.testing.assert_allclose(training, errors, rtol=1e-6)
+    np.testing.assert_allclose(test, np.asarray(errors) / 2, atol=1e-7)
+    bottom = shares.transData.inverted().transform((0, shares.get_legend().get_window_extent().y0))[
+        1
+    ]
+    assert max(errors) < bottom
 
 
 def many(done: Run, epochs: int, **changes: Any) -> loop.Observation:

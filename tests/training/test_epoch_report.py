@@ -215,6 +215,32 @@ def test_without_test_samples_and_rates(trained: Trained) -> None:
     assert_reports_close(report, dataclasses.replace(trained.report, **unknown))
 
 
+@pytest.mark.parametrize("log_norm", [0.0, 2, -1.5, torch.tensor(0.5, dtype=torch.float64)])
+def test_another_norm_divides_the_margins(trained: Trained, log_norm: Any) -> None:
+    report = report_epoch(
+        trained.network, **trained.samples, rates=trained.rates, log_norm=log_norm
+    )
+    _, logits, target = trained.features_and_logits()
+    expected = margins_of(logits, target) / math.exp(log_norm)
+    np.testing.assert_allclose(report.margins.numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert report.log_norm == float(log_norm)
+    assert report.distribution.minimum.item() == report.margins.min().item()
+    # The margin at scale 1 has its own scale.
+    assert report.tau_margin == trained.report.tau_margin
+
+
+def test_a_network_without_a_norm_product_is_reported_with_a_norm() -> None:
+    network = nn.Sequential(nn.EmbeddingBag(9, 6), nn.ReLU(), nn.Linear(6, 3))
+    samples = {"inputs": torch.randint(9, (30, 4)), "target": torch.arange(30) % 3}
+    with pytest.raises(ValueError, match=r"EmbeddingBag.* for which no norm is defined"):
+        report_epoch(network, **samples)
+    report = report_epoch(network, **samples, log_norm=0.0)
+    with torch.no_grad():
+        logits = network(samples["inputs"]).double().numpy()
+    expected = margins_of(logits, samples["target"].numpy())
+    np.testing.assert_allclose(report.margins.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 77, 300])
 def test_chunks_make_no_difference(trained: Trained, chunk_size: int) -> None:
     report = report_epoch(
@@ -368,6 +394,8 @@ INPUTS, TARGET = torch.zeros(8, 6), torch.arange(8) % 4
         ),
         ({"num_classes": 3}, ValueError, "network: no linear layer has 3 outputs"),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
+        ({"log_norm": "1"}, TypeError, "log_norm: expected a float or a 0-d tensor, got str"),
+        ({"log_norm": torch.ones(2)}, ValueError, r"log_norm: expected shape \[\] "),
         ({"rates": [1.0]}, TypeError, "rates: expected a mapping of names, got list"),
         ({"rates": {"weight": 1.0}}, ValueError, r"rates: expected a rate .* none for \['bias'\]"),
     ],

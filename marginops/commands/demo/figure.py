@@ -30,7 +30,13 @@ _GREY = "#6E6E6E"
 _BINS = 60
 
 
-def draw(results: Results, subtitle: str, unit: str, noise: NoiseReport | None) -> Figure:
+def draw(
+    results: Results,
+    subtitle: str,
+    unit: str,
+    noise: NoiseReport | None,
+    is_normalized: bool = True,
+) -> Figure:
     """Draw accuracy over time, accuracy over updates, and the training margins.
 
     Args:
@@ -39,6 +45,7 @@ def draw(results: Results, subtitle: str, unit: str, noise: NoiseReport | None) 
         subtitle: The data set, the network and the numbers of the run.
         unit: What the times are.
         noise: What is known of flipped labels. It adds a data map.
+        is_normalized: Whether the margins are divided by the product of the layers' norms.
     """
     if noise is None:
         figure = Figure(figsize=(16, 5.8), layout="constrained")
@@ -51,7 +58,7 @@ def draw(results: Results, subtitle: str, unit: str, noise: NoiseReport | None) 
     subtitle = textwrap.fill(f"{subtitle}{band}", 140 if noise is None else 120)
     figure.suptitle(f"Selection by margin and uniform sampling\n{subtitle}", fontsize=13)
     _draw_accuracy(by_time, by_update, results, unit)
-    _draw_margins(margins, results)
+    _draw_margins(margins, results, is_normalized)
     if noise is not None:
         _draw_data_map(data_map, noise)
     for axes in (by_time, by_update, margins):
@@ -126,7 +133,7 @@ def _curve(runs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.tensor(runs[0].updates)[1:], seconds[1:], mean[1:], deviation[1:]
 
 
-def _draw_margins(axes: Any, results: Results) -> None:
+def _draw_margins(axes: Any, results: Results, is_normalized: bool) -> None:
     """Draw histograms with the same bins, over the samples of all seeds."""
     before = torch.cat([run.margins_before for run in longest(results["uniform"])])
     after = {
@@ -158,7 +165,7 @@ def _draw_margins(axes: Any, results: Results) -> None:
     axes.axvline(0, color="black", linewidth=1)
     axes.set(
         title="Margins of the training samples",
-        xlabel="margin / product of layer norms\n(below 0: misclassified)",
+        xlabel=f"margin{' / product of layer norms' * is_normalized}\n(below 0: misclassified)",
         ylabel="share of the training samples",
     )
     axes.xaxis.set_major_locator(MaxNLocator(6))

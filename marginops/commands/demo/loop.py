@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import _checks as checks
-from ...networks import last_linear, predict
+from ...networks import call, last_linear, output_tensor, predict
 from ...ops.margin import classification_margin
 from ...training import (
     MarginSampler,
@@ -154,7 +154,7 @@ def train(
         if selects:
             chosen = select_batch(network, batch, batch_size, head=head)
             rows, batch, labels = rows[chosen], batch[chosen], labels[chosen]
-        logits = network(batch)
+        logits = output_tensor(call(network, batch))
         if dynamics is None:
             loss = F.cross_entropy(logits, labels)
         else:

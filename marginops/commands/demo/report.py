@@ -128,14 +128,14 @@ def conclusion(results: Results, options: argparse.Namespace, unit: str) -> str:
 def report(results: Results, options: argparse.Namespace, unit: str) -> dict[str, Any]:
     """Settings and results, as values that JSON can hold."""
     names = (
-        *("data", "updates", "batch_size", "candidates", "learning_rate", "label_noise"),
+        *("data", "model", "updates", "batch_size", "candidates", "learning_rate", "label_noise"),
         "threads",
     )
     levels = torch.tensor([0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0])
     target = target_accuracy(results)
     return {
         **{name: getattr(options, name) for name in names},
-        "hidden": list(options.hidden),
+        "hidden": list(options.hidden) if options.model is None else None,
         "device": str(options.device),
         "torch": torch.__version__,
         "unit": unit,

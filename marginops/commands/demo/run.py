@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from ...norms import log_norm_product
 from ...training import TrainingDynamics
 from .. import console
 from ..data import ClassificationData
+from ..models import build
 from ..options import (
     MOMENTUM,
     UsageError,
@@ -18,14 +20,14 @@ from ..options import (
     add_run_arguments,
     share,
 )
-from ..preparation import describe, execute, finish, mlp, prepare
+from ..preparation import describe, execute, finish, prepare
 from .loop import Sampling, TrainingHistory, samples_an_epoch, train
 from .noise import NoiseReport, find_flipped, flip_labels
 from .report import LABELS, Results, conclusion, report, table
 
 _DEFAULTS = {
     "digits": {"batch_size": 16, "updates": 1000, "hidden": (128,), "learning_rate": 0.05},
-    "fashion-mnist": {"batch_size": 128, "updates": 3000, "hidden": (256,), "learning_rate": 0.05},
+    "other": {"batch_size": 128, "updates": 3000, "hidden": (256,), "learning_rate": 0.05},
 }
 _WEIGHT_DECAY = 5e-4
 _WARM_UP = 0.1  # the share of the updates in which the learning rate rises
@@ -37,7 +39,7 @@ _DIGITS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``marginops demo`` to its parser."""
-    add_data_arguments(parser, _DEFAULTS)
+    add_data_arguments(parser)
     add_count(
         parser,
         "--updates",
@@ -77,9 +79,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from .figure import draw
 
+    problem = build(data, options).norm_problem(data.train_inputs)
     samples, network = describe(data, options)
     console.say(f"{samples}; {network}, seeds: {options.seeds}, device: {options.device}")
-    results, noise = compare(data, options)
+    if problem is not None:
+        console.say(f"The margins of the figure are not divided by layer norms ({problem}).")
+    results, noise = compare(data, options, is_normalized=problem is None)
     unit = "CPU seconds" if options.device.type == "cpu" else "seconds"
     texts = [table(results, unit), conclusion(results, options, unit)]
     written = report(results, options, unit)
@@ -96,19 +101,22 @@ def _run(arguments: argparse.Namespace) -> int:
         options,
         "\n" + "\n\n".join(texts),
         written,
-        lambda: draw(results, title, unit, noise),
+        lambda: draw(results, title, unit, noise, is_normalized=problem is None),
         150,
     )
 
 
 def compare(
-    data: ClassificationData, options: argparse.Namespace
+    data: ClassificationData, options: argparse.Namespace, is_normalized: bool
 ) -> tuple[Results, NoiseReport | None]:
     """Train with each sampling and number of updates, from the same first network for each seed.
 
-    With label noise, one more uniform run of the first seed collects training dynamics.
+    With label noise, one more uniform run of the first seed collects training dynamics. If
+    ``is_normalized``, the margins of the histories are divided by the product of the layers' norms.
     """
     from tqdm import tqdm
+
+    log_norm = partial(log_norm_product, example_input=data.train_inputs[:2])
 
     def run_once(
         sampling: Sampling,
@@ -119,32 +127,34 @@ def compare(
     ) -> TrainingHistory:
         noisy, _ = flip_labels(data, options.label_noise, seed)
         torch.manual_seed(seed)
-        model = mlp(data, options.hidden).to(options.device)
+        model = build(data, options)
         optimizer = torch.optim.SGD(
-            model.parameters(),
+            model.network.parameters(),
             lr=options.learning_rate,
             momentum=MOMENTUM,
             nesterov=True,
             weight_decay=_WEIGHT_DECAY,
         )
         progress.set_description(f"seed {seed + 1}/{options.seeds}, {LABELS[sampling]}")
-        history = train(
-            model,
-            noisy,
-            optimizer,
-            updates=updates,
-            batch_size=options.batch_size,
-            sampling=sampling,
-            candidate_ratio=options.candidates,
-            scheduler=torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda update: _factor(update, updates)
-            ),
-            generator=torch.Generator().manual_seed(seed),
-            log_norm=log_norm_product,
-            on_update=lambda _: progress.update(),
-            dynamics=dynamics,
-            skip_mislabelled=options.label_noise > 0,
-        )
+        with model.told():
+            history = train(
+                model.network,
+                noisy,
+                optimizer,
+                updates=updates,
+                batch_size=options.batch_size,
+                sampling=sampling,
+                candidate_ratio=options.candidates,
+                head=model.head,
+                scheduler=torch.optim.lr_scheduler.LambdaLR(
+                    optimizer, lambda update: _factor(update, updates)
+                ),
+                generator=torch.Generator().manual_seed(seed),
+                log_norm=log_norm if is_normalized else None,
+                on_update=lambda _: progress.update(),
+                dynamics=dynamics,
+                skip_mislabelled=options.label_noise > 0,
+            )
         if not history.margins_after.isfinite().all():
             raise UsageError(
                 f"training diverged ({LABELS[sampling]}, seed {seed + 1}); lower --learning-rate"

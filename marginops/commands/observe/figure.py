@@ -38,37 +38,39 @@ _FEW_EPOCHS = 20
 def draw(observation: Observation, subtitle: str) -> Figure:
     """Draw margin curves, neural collapse, class radii and the margin at scale 1.
 
+    Errors take the place of the margin at scale 1 if the network has no rates.
+
     Args:
         observation: A training run.
         subtitle: The data set and the network.
     """
     figure = Figure(figsize=(13, 9.5), layout="constrained")
-    (margins, collapse), (radii, scaled) = figure.subplots(2, 2)
+    (margins, collapse), (radii, other) = figure.subplots(2, 2)
     figure.suptitle(f"A network during training\n{textwrap.fill(subtitle, 110)}", fontsize=13)
     reports = observation.reports
-    _draw_margins(margins, reports)
+    _draw_margins(margins, observation)
     _draw_collapse(collapse, reports)
     _draw_radii(radii, observation)
-    _draw_scaled(scaled, reports)
+    (_draw_errors if observation.rates is None else _draw_scaled)(other, reports)
     separated = next((i for i, seen in enumerate(reports, 1) if seen.training_error == 0), None)
     last = len(reports)
     for axes in (collapse, radii):
         # The curves change most in the first epochs.
         axes.set_xscale("log")
         _set_ticks(axes.xaxis, (1, 2, 5) if last < 1000 else (1,), "{x:.0f}")
-    scaled.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    other.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     space = 0.02 * (last - 1)
     for axes, ends in (
         (collapse, (last**-0.02, last**1.02)),
         (radii, (last**-0.02, last**1.02)),
-        (scaled, (1 - space, last + space)),
+        (other, (1 - space, last + space)),
     ):
         axes.set(xlabel="epoch", xlim=ends if last > 1 else (0.8, 1.25))
         if separated is not None:
             axes.axvline(separated, color=_GREY, linestyle=":", linewidth=1.5)
     if separated is not None:
         left = separated > last / 2
-        scaled.annotate(
+        other.annotate(
             "no training errors",
             (separated, 0.03),
             xycoords=("data", "axes fraction"),
@@ -79,15 +81,17 @@ def draw(observation: Observation, subtitle: str) -> Figure:
             fontsize=9,
             backgroundcolor="#FFFFFFCC",
         )
-    for axes in (margins, collapse, radii, scaled):
+    for axes in (margins, collapse, radii, other):
         axes.grid(color="#E5E5E5")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _draw_margins(axes: Any, reports: list[EpochReport]) -> None:
+def _draw_margins(axes: Any, observation: Observation) -> None:
     """Draw the sorted margins of a few epochs. The epochs have logarithmic steps."""
+    reports = observation.reports
+    is_divided = observation.log_norm is None
     steps = torch.logspace(0, torch.tensor(len(reports)).log10().item(), _CURVES)
     epochs = sorted({round(step) for step in steps.tolist()})
     # The few largest margins would compress the rest of the curve.
@@ -101,7 +105,7 @@ def _draw_margins(axes: Any, reports: list[EpochReport]) -> None:
     axes.set(
         title="Margins of the training samples, sorted",
         xlabel="rank, as a share of the samples",
-        ylabel="margin / product of layer norms\n(below 0: misclassified)",
+        ylabel=f"margin{' / product of layer norms' * is_divided}\n(below 0: misclassified)",
         xlim=(0, 1),
     )
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -158,6 +162,18 @@ def _draw_radii(axes: Any, observation: Observation) -> None:
         fontsize=9,
         frameon=False,
     )
+
+
+def _draw_errors(axes: Any, reports: list[EpochReport]) -> None:
+    training = torch.tensor([seen.training_error for seen in reports])
+    test = torch.tensor([1 - seen.test_accuracy for seen in reports])
+    _plot(axes, training, color=_BLUE, linewidth=2, label="training samples")
+    _plot(axes, test, color=_VERMILION, linewidth=2, linestyle="--", label="test samples")
+    axes.set(title="Misclassified samples", ylabel="share")
+    # The legend lies above the curves.
+    axes.set_ylim(0, 1.2 * max(training.max().item(), test.max().item()) or 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="upper right", ncols=2, fontsize=9, frameon=False)
 
 
 def _draw_scaled(axes: Any, reports: list[EpochReport]) -> None:

@@ -1,6 +1,7 @@
 """The table, the conclusion and the JSON report of ``marginops observe``."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,21 +15,26 @@ _COLUMNS = (
     "radius", "e^-tau q",
 )  # fmt: skip
 _WIDTHS = [max(len(name), 7) for name in _COLUMNS]
-HEADER = "\n".join(
-    (
+
+
+def header(observation: Observation) -> str:
+    """The meaning of the columns of the table, and their names."""
+    margin = "margin / layer norms" if observation.log_norm is None else "margin"
+    explained = [
         "error              share of misclassified training samples",
         "accuracy           share of correctly classified test samples",
-        "area, smallest     mean and smallest margin / layer norms of the training samples",
+        f"area, smallest     mean and smallest {margin} of the training samples",
         "NC1 to NC4         neural collapse of the last hidden layer, 0 at full collapse",
         "radius             mean radius of the classes in that layer, on the unit sphere",
-        "e^-tau q           smallest margin of the network at scale 1; it may fall",
-        "",
-        " ".join(name.rjust(width) for name, width in zip(_COLUMNS, _WIDTHS, strict=True)),
-    )
-)
+    ]
+    if observation.rates is not None:
+        explained.append(
+            "e^-tau q           smallest margin of the network at scale 1; it may fall"
+        )
+    return "\n".join([*explained, "", _joined(_COLUMNS, observation)])
 
 
-def line(epoch: int, seen: EpochReport) -> str:
+def line(epoch: int, seen: EpochReport, observation: Observation) -> str:
     """The line of the table for one epoch."""
     margin, collapse = seen.distribution, seen.collapse
     cells = (
@@ -45,7 +51,13 @@ def line(epoch: int, seen: EpochReport) -> str:
         f"{seen.manifolds.radius.mean():.4f}",
         f"{seen.tau_margin:.3g}",
     )
-    return " ".join(cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+    return _joined(cells, observation)
+
+
+def _joined(cells: Sequence[str], observation: Observation) -> str:
+    """A line of the table. The last column needs rates."""
+    columns = [cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True)]
+    return " ".join(columns if observation.rates is not None else columns[:-1])
 
 
 def conclusion(observation: Observation) -> str:
@@ -77,14 +89,24 @@ def conclusion(observation: Observation) -> str:
 
 def report(observation: Observation, options: argparse.Namespace) -> dict[str, Any]:
     """Settings and results, as values that JSON can hold."""
-    names = ("data", "epochs", "batch_size", "learning_rate", "seed", "regularize", "threads")
+    names = (
+        "data",
+        "model",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "seed",
+        "regularize",
+        "threads",
+    )
     stragglers = observation.inversion.stragglers
     return {
         **{name: getattr(options, name) for name in names},
-        "hidden": list(options.hidden),
+        "hidden": list(options.hidden) if options.model is None else None,
         "device": str(options.device),
         "torch": torch.__version__,
         "conclusion": conclusion(observation),
+        "left_out": observation.left_out,
         "rates": observation.rates,
         "inversion": observation.inversion.epoch,
         "stragglers": [] if stragglers is None else stragglers.nonzero().flatten().tolist(),

@@ -8,7 +8,7 @@ import numpy as np
 from bokeh.layouts import column as stacked
 from bokeh.models import ColumnDataSource, HoverTool, Span
 
-from .look import BLACK, BLUE, Panel, add_legend, column, draw_lines, new_figure
+from .look import BLACK, BLUE, Panel, add_legend, axis_type, column, draw_lines, new_figure
 
 _LEVELS = {"5": 0.05, "25": 0.25, "50": 0.5, "75": 0.75, "95": 0.95}
 _MOST_VALUES = 8
@@ -44,8 +44,7 @@ def loss(epochs: list[dict[str, Any]]) -> Panel:
         if _is_loss(name):
             curves[_words(name)] = np.array(column(epochs, "values", name))
     curves = _finite(curves)
-    positive = all(np.nanmin(values) > 0 for values in curves.values())
-    made = new_figure("epoch", "loss (nats)", y_axis_type="log" if positive else "linear")
+    made = new_figure("epoch", "loss (nats)", y_axis_type=axis_type(curves.values()))
     draw_lines(made, _numbers(epochs), curves)
     return Panel(
         "Loss",

@@ -5,9 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool
+from bokeh.models import ColumnDataSource, FixedTicker, HoverTool
 
-from .look import BLACK, Panel, add_legend, class_colours, column, draw_line, draw_lines, new_figure
+from .look import (
+    BLACK,
+    Panel,
+    add_legend,
+    axis_type,
+    class_colours,
+    column,
+    draw_line,
+    draw_lines,
+    new_figure,
+)
 
 _MOST_LINES = 23
 _COLLAPSE = {
@@ -31,7 +41,9 @@ def collapse(epochs: list[dict[str, Any]]) -> Panel:
         values[~(values > 0)] = np.nan  # an exact 0 has no place on a logarithmic axis
         if np.isfinite(values).any():
             curves[words] = values
-    made = new_figure("epoch", "distance from collapse (no unit)", y_axis_type="log")
+    made = new_figure(
+        "epoch", "distance from collapse (no unit)", y_axis_type=axis_type(curves.values())
+    )
     draw_lines(made, [epoch["epoch"] for epoch in kept], curves)
     return Panel(
         "Neural collapse",
@@ -94,19 +106,19 @@ def by_class(epoch: dict[str, Any], names: list[str]) -> Panel:
     order = [place for place in np.argsort(share, kind="stable") if samples[place]][:30]
     if len(order) < (samples > 0).sum():
         reading += f" The {len(order)} worst of {(samples > 0).sum()} classes are shown."
-    rows = [f"{place}" for place in range(len(order), 0, -1)]
+    rows = np.arange(len(order), 0, -1)
     source = ColumnDataSource(
         {
             **{"row": rows, "share": share[order], "name": [names[place] for place in order]},
             **{"samples": samples[order], "correct": correct[order]},
         }
     )
-    made = new_figure(
-        "correct samples (%)", "class", y_range=rows[::-1], height=max(200, 60 + 22 * len(order))
-    )
+    made = new_figure("correct samples (%)", "class", height=max(220, 90 + 22 * len(order)))
+    made.yaxis.ticker = FixedTicker(ticks=rows.tolist())
     made.yaxis.major_label_overrides = {
-        row: names[place][:24] for row, place in zip(rows, order, strict=True)
+        int(row): names[place][:24] for row, place in zip(rows, order, strict=True)
     }
+    made.ygrid.visible = False
     bars = made.hbar(y="row", right="share", height=0.7, source=source, color="#0072b2")
     made.x_range.start = 0
     tooltips = "<b>@name</b>: @correct of @samples samples, @share{0.0} %"

@@ -16,7 +16,6 @@ _MOVE = """
 const place = slider.value
 source.data = {...source.data, share: shares.data.share.slice(place * bins, (place + 1) * bins)}
 figure.title.text = titles[place]
-slider.title = "epoch " + epochs[place]
 """
 
 
@@ -67,13 +66,13 @@ def histogram(epochs: list[dict[str, Any]]) -> Panel:
         return Panel(title, reading, made, name="histogram")
     slider = Slider(
         **{"start": 0, "end": len(kept) - 1, "value": len(kept) - 1, "step": 1},
-        **{"title": f"epoch {names[-1]}", "show_value": False, "sizing_mode": "stretch_width"},
+        **{"title": None, "show_value": False, "sizing_mode": "stretch_width"},
         **{"name": "epoch", "margin": (5, 20, 5, 20)},
     )
     # One flat column, because only such a column is stored as binary numbers.
     every = ColumnDataSource({"share": shares.astype(np.float32).ravel()})
     named = {"slider": slider, "source": source, "shares": every, "bins": shares.shape[1]}
-    named |= {"figure": made, "titles": titles, "epochs": names}
+    named |= {"figure": made, "titles": titles}
     slider.js_on_change("value", CustomJS(args=named, code=_MOVE))
     return Panel(
         title, reading, stacked(slider, made, sizing_mode="stretch_width"), name="histogram"

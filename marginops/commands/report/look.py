@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,14 @@ def shown(epochs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All epochs, or about 200 that are spread evenly over them, with the last one."""
     every = -(-len(epochs) // _MOST_EPOCHS)
     return list(epochs[::-1][::every][::-1])
+
+
+def axis_type(curves: Iterable[Any]) -> str:
+    """A logarithmic axis for positive curves that span more than two decades, else a linear one."""
+    values = np.concatenate([np.ravel(curve) for curve in curves] or [np.ones(1)])
+    values = values[np.isfinite(values)]
+    is_wide = len(values) > 0 and values.min() > 0 and values.max() > 100 * values.min()
+    return "log" if is_wide else "linear"
 
 
 def column(epochs: Sequence[dict[str, Any]], *names: str) -> list[float]:

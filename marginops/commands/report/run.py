@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...training.recording import folder as folders
-from .. import console, output
+from .. import console, functions, output
 from ..options import UsageError, path
-from ..preparation import execute
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,16 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the report, and return the exit status."""
-    return execute("report", _run, arguments)
+    try:
+        return _run(arguments)
+    except UsageError as error:
+        console.fail(f"marginops report: {error}")
+        return 2
 
 
 def check(option: str, file: Path) -> None:
     """Check that a report can be made and written, before a training that ends with one."""
-    missing = [name for name in ("bokeh",) if find_spec(name) is None]
-    if missing:
+    if find_spec("bokeh") is None:
         raise UsageError(
-            f"missing packages: {', '.join(missing)}; install them with: "
-            'pip install "marginops[report]"'
+            'missing packages: bokeh; install them with: pip install "marginops[report]"'
         )
     try:
         output.check(file)
@@ -87,9 +88,7 @@ def write(
 
 def _run(options: argparse.Namespace) -> int:
     check("--output", options.output)
-    samples = None
+    samples: Callable[[int], Any] | None = None
     if options.samples is not None:
-        from .samples import find_function
-
-        samples = find_function(options.samples)
+        samples = functions.find("--samples", options.samples)
     return write("report", "--output", options.output, options.folder, samples, options.class_names)

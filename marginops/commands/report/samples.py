@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib
 import io
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ..functions import told
 from ..options import UsageError
 
 _MOST_TEXT = 160
@@ -22,49 +20,23 @@ _LARGEST_SIDE = 64
 Samples = Callable[[int], Any]
 
 
-def find_function(name: str) -> Samples:
-    """Import ``package.module:function``. The current folder is searched first."""
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise UsageError(f"--samples: expected package.module:function, got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:
-        raise UsageError(
-            f"--samples: expected a function that can be imported, got {name!r} "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if not callable(found):
-        raise UsageError(f"--samples: expected a function, got the {type(found).__name__} {name}")
-    result: Samples = found
-    return result
-
-
 def preview(samples: Samples, index: int) -> str:
     """A piece of HTML that shows a sample. It is safe whatever the function returns."""
-    try:
+    with told("--samples", f"the function, for the index {index},"):
         value = samples(index)
-        if isinstance(value, str):
-            words = " ".join(value.split())
-            cut = words if len(words) <= _MOST_TEXT else f"{words[: _MOST_TEXT - 1]}…"
-            return f'<span class="text">{html.escape(cut)}</span>'
-        return f'<img alt="" src="data:image/png;base64,{_png(value)}">'
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"--samples: the function failed for the index {index} "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    if isinstance(value, str):
+        words = " ".join(value.split())
+        cut = words if len(words) <= _MOST_TEXT else f"{words[: _MOST_TEXT - 1]}…"
+        return f'<span class="text">{html.escape(cut)}</span>'
+    return f'<img alt="" src="data:image/png;base64,{_png(value)}">'
 
 
 def _png(value: Any) -> str:
     """A picture as PNG in base64, at most 64 pixels wide and high."""
     from PIL import Image
 
-    pixels = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    with told("--samples", "the conversion of its result"):
+        pixels = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
         pixels = np.moveaxis(pixels, 0, 2)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
