@@ -96,7 +96,8 @@ def _run(arguments: argparse.Namespace) -> int:
             recorder = RunRecorder(
                 folder,
                 TrainingDynamics(len(data.train_target), device=options.device),
-                **{"name": f"marginops observe: {network}", "data": data.name},
+                name=f"marginops observe: {network}",
+                data=data.name,
             )
         watch(observation, data, options, show, recorder)
         status = finish(

@@ -27,7 +27,7 @@ def accuracy(epochs: list[dict[str, Any]]) -> Panel:
             # Some loops report percent.
             curves[_words(name)] = values if np.nanmax(values, initial=0) > 1.5 else 100 * values
     made = new_figure("epoch", "correct samples (%)")
-    draw_lines(made, _numbers(epochs), _finite(curves), " %")
+    draw_lines(made, _numbers(epochs), _finite(curves), " %", columns=2)
     return Panel(
         "Accuracy",
         "The share of correctly classified samples. “As last seen” takes each training sample as "

@@ -21,11 +21,11 @@ from .look import (
 
 _MOST_LINES = 23
 _COLLAPSE = {
-    "nc1": "NC1: spread within classes",
-    "nc2_norm_means": "NC2: norms of class means",
-    "nc2_angle_means": "NC2: angles of class means",
-    "nc3": "NC3: means against weights",
-    "nc4": "NC4: nearest mean differs",
+    "nc1": "NC1 spread within classes",
+    "nc2_norm_means": "NC2 norms of means",
+    "nc2_angle_means": "NC2 angles of means",
+    "nc3": "NC3 means and weights",
+    "nc4": "NC4 nearest mean differs",
 }
 _MISSING = (
     "Pass report=report_epoch(network, inputs, target) to RunRecorder.end_epoch to have this panel."
@@ -44,7 +44,7 @@ def collapse(epochs: list[dict[str, Any]]) -> Panel:
     made = new_figure(
         "epoch", "distance from collapse (no unit)", y_axis_type=axis_type(curves.values())
     )
-    draw_lines(made, [epoch["epoch"] for epoch in kept], curves)
+    draw_lines(made, [epoch["epoch"] for epoch in kept], curves, columns=2)
     return Panel(
         "Neural collapse",
         "Each curve is 0 when the last hidden layer has collapsed to one point per class, at equal "
@@ -86,7 +86,7 @@ def geometry(epochs: list[dict[str, Any]], names: list[str]) -> Panel:
     if np.isfinite(distance).any():
         words = "mean distance"
         items.append((words, draw_line(made, numbers, words, distance, BLACK, "dashed")))
-    add_legend(made, items, columns=4)
+    add_legend(made, items)
     return Panel(title, reading, made, name="geometry")
 
 

@@ -70,14 +70,16 @@ def new_figure(x_label: str, y_label: str, **options: Any) -> Any:
     return made
 
 
-def draw_lines(made: Any, epochs: Sequence[int], curves: dict[str, Any], unit: str = "") -> None:
+def draw_lines(
+    made: Any, epochs: Sequence[int], curves: dict[str, Any], unit: str = "", columns: int = 3
+) -> None:
     """Draw curves over the epochs, with their legend below and a tooltip."""
     items = []
     for place, (name, values) in enumerate(curves.items()):
         color = COLOURS[place % len(COLOURS)]
         dash = _DASHES[place // len(COLOURS) % len(_DASHES)]
         items.append((name, draw_line(made, epochs, name, values, color, dash, unit)))
-    add_legend(made, items)
+    add_legend(made, items, columns)
 
 
 def draw_line(

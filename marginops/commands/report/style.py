@@ -26,7 +26,8 @@ table { border-collapse: collapse; width: 100%; font-size: 14px;
 th { position: sticky; top: 0; background: #fff; box-shadow: inset 0 -2px #d5d9de;
   font-size: 12px; font-weight: 600; color: #59606a; white-space: nowrap; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid #edeff1; }
-td.word { text-align: left; overflow-wrap: anywhere; }
+td.word { text-align: left; overflow-wrap: break-word; min-width: 5.5em; }
+td.word:has(img) { min-width: 0; }
 td img { display: block; height: 44px; image-rendering: pixelated; }
 footer { margin-top: 20px; }
 @media (max-width: 960px) {
