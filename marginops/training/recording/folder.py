@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics.training_dynamics import TrainingDynamics
+from .numbers import problem_of
 
 _FORMAT = "marginops run"
 _VERSION = 1
@@ -128,9 +129,12 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
     """
     lines = _text(folder, _EPOCHS).splitlines()
     epochs = [_mapping(line, folder, _EPOCHS) for line in lines]
-    numbers = [epoch.get("epoch") for epoch in epochs]
-    if not epochs or any(type(number) is not int for number in numbers):
-        raise _damaged(folder, _EPOCHS, "expected one or more lines, each with the number of epoch")
+    if not epochs:
+        raise _damaged(folder, _EPOCHS, "expected one or more lines, got none")
+    for place, epoch in enumerate(epochs, 1):
+        problem = problem_of(epoch)
+        if problem is not None:
+            raise _damaged(folder, _EPOCHS, f"line {place}: {problem}")
     return epochs
 
 

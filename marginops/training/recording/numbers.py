@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +52,38 @@ def epoch_numbers(
         "visited_by_margin": _by_margin(visited, margin_before),
         "classes": _by_class(labels, correct, margin, visited),
     }
+
+
+def problem_of(epoch: Mapping[str, Any]) -> str | None:
+    """What is wrong with the numbers of an epoch that were read from a file; None if nothing is."""
+    for name in ("epoch", "seen", "visited", "visits", "new"):
+        if type(epoch.get(name)) is not int:
+            return f"expected {name} as an int"
+    if not isinstance(epoch.get("values"), dict) or not _are_numbers(epoch["values"].values()):
+        return "expected values as numbers by name"
+    for name, size in (("margins", _QUANTILES + 1), ("visited_by_margin", _PARTS)):
+        value = epoch.get(name)
+        is_right = isinstance(value, list) and len(value) == size and _are_numbers(value)
+        if value is not None and not is_right:
+            return f"expected {name} as {size} numbers"
+    for name in ("classes", "report"):
+        if not isinstance(epoch.get(name) or {}, dict):
+            return f"expected {name} as a mapping"
+    classes = epoch.get("classes") or {}
+    columns = [classes.get(name) for name in ("samples", "correct", "visited", "margin")]
+    if classes and (
+        not all(isinstance(column, list) and _are_numbers(column) for column in columns)
+        or len({len(column) for column in columns}) != 1
+    ):
+        return "expected classes with four lists of equal lengths"
+    radius = (epoch.get("report") or {}).get("radius", [])
+    if not isinstance(radius, list) or not _are_numbers(radius):
+        return "expected report with radius as a list of numbers"
+    return None
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(value is None or isinstance(value, int | float) for value in values)
 
 
 def report_numbers(report: EpochReport) -> dict[str, Any]:
