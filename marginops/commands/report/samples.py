@@ -16,6 +16,8 @@ from ..options import UsageError
 
 _MOST_TEXT = 160
 _LARGEST_SIDE = 64
+# The style sheet of the page does not reach into tooltips.
+_PICTURE = "display:block;height:56px;image-rendering:pixelated"
 
 Samples = Callable[[int], Any]
 
@@ -27,8 +29,8 @@ def preview(samples: Samples, index: int) -> str:
     if isinstance(value, str):
         words = " ".join(value.split())
         cut = words if len(words) <= _MOST_TEXT else f"{words[: _MOST_TEXT - 1]}…"
-        return f'<span class="text">{html.escape(cut)}</span>'
-    return f'<img alt="" src="data:image/png;base64,{_png(value)}">'
+        return f'<span style="display:block;max-width:320px">{html.escape(cut)}</span>'
+    return f'<img alt="" style="{_PICTURE}" src="data:image/png;base64,{_png(value)}">'
 
 
 def _png(value: Any) -> str:

@@ -28,7 +28,6 @@ th { position: sticky; top: 0; background: #fff; box-shadow: inset 0 -2px #d5d9d
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid #edeff1; }
 td.word { text-align: left; overflow-wrap: break-word; min-width: 5.5em; }
 td.word:has(img) { min-width: 0; }
-td img { display: block; height: 44px; image-rendering: pixelated; }
 footer { margin-top: 20px; }
 @media (max-width: 960px) {
   body { padding: 12px; }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MOST_CLASSES = 1000  # with more of them, an epoch has no numbers for each class
 _QUANTILES = 256  # the distribution of the margins is kept as so many parts of equal size
 _PARTS = 10
+_CLASS_NUMBERS = ("samples", "correct", "visited", "margin")
 _MOST_SORTED = 2**20  # of more samples, an epoch sorts every second, third and so on
 
 
@@ -70,7 +71,7 @@ def problem_of(epoch: Mapping[str, Any]) -> str | None:
         if not isinstance(epoch.get(name) or {}, dict):
             return f"expected {name} as a mapping"
     classes = epoch.get("classes") or {}
-    columns = [classes.get(name) for name in ("samples", "correct", "visited", "margin")]
+    columns: list[Any] = [classes.get(name) for name in _CLASS_NUMBERS]
     if classes and (
         not all(isinstance(column, list) and _are_numbers(column) for column in columns)
         or len({len(column) for column in columns}) != 1
