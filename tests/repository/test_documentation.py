@@ -47,7 +47,8 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_example_runs(example: str):
+def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # some examples write files
     exec(example, {})
 
 

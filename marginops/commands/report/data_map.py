@@ -59,7 +59,7 @@ def data_map(run: RecordedRun, names: list[str], samples: Samples | None) -> Pan
     made = new_figure(
         "variability: deviation of the probability of the label",
         "confidence: mean probability of the label",
-        **{"height": 460, "y_range": (-0.03, 1.03), "output_backend": "webgl"},
+        **{"height": 460, "y_range": (-0.03, 1.03)},
     )
     mapper = add_colour_bar(made, "correct visits", 0, 1)
     points = made.scatter(

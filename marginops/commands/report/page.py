@@ -58,7 +58,7 @@ def _page(run: RecordedRun, panels: list[Panel]) -> str:
         if panel.content is not None and not isinstance(panel.content, str)
     }
     script, divs = components(models)
-    resources = Resources(mode="inline", components=["bokeh", "bokeh-widgets", "bokeh-gl"])
+    resources = Resources(mode="inline", components=["bokeh", "bokeh-widgets"])
     title = html.escape(run.header.get("name") or "Training run")
     sections = "\n".join(_section(panel, divs) for panel in panels)
     return f"""<!DOCTYPE html>
