@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping
 from importlib import util
 from typing import Any
 
@@ -120,14 +119,20 @@ def set_batches_done(trainer: Any, done: int) -> None:
     count.completed = done - pending
 
 
-def ends_epoch(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was saved in ``on_train_batch_end`` of the last batch of an epoch.
+def begins_next_epoch(checkpoint: dict[str, Any]) -> bool:
+    """Whether the loop goes on with the epoch after that of a checkpoint.
 
-    The loop then goes on with the next epoch, and does not call ``on_train_epoch_end`` before.
+    So it is if the checkpoint was saved in ``on_train_batch_end`` of the last batch of an epoch.
+    The loop does not call ``on_train_epoch_end`` then. The state of a loader that keeps one tells
+    it to end at once, so it is left out.
     """
-    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    loop = checkpoint["loops"]["fit_loop"]
+    batches = loop["epoch_loop.batch_progress"]
     count = batches["current"]
-    return bool(batches["is_last_batch"] and count["completed"] < count["processed"])
+    if not batches["is_last_batch"] or count["completed"] == count["processed"]:
+        return False
+    loop["state_dict"].pop("combined_loader", None)
+    return True
 
 
 def is_plain(loader: Any) -> bool:

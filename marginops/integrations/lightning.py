@@ -8,7 +8,6 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import _checks as checks
 from ..training import SelectionSchedule, TrainingProgress, select_batch, take
@@ -124,7 +123,7 @@ class MarginCallback(_Callback):
         self._logits = logits
         self._fits = True
         self._resumed = self._ended_epoch = False
-        self._first_ids: Tensor | None = None
+        self._checks_ids = False
         self._dropped = 0
         self._unrecorded: tuple[Any, int] | None = None
         self._hook_owner: Any = None
@@ -153,7 +152,7 @@ class MarginCallback(_Callback):
                 f"those of {', '.join(checkpoint['callbacks']) or 'no callbacks'}; load only the "
                 "weights of a training without it"
             )
-        self._ended_epoch = host.ends_epoch(checkpoint)
+        self._ended_epoch = host.begins_next_epoch(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the progress. A collective call, as Lightning makes it."""
@@ -177,12 +176,8 @@ class MarginCallback(_Callback):
         """Check the loader, and let the loop count its batches from the position on."""
         sampler = self.progress.sampler
         loader = host.train_loader(trainer, sampler, self.progress.dynamics.num_samples)
-        self._first_ids = None
-        if sampler is None:
-            return
-        if host.is_plain(loader):
-            self._first_ids = sampler.indices()
-        if self._resumed:
+        self._checks_ids = sampler is not None and host.is_plain(loader)
+        if sampler is not None and self._resumed:
             left = 0 if self._ended_epoch else host.batches_left(loader, sampler)
             if left is not None:
                 host.set_batches_done(trainer, len(loader) - left)
@@ -197,11 +192,10 @@ class MarginCallback(_Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record a batch."""
-        if self._first_ids is not None or self._logits is not None:
-            ids = self._fields.ids(batch)
-            self._check_first(ids)
-            if self._logits is not None:
-                self._record(pl_module, outputs, batch, ids)
+        if self._checks_ids:
+            self._check_ids(batch)
+        if self._logits is not None:
+            self._record(pl_module, outputs, batch)
         if self._dropped:
             self.progress.advance(self._dropped)
             self._dropped = 0
@@ -213,9 +207,10 @@ class MarginCallback(_Callback):
                 "progress: expected calls of callback.progress.update in training_step with "
                 "logits=None, got none"
             )
+        epoch = self.progress.epoch
         if self._recorder is not None:
-            self._unrecorded = trainer, trainer.current_epoch
-        self.progress.begin_epoch(trainer.current_epoch + 1)
+            self._unrecorded = trainer, epoch
+        self.progress.begin_epoch(epoch + 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the last epoch."""
@@ -229,7 +224,8 @@ class MarginCallback(_Callback):
         """Give the module its own hook back."""
         self._unwrap_transfer()
 
-    def _record(self, module: Any, outputs: Any, batch: Any, ids: Tensor) -> None:
+    def _record(self, module: Any, outputs: Any, batch: Any) -> None:
+        ids = self._fields.ids(batch)
         outputs = outputs if isinstance(outputs, Mapping) else {}
         if self._logits in outputs:
             logits = outputs[self._logits].detach()
@@ -244,12 +240,11 @@ class MarginCallback(_Callback):
                 "it and pass logits=None"
             )
 
-    def _check_first(self, ids: Tensor) -> None:
-        """Check that what the batch has for ids are ids: the first ones of the sampler."""
-        if self._first_ids is None:
-            return
-        expected = self._first_ids[: ids.numel() + self._dropped]
-        self._first_ids = None
+    def _check_ids(self, batch: Any) -> None:
+        """Check that what the first batch has for ids are the first ids of the sampler."""
+        self._checks_ids = False
+        ids = self._fields.ids(batch)
+        expected = self.progress.sampler.indices()[: ids.numel() + self._dropped]  # type: ignore[union-attr]
         if not torch.isin(ids.cpu(), expected).all():
             raise ValueError(
                 f"batch: expected the ids {expected[:4].tolist()} ... of the sampler, got "
