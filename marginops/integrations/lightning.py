@@ -17,7 +17,7 @@ from ._batch import BatchFields, Place
 _Callback: Any = host.callback_class()
 
 
-class MarginCallback(_Callback):
+class MarginCallback(_Callback):  # type: ignore[misc]
     r"""Records what a training by Lightning sees of every sample, and decides what it visits next.
 
     It belongs to Lightning 2.6, both to ``lightning`` and to ``pytorch_lightning``. Import the one

@@ -22,6 +22,7 @@ _ADVICE = (
     "Checkpoint directory",
     "add the following callbacks",
     "manual optimization",
+    "returned `None`",
 )
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -65,9 +66,10 @@ class Model(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9)
 
 
-def make_sampler(**options: Any) -> MarginSampler:
+def make_sampler(dynamics: TrainingDynamics | None = None, **options: Any) -> MarginSampler:
     options = {"num_samples": VISITED, "seed": 3} | options
-    return MarginSampler(TrainingDynamics(SAMPLES), SmallestMargins(), **options)
+    dynamics = TrainingDynamics(SAMPLES) if dynamics is None else dynamics
+    return MarginSampler(dynamics, SmallestMargins(), **options)
 
 
 def make_loader(sampler: Any, kind: type = DataLoader, workers: int = 0, **options: Any) -> Any:
