@@ -162,6 +162,10 @@ def test_weights_of_ones_own_with_dynamics() -> None:
     resumed.load_state_dict(first.state_dict())
     resumed.begin_epoch(1)
     assert list(resumed.sampler) == expected[4:]
+    for epoch in (0, 1):  # as a host does that counts the epochs through
+        resumed.sampler.set_epoch(epoch)
+    with pytest.raises(ValueError, match="in epoch 1 from position 4 on, got epoch 1 and position"):
+        resumed.advance(1)
 
 
 def test_an_epoch_that_somebody_else_sets_is_an_error_before_anything_is_noted() -> None:
@@ -173,7 +177,10 @@ def test_an_epoch_that_somebody_else_sets_is_an_error_before_anything_is_noted()
         lambda: progress.advance(1),
         progress.state_dict,
     ):
-        with pytest.raises(ValueError, match="epoch: expected the sampler in epoch 0, got 3; call"):
+        with pytest.raises(
+            ValueError,
+            match="epoch: expected the sampler in epoch 0 from position 0 on, got epoch 3 and",
+        ):
             call()
     assert progress.dynamics.num_updates == 0
     progress.begin_epoch(3)
