@@ -16,6 +16,9 @@ from .progress_state import VERSION, check_state
 from .samplers.agreement import together
 from .samplers.dynamics_sampler import DynamicsSampler, check_dynamics
 from .samplers.epoch_sampler import EpochSampler, check_epoch
+from .samplers.margin_sampler import MarginSampler
+from .samplers.reduction_sampler import ReductionSampler
+from .samplers.weighted_sampler import WeightedSampler
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,7 +79,7 @@ class TrainingProgress:
 
     def __init__(
         self,
-        sampler: EpochSampler | None = None,
+        sampler: MarginSampler | ReductionSampler | WeightedSampler | None = None,
         *,
         dynamics: TrainingDynamics | None = None,
         group: ProcessGroup | None = None,
@@ -234,12 +237,15 @@ class TrainingProgress:
         return self._within_epoch(position)
 
     def _check_epoch_of_sampler(self) -> None:
-        if self.sampler is not None and self.sampler.epoch != self.epoch:
-            raise ValueError(
-                f"epoch: expected the sampler in epoch {self.epoch}, got {self.sampler.epoch}; "
-                "call begin_epoch before the loop over the loader, and let nobody set another "
-                "epoch (with accelerate, call loader.set_epoch(epoch) after it)"
-            )
+        sampler = self.sampler
+        if sampler is None or (sampler.epoch, sampler.position) == (self.epoch, self._start):
+            return
+        raise ValueError(
+            f"epoch: expected the sampler in epoch {self.epoch} from position {self._start} on, "
+            f"got epoch {sampler.epoch} and position {sampler.position}; call begin_epoch before the "
+            "loop over the loader, and let nobody set another epoch (with accelerate, call "
+            "loader.set_epoch(epoch) after it)"
+        )
 
     def _check_replicas(self) -> None:
         count = self._num_processes

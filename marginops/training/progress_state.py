@@ -66,6 +66,14 @@ def _check_sampler(state_dict: Mapping[str, Any], sampler: EpochSampler) -> None
             weights=dynamics["weights"], weights_version=dynamics["weights_version"]
         )
     trial.load_state_dict(state_dict["sampler"])
+    if isinstance(trial, DynamicsSampler) and (
+        state_dict["sampler"]["weights_version"] != dynamics["weights_version"]
+    ):
+        raise ValueError(
+            f"state_dict: expected weights_version {state_dict['sampler']['weights_version']} in "
+            f"the state of the dynamics, as in that of the sampler, got "
+            f"{dynamics['weights_version']}"
+        )
     if (trial.epoch, trial.position) != (state_dict["epoch"], state_dict["position"]):
         raise ValueError(
             f"state_dict: expected epoch {state_dict['epoch']} and position "

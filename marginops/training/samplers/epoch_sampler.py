@@ -148,7 +148,11 @@ class EpochSampler(DistributedSampler[int]):
 
     def _begin_epoch(self, epoch: int, group: ProcessGroup | None) -> None:
         """Call :meth:`set_epoch` on all ranks of a group, which have to agree."""
-        together(group, lambda: self.set_epoch(epoch), lambda _: self._facts())
+
+        def facts(_: None) -> dict[str, int | float]:
+            return {**self._facts(), "weights_version": self._version()}
+
+        together(group, lambda: self.set_epoch(epoch), facts)
 
     def __iter__(self) -> EpochIterator:
         """The ids of this rank in the current epoch, from the position of a loaded state on."""
