@@ -1,0 +1,1 @@
+"""Adapters to trainers. Import the file of your trainer, which has to be installed."""
