@@ -104,6 +104,35 @@ class EpochSampler(DistributedSampler[int]):
         )
         self.epoch = epoch
 
+    def set_ranks(self, num_replicas: int, rank: int) -> None:
+        """Share the epochs among ranks, for a sampler that was made before there were any.
+
+        Args:
+            num_replicas: The number of ranks. A sampler that already has several keeps them, and
+                another number is an error.
+            rank: The number of this rank.
+
+        Raises:
+            ValueError: The sampler has other ranks, or a number is out of range.
+        """
+        wanted, own = (num_replicas, rank), (self.num_replicas, self.rank)
+        if own == wanted:
+            return
+        if self.num_replicas != 1:
+            raise ValueError(
+                f"sampler: expected num_replicas {num_replicas} and rank {rank}, got {own[0]} and "
+                f"{own[1]}; make the sampler without group, num_replicas and rank"
+            )
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"rank: expected an int in [0, {num_replicas}), got {rank}")
+        if self.drop_last and self.epoch_size < num_replicas:
+            raise ValueError(
+                f"num_samples: expected at least num_replicas, {num_replicas}, with drop_last, got "
+                f"{self.epoch_size}"
+            )
+        self.num_replicas, self.rank = num_replicas, rank
+        self._resize(self.epoch_size)
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next.
 
