@@ -1,1 +1,1 @@
-"""Adapters to trainers. Import the file of your trainer, which has to be installed."""
+"""Adapters to trainers, one file each. A file imports its trainer, so import the one you need."""
