@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..training import Indexed
-from ..training.samplers.dynamics_sampler import DynamicsSampler
+from ..training.samplers.epoch_sampler import EpochSampler
 
 
 class Numbered(Indexed):
@@ -58,9 +58,7 @@ class SharedBatches:
     first samples of the epoch. They are padded here as EpochSampler does it.
     """
 
-    def __init__(
-        self, order: DynamicsSampler, size: int, num_processes: int, drop_last: bool
-    ) -> None:
+    def __init__(self, order: EpochSampler, size: int, num_processes: int, drop_last: bool) -> None:
         self._order, self._size, self._num_processes = order, size, num_processes
         self._drop_last = drop_last
 

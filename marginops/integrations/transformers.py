@@ -148,7 +148,7 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         options = {} if recorder is None else {"recorder": recorder}
         self.progress = TrainingProgress(sampler, dynamics=dynamics, **options)
         self.recorder, self.dynamics = recorder, self.progress.dynamics
-        self._next_epoch, self._is_in_epoch = 0, False
+        self._next_epoch, self._skipped, self._is_in_epoch = 0, 0, False
         if self.train_dataset is not None:
             check_data(self)
         if self.dynamics.device.type != self.args.device.type:
@@ -256,6 +256,8 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
 
     def _begin_epoch(self) -> None:
         self.progress.begin_epoch(self._next_epoch)
+        self.progress.advance(self._skipped)
+        self._skipped = 0
         self._next_epoch += 1
         self._is_in_epoch = True
 
@@ -275,7 +277,7 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         """Begin anew or at the state of a checkpoint, and run the loop of the host."""
-        self._next_epoch = self.progress.epoch = self.progress.position = 0
+        self._next_epoch = self._skipped = 0
         if resume_from_checkpoint is not None:
             load_state(self.progress, resume_from_checkpoint)
             if (sampler := self.progress.sampler) is not None:
@@ -308,6 +310,7 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         self._next_epoch = epoch
         if self.progress.sampler is None:
             return
+        self._skipped = step * accumulation * self._train_batch_size
         size = self.args.world_size * self._train_batch_size
         end = min(self.progress.sampler.epoch_size, self._batches_per_epoch * size)
         own = self.progress.epoch, self.progress.position
