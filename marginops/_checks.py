@@ -262,7 +262,7 @@ def check_indices(name: str, value: Any, shape: str) -> None:
 def check_features(input: Any, logits: Tensor) -> None:
     """Check features [N, D] or [..., N, D], one row for each row of ``logits``."""
     rows = ", ".join(map(str, logits.shape[:-1]))
-    check_tensor("input", input, logits.dim(), f"[{rows}, D]")
+    check_tensor("input", input, logits.dim(), "[N, D]" if logits.dim() == 2 else f"[{rows}, D]")
     if input.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
             f"input: expected shape [{rows}, D] for logits {list(logits.shape)}, "

@@ -37,6 +37,11 @@ def as_matrix(input: Tensor) -> Tensor:
     return input if input.dim() == 2 else input.flatten(0, -2)
 
 
+def in_shape(values: Tensor, shape: torch.Size) -> Tensor:
+    """The values of all rows in the shape of the rows."""
+    return values if len(shape) == 1 else values.view(shape)
+
+
 def with_temperature(
     head: tuple[Tensor, Tensor, Tensor | None], temperature: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -27,6 +27,7 @@ from .linear_head import (
     checked_linear,
     empty_results,
     head_sums,
+    in_shape,
     join,
     norm_parameters,
 )
@@ -105,7 +106,7 @@ def linear_classification_margin(
     margin: Tensor = linear_classification_margin_op(
         as_matrix(input), weight, bias, target.flatten(), log_norm, ignore_index, dtype, chunk_bytes
     )[0]
-    return margin.view(target.shape)
+    return in_shape(margin, target.shape)
 
 
 class LinearClassificationMarginOp(Op):
@@ -219,7 +220,7 @@ def linear_minimal_margin_score(
     score: Tensor = linear_minimal_margin_score_op(
         as_matrix(input), weight, bias, bias_in_norm, rival == "nearest", dtype, chunk_bytes
     )[0]
-    return score.view(input.shape[:-1])
+    return in_shape(score, input.shape[:-1])
 
 
 class LinearMinimalMarginScoreOp(Op):

@@ -23,7 +23,7 @@ from .linear_gradient import (
     linear_sample_statistics_gradient_op,
     margin_head_gradient,
 )
-from .linear_head import as_matrix, norm_parameters, with_temperature
+from .linear_head import as_matrix, in_shape, norm_parameters, with_temperature
 from .margin import RIVALS
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .row_sums import IGNORED, StatisticsFields
@@ -299,7 +299,7 @@ def classification_margin(
     margin = _Margin.apply(
         input, weight, bias, log_norm, margin, target, rival, ignore_index, shard
     )
-    return margin if chosen else margin.view(shape), *chosen
+    return margin if chosen else in_shape(margin, shape), *chosen
 
 
 def minimal_margin_score(
@@ -334,7 +334,7 @@ def minimal_margin_score(
     if chosen:
         input, pair, distance = (value[chosen[0]] for value in (input, pair, distance))
     score = _Score.apply(input, weight, bias, score, pair, distance, bias_in_norm, shard)
-    return score if chosen else score.view(shape), *chosen
+    return score if chosen else in_shape(score, shape), *chosen
 
 
 def _open(
