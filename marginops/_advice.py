@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BINARY = "torch.stack([-z / 2, z / 2], -1), which makes the margin z for class 1 and -z for class 0"
+_BINARY = (
+    "torch.stack([-z / 2, z / 2], -1), which makes the margin z for class 1 and -z for class 0"
+)
 
 # What to do with a sharded model, and with one of quantised layers.
 GATHERED = (

@@ -261,12 +261,13 @@ def check_indices(name: str, value: Any, shape: str) -> None:
 
 def check_features(input: Any, logits: Tensor) -> None:
     """Check features [N, D] or [..., N, D], one row for each row of ``logits``."""
-    rows = ", ".join(map(str, logits.shape[:-1]))
-    check_tensor("input", input, logits.dim(), "[N, D]" if logits.dim() == 2 else f"[{rows}, D]")
+    or_more = logits.dim() > 2
+    check_tensor("input", input, 2, "[..., N, D]" if or_more else "[N, D]", or_more)
     if input.shape[:-1] != logits.shape[:-1]:
+        rows = list(logits.shape[:-1]) if or_more else logits.shape[0]
         raise ValueError(
-            f"input: expected shape [{rows}, D] for logits {list(logits.shape)}, "
-            f"got {list(input.shape)}"
+            f"input: expected {rows} rows for logits {list(logits.shape)}, "
+            f"got shape {list(input.shape)}"
         )
     check_device("input", input, logits, "logits")
 
@@ -354,9 +355,7 @@ def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
     return log_norm.to(dtype)
 
 
-def check_linear(
-    input: Any, weight: Any, bias: Any, or_more: bool = False
-) -> torch.dtype | None:
+def check_linear(input: Any, weight: Any, bias: Any, or_more: bool = False) -> torch.dtype | None:
     """Check features [N, D], weight [C, D] and bias [C], as ``F.linear`` takes them.
 
     With ``or_more``, features may also be [..., N, D].
