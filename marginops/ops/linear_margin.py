@@ -108,6 +108,7 @@ class LinearClassificationMarginOp(Op):
         " Tensor? log_norm, int ignore_index, ScalarType? dtype, int? chunk_bytes)"
         " -> (Tensor, Tensor)"
     )
+    row_arguments = ("input", "target")
     has_kernels = False
 
     @staticmethod
@@ -222,6 +223,7 @@ class LinearMinimalMarginScoreOp(Op):
         " bool nearest, ScalarType? dtype, int? chunk_bytes) -> (Tensor, Tensor, Tensor)"
     )
     constants = (("distance", 2),)
+    row_arguments = ("input",)
     has_kernels = False
 
     @staticmethod

@@ -103,6 +103,7 @@ class LinearSampleStatisticsOp(Op):
         f" -> {statistics.FIELDS}"
     )
     constants = statistics.CONSTANTS
+    row_arguments = ("input", "target")
     has_kernels = False
 
     @staticmethod
