@@ -188,7 +188,10 @@ class LinearSampleStatisticsGradientOp(Op):
         joined: list[Any] = [batch.joined(name) for name in _ROW_ARGUMENTS]
         parts = []
         for rows in pieces(batch.size * count, elements * count):
-            input, *others = (value if value is None else value[rows] for value in joined)
+            values_of_rows: list[Any] = [
+                value if value is None else value[rows] for value in joined
+            ]
+            input, *others = values_of_rows
             features = input.to(columns.dtype)
             grad_logits = sample_statistics_gradient_op(
                 *(F.linear(features, *head), *others[:6], values["log_norm"], *others[6:]),

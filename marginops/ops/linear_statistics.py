@@ -12,6 +12,7 @@ from .._checks import checked_target, result_dtype
 from . import linear_sharded as sharded
 from . import row_sums, statistics
 from ._library import Op
+from .distributed_head import local_head
 from .linear_gradient import (
     label_pair,
     linear_sample_statistics_gradient_op,
@@ -46,7 +47,7 @@ def linear_sample_statistics(
 
     Args:
         input: ``[N, D]``, see :func:`marginops.linear_classification_margin` for the dtypes.
-        weight: ``[C, D]``, C >= 2.
+        weight: ``[C, D]``, C >= 2, see :func:`marginops.linear_classification_margin`.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]``.
         log_norm: Natural logarithm of the norm product, see
@@ -80,6 +81,8 @@ def linear_sample_statistics(
         >>> marginops.linear_sample_statistics(features, weight, torch.tensor([1, 1])).loss
         tensor([0.3133, 1.7014])
     """
+    if not checks.is_ordinary(weight):
+        input, weight, bias, group, target = local_head(input, weight, bias, group, target)
     if group is not None:
         fields = sharded.sample_statistics(
             input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
