@@ -72,6 +72,11 @@ def check_not_distributed(name: str, value: Tensor) -> None:
         )
 
 
+def is_ordinary(value: Any) -> bool:
+    """Whether a value is a tensor of no subclass; a DTensor is one of a subclass."""
+    return type(value) in _ORDINARY
+
+
 def is_distributed(value: Tensor) -> bool:
     """Whether a tensor is a DTensor. No other tensor has ``full_tensor``."""
     return hasattr(value, "full_tensor")

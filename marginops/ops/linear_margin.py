@@ -20,6 +20,7 @@ from . import linear_sharded as sharded
 from . import margin_pair as pairs
 from . import row_sums
 from ._library import Op
+from .distributed_head import local_head
 from .linear_gradient import label_pair, margin_head_gradient, saved_distance_op
 from .linear_head import (
     Tensors,
@@ -60,6 +61,10 @@ def linear_classification_margin(
             bfloat16 or float16. If the rows do not follow each other in memory, they are copied.
         weight: ``[C, D]``, C >= 2, in the dtype of ``input``. Under autocast it may have any of
             these dtypes but float64. A transposed square weight cannot be seen.
+            It may be a DTensor with ``Shard(0)`` on a mesh of one dimension, as tensor parallelism
+            makes it. Then the group of the mesh counts as ``group``, ``bias`` is a DTensor of the
+            same kind, and the gradients of both are DTensors. ``input`` and ``target`` may be
+            replicated DTensors. If the ranks pass different samples, every rank raises an error.
         target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]`` in the dtype of ``weight``.
         log_norm: Natural logarithm of the norm product, see
@@ -96,6 +101,8 @@ def linear_classification_margin(
         >>> marginops.linear_classification_margin(features, weight, torch.tensor([1, 1]))
         tensor([ 1.0000, -1.5000])
     """
+    if not checks.is_ordinary(weight):
+        input, weight, bias, group, target = local_head(input, weight, bias, group, target)
     if group is not None:
         return sharded.classification_margin(
             input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
@@ -117,6 +124,7 @@ class LinearClassificationMarginOp(Op):
         " Tensor? log_norm, int ignore_index, ScalarType? dtype, int? chunk_bytes)"
         " -> (Tensor, Tensor)"
     )
+    row_arguments = ("input", "target")
     has_kernels = False
 
     @staticmethod
@@ -183,7 +191,7 @@ def linear_minimal_margin_score(
 
     Args:
         input: ``[N, D]`` or ``[..., N, D]``, see :func:`marginops.linear_classification_margin`.
-        weight: ``[C, D]``, C >= 2.
+        weight: ``[C, D]``, C >= 2, see the same function.
         bias: ``[C]``, part of the logits. It is part of the norm only with ``bias_in_norm``.
         rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`. With
             ``group`` only ``"top2"`` is available.
@@ -210,6 +218,8 @@ def linear_minimal_margin_score(
         >>> marginops.linear_minimal_margin_score(features, weight)
         tensor([0.7071, 1.0607])
     """
+    if not checks.is_ordinary(weight):
+        input, weight, bias, group, _ = local_head(input, weight, bias, group)
     if group is not None:
         return sharded.minimal_margin_score(
             input, weight, bias, rival, bias_in_norm, chunk_bytes, group
@@ -231,6 +241,7 @@ class LinearMinimalMarginScoreOp(Op):
         " bool nearest, ScalarType? dtype, int? chunk_bytes) -> (Tensor, Tensor, Tensor)"
     )
     constants = (("distance", 2),)
+    row_arguments = ("input",)
     has_kernels = False
 
     @staticmethod

@@ -12,6 +12,7 @@ from .._checks import checked_target, result_dtype
 from . import linear_sharded as sharded
 from . import row_sums, statistics
 from ._library import Op
+from .distributed_head import local_head
 from .linear_gradient import (
     label_pair,
     linear_sample_statistics_gradient_op,
@@ -54,7 +55,7 @@ def linear_sample_statistics(
 
     Args:
         input: ``[N, D]`` or ``[..., N, D]``, see :func:`marginops.linear_classification_margin`.
-        weight: ``[C, D]``, C >= 2.
+        weight: ``[C, D]``, C >= 2, see the same function.
         target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]``.
         log_norm: Natural logarithm of the norm product, see
@@ -104,6 +105,9 @@ def head_statistics(
 
     ``head`` is input, weight and bias. ``labels`` is target and ``ignore_index``.
     """
+    if not checks.is_ordinary(head[1]):
+        *parts, group, target = local_head(*head, group, labels[0])
+        head, labels = (parts[0], parts[1], parts[2]), (target, labels[1])
     if group is not None:
         fields = sharded.sample_statistics(head, labels, log_norm, temperature, chunk_bytes, group)
     else:
@@ -129,6 +133,7 @@ class LinearSampleStatisticsOp(Op):
         f" -> {statistics.FIELDS}"
     )
     constants = statistics.CONSTANTS
+    row_arguments = ("input", "target")
     has_kernels = False
 
     @staticmethod

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import _checks as checks
 from .._checks import result_dtype
 from . import margin_pair as pairs
+from ._batches import Batch
 from ._library import Op
 from .margin_gradient import margin_gradient, score_gradient
 from .rows import row_layout
@@ -74,6 +75,14 @@ class ClassificationMarginOp(Op):
         "classification_margin(Tensor logits, Tensor target, Tensor? log_norm, int ignore_index)"
         " -> Tensor"
     )
+    row_arguments = ("logits", "target")
+
+    def call_batch(self, batch: Batch) -> Tensor | None:
+        """Scale the margins afterwards if each element of the batch has a log norm of its own."""
+        if "log_norm" not in batch.names:
+            return super().call_batch(batch)
+        margin = super().call_batch(batch.replace(log_norm=None))
+        return pairs.normalize_batch(margin, batch)
 
     @staticmethod
     def reference(
@@ -243,6 +252,7 @@ class MinimalMarginScoreOp(Op):
         "minimal_margin_score(Tensor logits, Tensor? weight, Tensor? bias, bool nearest,"
         " bool softmax) -> Tensor"
     )
+    row_arguments = ("logits",)
 
     @staticmethod
     def reference(

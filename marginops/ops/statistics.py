@@ -9,6 +9,7 @@ from .. import _checks as checks
 from .._checks import checked_target, result_dtype
 from . import margin_pair as pairs
 from . import row_sums
+from ._batches import Batch
 from ._library import Op
 from ._results import describe
 from .margin_gradient import log_norm_gradient
@@ -212,6 +213,24 @@ class SampleStatisticsOp(Op):
         f" int ignore_index, bool with_mean) -> {FIELDS}"
     )
     constants = CONSTANTS
+    row_arguments = ("logits", "target", "input_norm")
+
+    def call_batch(self, batch: Batch) -> tuple[Tensor, ...] | None:
+        """Compute afterwards what has one value for each element of the batch."""
+        has_norms, with_mean = "log_norm" in batch.names, batch.values["with_mean"]
+        joined = batch.replace(with_mean=False)
+        results = super().call_batch(joined.replace(log_norm=None) if has_norms else joined)
+        if results is None:
+            return None
+        fields = StatisticsFields._make(results)
+        if has_norms:
+            margins = fields.margin, fields.top2_margin
+            margin, top2_margin = (pairs.normalize_batch(value, batch) for value in margins)
+            fields = fields._replace(margin=margin, top2_margin=top2_margin)
+        if with_mean:
+            count = fields.counted.sum(1, dtype=fields.loss.dtype)
+            fields = fields._replace(mean_loss=fields.loss.sum(1) / count, num_counted=count)
+        return tuple(fields)
 
     @staticmethod
     def reference(
@@ -279,6 +298,29 @@ class SampleStatisticsGradientOp(Op):
         " Tensor? grad_loss, Tensor? grad_confidence, Tensor? grad_entropy, Tensor? grad_mean_loss,"
         " Tensor? num_counted, int ignore_index) -> Tensor"
     )
+    row_arguments = (
+        *("logits", "target", "rival", "confidence", "entropy", "maximum", "log_sum"),
+        *("grad_margin", "grad_loss", "grad_confidence", "grad_entropy"),
+    )
+
+    def call_batch(self, batch: Batch) -> Tensor | None:
+        """Give each row what is one value for each element of the batch."""
+        values = batch.values
+        margin, loss, mean, count = (
+            values[name] for name in ("grad_margin", "grad_loss", "grad_mean_loss", "num_counted")
+        )
+        if "log_norm" in batch.names:
+            if margin is not None:
+                margin = pairs.normalize(margin, values["log_norm"].unsqueeze(1))
+                batch = batch.replace_each(grad_margin=margin)
+            batch = batch.replace(log_norm=None)
+        if batch.names & {"grad_mean_loss", "num_counted"}:
+            if mean is not None:
+                share = mean if count is None else mean / count
+                share = share.unsqueeze(1).expand(batch.size, values["maximum"].shape[-1])
+                batch = batch.replace_each(grad_loss=share if loss is None else loss + share)
+            batch = batch.replace(grad_mean_loss=None, num_counted=None)
+        return super().call_batch(batch)
 
     @staticmethod
     def reference(

@@ -1,4 +1,4 @@
-"""Ops, metrics and homogeneity refuse a DTensor in every argument."""
+"""Ops, metrics and homogeneity refuse a replicated DTensor in every argument."""
 
 import pytest
 import torch
