@@ -14,6 +14,8 @@ from ..training import SelectionSchedule, TrainingProgress, select_batch, take
 from . import _lightning as host
 from ._batch import BatchFields, Place
 
+__all__ = ["MarginCallback"]
+
 _Callback: Any = host.callback_class()
 
 
@@ -85,11 +87,18 @@ class MarginCallback(_Callback):  # type: ignore[misc]
         >>> data = TensorDataset(torch.randn(60, 8), torch.arange(60) % 4)
         >>> sampler = MarginSampler(TrainingDynamics(60), num_samples=20)
         >>> loader = DataLoader(Indexed(data), batch_size=10, sampler=sampler)
-        >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
         >>> trainer = Trainer(
-        ...     max_epochs=3, accelerator="cpu", callbacks=MarginCallback(sampler), **quiet
-        ... )  # doctest: +SKIP
-        >>> trainer.fit(Model(), loader)  # doctest: +SKIP
+        ...     max_epochs=3,
+        ...     accelerator="cpu",
+        ...     logger=False,
+        ...     enable_checkpointing=False,
+        ...     enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ...     callbacks=MarginCallback(sampler),
+        ... )
+        >>> trainer.fit(Model(), loader)
+        >>> int(sampler.dynamics.count.sum())
+        60
     """
 
     def __init__(
