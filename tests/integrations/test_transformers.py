@@ -15,7 +15,9 @@ from helpers.trainers import (
     Watched,
     arguments,
     bare,
+    joined,
     make,
+    mean_loss,
     network,
     parameters,
     sampler,
@@ -66,11 +68,6 @@ def step(model, rows, rate=0.1):
         for value, gradient in zip(model.parameters(), gradients, strict=True):
             if gradient is not None:
                 value -= rate * gradient
-
-
-def mean_loss(outputs, labels, num_items_in_batch=None):
-    """A loss of the user: the sum over all samples of a step, by their number."""
-    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
 @pytest.mark.parametrize(
@@ -163,8 +160,7 @@ def test_the_arithmetic_of_epochs_follows_the_sampler(tmp_path):
     assert len(loader) == 3
     assert trainer.num_examples(loader) == 24
     # Each of the first epochs visits samples that were never seen.
-    first, second = ([row for rows in trainer.visited[3 * e : 3 * e + 3] for row in rows] for e in (0, 1))
-    assert len({*first, *second}) == 48
+    assert len({*joined(trainer.visited[:6])}) == 48
 
 
 def test_max_steps_ends_within_an_epoch(tmp_path):
@@ -190,8 +186,8 @@ def test_reduction_trains_on_the_smallest_margins(tmp_path):
     dynamics = TrainingDynamics(SAMPLES)
     order = ReductionSampler(dynamics, num_kept=6, trigger=0.0)
     trainer = train(tmp_path, sampler=order)
-    assert sorted(sum(trainer.visited[:6], [])) == [*range(SAMPLES)]
-    assert {*sum(trainer.visited[6:], [])} == {*order.kept.tolist()}
+    assert sorted(joined(trainer.visited[:6])) == [*range(SAMPLES)]
+    assert {*joined(trainer.visited[6:])} == {*order.kept.tolist()}
     assert len(order.kept) == 6
 
 
@@ -247,7 +243,7 @@ def test_the_loss_of_selected_samples_is_their_mean(tmp_path, accumulation):
             continue
         trainer = train(tmp_path / name, training=training, select=5, compute_loss_func=loss)
         model = network()
-        step(model, sum(trainer.visited, []))
+        step(model, joined(trainer.visited))
         for key, value in model.named_parameters():
             torch.testing.assert_close(parameters(trainer)[key], value.detach())
         if loss is not None:
@@ -314,7 +310,7 @@ def test_a_table_keeps_its_rows_and_loses_unused_columns(tmp_path):
     rows = [{**item, "index": 7, "note": "unused"} for item in texts()]
     table = datasets.Dataset.from_list(rows)
     trainer = train(tmp_path, data=table, training={"num_train_epochs": 1})
-    assert sorted(sum(trainer.visited, [])) == [*range(SAMPLES)]
+    assert sorted(joined(trainer.visited)) == [*range(SAMPLES)]
     plain = bare(tmp_path / "bare", num_train_epochs=1)
     assert_same_parameters(trainer, plain, rtol=0, atol=0)
 
