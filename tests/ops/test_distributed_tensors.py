@@ -1,4 +1,4 @@
-"""Ops, metrics and homogeneity refuse a DTensor in every argument."""
+"""Ops, metrics and homogeneity refuse a replicated DTensor in every argument."""
 
 import pytest
 import torch
@@ -83,9 +83,7 @@ def test_every_argument(mesh, function, arguments):
     function(**arguments, **fixed)
     for name, value in arguments.items():
         changed = arguments | {name: distributed_tensor(value, mesh)}
-        message = (
-            rf"^{name}: expected an ordinary tensor, got a DTensor; pass {name}.full_tensor\(\)"
-        )
+        message = rf"^{name}: expected an ordinary tensor.*; pass {name}.full_tensor\(\)"
         with pytest.raises(TypeError, match=message):
             function(**changed, **fixed)
 
