@@ -109,7 +109,7 @@ def linear_log_prob(
         ...     features, weight, torch.tensor([[1, 1]]), temperature=2.0, return_entropy=True
         ... )
         >>> entropy
-        tensor([[0.6628, 0.6253]])
+        tensor([[0.6628, 0.6275]])
     """
     head, labels = (input, weight, bias), (target, ignore_index)
     statistics = head_statistics(head, labels, None, temperature, chunk_bytes, group)

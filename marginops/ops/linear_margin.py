@@ -82,8 +82,8 @@ def linear_classification_margin(
     Returns:
         In the shape of ``target``, float64 for float64 input, else float32, in units of the logits
         (divided by the norm product), the same on every rank of ``group``. The product is computed
-        in the dtype of the arguments. Under autocast it is computed in the dtype of autocast, and ``weight`` is
-        copied.
+        in the dtype of the arguments. Under autocast it is computed in the dtype of autocast, and
+        ``weight`` is copied.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or the

@@ -51,8 +51,9 @@ def classification_margin(
 
     The margins are differentiable in ``logits`` and ``log_norm``. Among tied rivals the lowest
     class takes the gradient. The result is deterministic. The op reads the logits once and needs
-    at most 1 MiB of memory beside the result. The page :doc:`/tokens` says for which logits of more
-    than two dimensions a copy is made.
+    at most 1 MiB of memory beside the result. Logits of more dimensions are read without a copy if
+    their rows lie evenly in memory, and so are slices such as ``logits[:, :-1]`` that leave out at
+    most half of the rows. Others are copied.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
@@ -157,13 +158,13 @@ def minimal_margin_score(
         softmax: Compare probabilities instead of logits. Only without a weight.
 
     Returns:
-        ``[N]`` or ``[..., N]``, float64 for float64 logits, else float32, at least 0. The unit is that of the
-        features with a weight and that of the logits without. The margin of probabilities is at
-        most 1. It is accurate relative to its value, however small. If two rows of ``weight`` are
-        equal, their distance is 0: then 0 / 0 is 0 and positive / 0 is ``+inf``. A NaN in a row
-        of logits makes its score NaN, and so does a second infinity of the same sign where the
-        two largest logits are infinite. If only the largest logit is ``+inf``, the score is
-        ``+inf``, and the margin of the probabilities is 1.
+        ``[N]`` or ``[..., N]``, float64 for float64 logits, else float32, at least 0. The unit is
+        that of the features with a weight and that of the logits without. The margin of
+        probabilities is at most 1. It is accurate relative to its value, however small. If two rows
+        of ``weight`` are equal, their distance is 0: then 0 / 0 is 0 and positive / 0 is ``+inf``.
+        A NaN in a row of logits makes its score NaN, and so does a second infinity of the same sign
+        where the two largest logits are infinite. If only the largest logit is ``+inf``, the score
+        is ``+inf``, and the margin of the probabilities is 1.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.

@@ -6,6 +6,7 @@ rows in the gaps. They count as ignored, and nobody sees their results. That is 
 faster than a copy of the logits.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +25,13 @@ class RowLayout(NamedTuple):
         shape: All dimensions of the tensor but the last.
         strides: The distances of neighbours in these dimensions, in rows of the matrix. None if
             the rows follow each other, in the matrix as in the tensor.
-        count: The number of rows of the matrix.
+        num_rows: The number of rows of the matrix.
         row_stride: The distance of two rows of the matrix, in elements.
     """
 
     shape: torch.Size
     strides: tuple[int, ...] | None = None
-    count: int = 0
+    num_rows: int = 0
     row_stride: int = 0
 
     def matrix(self, tensor: Tensor) -> Tensor:
@@ -45,14 +46,14 @@ class RowLayout(NamedTuple):
     def view(self, tensor: Tensor) -> Tensor:
         """The matrix of a tensor whose rows do not follow each other."""
         return tensor.as_strided(
-            (self.count, tensor.shape[-1]), (self.row_stride, tensor.stride(-1))
+            (self.num_rows, tensor.shape[-1]), (self.row_stride, tensor.stride(-1))
         )
 
     def column(self, values: Tensor, gap: float) -> Tensor:
         """One value for each row of the matrix; ``gap`` for the rows that are not in the tensor."""
         if self.strides is None:
             return values.flatten()
-        column = values.new_full((self.count,), gap)
+        column = values.new_full((self.num_rows,), gap)
         column.as_strided(self.shape, self.strides).copy_(values)
         return column
 
@@ -86,8 +87,9 @@ def row_layout(tensor: Tensor, has_gaps: bool = True) -> RowLayout:
 
 def _follow_each_other(sizes: list[tuple[int, int]]) -> bool:
     """Whether one stride leads through all dimensions, given by stride and size."""
-    inner = zip(sizes, sizes[1:], strict=False)
-    return all(stride == size * following for (stride, _), (following, size) in inner)
+    return all(
+        stride == size * following for (stride, _), (following, size) in itertools.pairwise(sizes)
+    )
 
 
 class _Matrix(torch.autograd.Function):

@@ -97,8 +97,8 @@ def sample_statistics(
         logits: ``[N, C]`` or ``[..., N, C]``, C >= 2, float32, float64, bfloat16 or float16, any
             strides. The last dimension counts the classes.
         target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
-        input: ``[N, D]`` or ``[..., N, D]``, the input of the last layer, any of these dtypes. Without it there is
-            no ``gradient_norm``.
+        input: ``[N, D]`` or ``[..., N, D]``, the input of the last layer, any of these dtypes.
+            Without it there is no ``gradient_norm``.
         log_norm: Natural logarithm of the norm product, see
             :func:`marginops.classification_margin`.
         ignore_index: A sample with this target has margin and ``top2_margin`` ``+inf``, loss,
@@ -123,8 +123,8 @@ def sample_statistics(
     ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable in ``logits`` (once).
     The margin is also differentiable in ``log_norm``. The result is deterministic. The forward
     pass reads the logits once, and so does the backward pass. The gradient of the logits is the
-    only temporary of their size. The page :doc:`/tokens` says for which logits of more than two
-    dimensions a copy is made.
+    only temporary of their size. :func:`marginops.classification_margin` says which logits of more
+    dimensions are copied.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])

@@ -181,6 +181,14 @@ def test_rows_that_are_left_out_have_no_part_in_anything(device):
         assert not actual.isnan().any()
 
 
+def test_a_row_that_is_in_a_view_twice_may_have_two_targets(device):
+    logits = tokens(device)["logits"].unfold(0, 3, 1).movedim(-1, 1)
+    target = torch.arange(logits[..., 0].numel(), device=device).view(logits.shape[:-1]) % CLASSES
+    statistics = marginops.sample_statistics(logits, target)
+    expected = F.cross_entropy(logits.movedim(-1, 1), target, reduction="none")
+    torch.testing.assert_close(statistics.loss, expected)
+
+
 def test_mean_loss_is_that_of_torch(device):
     x = tokens(device, torch.float64)
     logits = x["logits"].requires_grad_()
