@@ -45,22 +45,21 @@ def check_any_head(head: Any) -> None:
 
 
 def head_weight(head: Head) -> Tensor:
-    """The weight of a head as a matrix ``[C, D]``, with its adapters.
-
-    A weight that is a DTensor is gathered, which all ranks of its mesh have to do.
-    """
-    weight: Any = adapted_parameters(head)[0] if is_adapted_linear(head) else head.weight
-    if checks.is_distributed(weight):
-        weight = weight.full_tensor()
+    """The weight of a head as a matrix ``[C, D]``, with its adapters."""
+    weight = gathered(adapted_parameters(head)[0] if is_adapted_linear(head) else head.weight)
     return weight.flatten(1) if weight.dim() > 2 else weight
 
 
 def head_bias(head: Head) -> Tensor | None:
     """The bias of a head, ``[C]``; None for an embedding."""
-    bias: Any = getattr(head, "bias", None)
-    if is_adapted_linear(head):
-        bias = adapted_parameters(head)[1]
-    return bias.full_tensor() if bias is not None and checks.is_distributed(bias) else bias
+    bias = adapted_parameters(head)[1] if is_adapted_linear(head) else getattr(head, "bias", None)
+    return None if bias is None else gathered(bias)
+
+
+def gathered(value: Any) -> Tensor:
+    """The whole tensor of a DTensor, for which all ranks of its mesh have to call this function."""
+    whole: Tensor = value.full_tensor() if checks.is_distributed(value) else value
+    return whole
 
 
 def find_linear(network: nn.Module, num_classes: int) -> Any:
