@@ -14,6 +14,7 @@ from ._library import Op
 from ._results import describe
 from .margin_gradient import log_norm_gradient
 from .row_sums import StatisticsFields
+from .rows import RowLayout, row_layout
 
 
 class SampleStatistics(NamedTuple):
@@ -93,10 +94,11 @@ def sample_statistics(
     Ganguli, Dziugaite (2021), who call the latter GraNd. Here it is exact for the last layer.
 
     Args:
-        logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
-        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
-        input: ``[N, D]``, the input of the last layer, any of these dtypes. Without it there is
-            no ``gradient_norm``.
+        logits: ``[N, C]`` or ``[..., N, C]``, C >= 2, float32, float64, bfloat16 or float16, any
+            strides. The last dimension counts the classes.
+        target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
+        input: ``[N, D]`` or ``[..., N, D]``, the input of the last layer, any of these dtypes.
+            Without it there is no ``gradient_norm``.
         log_norm: Natural logarithm of the norm product, see
             :func:`marginops.classification_margin`.
         ignore_index: A sample with this target has margin and ``top2_margin`` ``+inf``, loss,
@@ -104,8 +106,9 @@ def sample_statistics(
             gradient.
 
     Returns:
-        :class:`marginops.SampleStatistics` of ``[N]`` tensors. The floating-point fields are
-        float64 for float64 logits, else float32. ``gradient_norm`` is None without ``input``.
+        :class:`marginops.SampleStatistics` of tensors in the shape of ``target``. The
+        floating-point fields are float64 for float64 logits, else float32. ``gradient_norm`` is
+        None without ``input``.
         :meth:`marginops.SampleStatistics.mean_loss` is the loss for training.
         Among equal logits the lowest class counts as the largest. A row with a NaN has NaN in
         every floating-point field and is not correct. Where the largest logit of a row is
@@ -120,7 +123,8 @@ def sample_statistics(
     ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable in ``logits`` (once).
     The margin is also differentiable in ``log_norm``. The result is deterministic. The forward
     pass reads the logits once, and so does the backward pass. The gradient of the logits is the
-    only temporary of their size.
+    only temporary of their size. :func:`marginops.classification_margin` says which logits of more
+    dimensions are copied.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
@@ -130,22 +134,28 @@ def sample_statistics(
         >>> statistics.loss, statistics.mean_loss()
         (tensor([0.4644, 1.3266]), tensor(0.8955))
     """
-    checks.check_labelled_logits(logits, target, ignore_index)
+    checks.check_labelled_logits(logits, target, ignore_index, or_more=True)
     checks.warn_of_probabilities(logits)
     input_norm = None
     if input is not None:
         checks.check_features(input, logits)
         dtype = result_dtype(logits.dtype)
         widest = torch.promote_types(input.dtype, dtype)
-        input_norm = torch.linalg.vector_norm(input.detach(), dim=1, dtype=widest).to(dtype)
+        input_norm = torch.linalg.vector_norm(input.detach(), dim=-1, dtype=widest).to(dtype)
     log_norm = checks.as_log_norm(log_norm, logits)
+    layout = None
+    if logits.dim() != 2:
+        layout = row_layout(logits)
+        logits, target = layout.matrix(logits), layout.column(target, ignore_index)
+        input_norm = None if input_norm is None else layout.column(input_norm, 0)
     # Without gradient the mean saves nothing, and inference tensors cannot tell of changes.
     with_mean = torch.is_grad_enabled() and logits.requires_grad
     with_mean = with_mean and not torch.compiler.is_compiling()
     fields = sample_statistics_op(logits, target, input_norm, log_norm, ignore_index, with_mean)
+    statistics = as_statistics(fields, input is not None, layout)
     if with_mean:
-        setattr(fields[3], _MEAN, (fields[12], fields[9]))
-    return as_statistics(fields, input is not None)
+        setattr(statistics.loss, _MEAN, (fields[12], statistics.counted))
+    return statistics
 
 
 # The name of an attribute of losses with a gradient: their mean, a result of the same op, and the
@@ -153,8 +163,15 @@ def sample_statistics(
 _MEAN = "_marginops_mean"
 
 
-def as_statistics(fields: tuple[Tensor, ...], has_gradient_norm: bool) -> SampleStatistics:
-    """The public fields, which are the first results of the op."""
+def as_statistics(
+    fields: tuple[Tensor, ...], has_gradient_norm: bool, layout: RowLayout | None = None
+) -> SampleStatistics:
+    """The public fields, which are the first results of the op, in the shape of the layout."""
+    if layout is not None:
+        fields = tuple(
+            layout.restore(field) if has_gradient_norm or index != 8 else field
+            for index, field in enumerate(fields[:10])
+        )
     if has_gradient_norm:
         return SampleStatistics._make(fields[:10])
     return SampleStatistics._make((*fields[:8], None, fields[9]))

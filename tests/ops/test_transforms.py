@@ -64,6 +64,19 @@ def fields(result):
     return torch.stack((finite(result.margin), result.loss, result.confidence, result.entropy))
 
 
+def tempered(logits):
+    values = statistics(logits / 0.7)
+    return torch.stack((-values[1], values[3]))
+
+
+def log_prob_and_entropy(features, weight):
+    return torch.stack(
+        marginops.linear_log_prob(
+            features, weight, TARGET, BIAS, temperature=0.7, return_entropy=True
+        )
+    )
+
+
 def moments(features):
     members = [features[label == TARGET] for label in range(CLASSES)]
     means = [rows.mean(0) for rows in members]
@@ -168,6 +181,16 @@ CASES = {
     "linear_sample_statistics of weight": (
         lambda x: marginops.linear_sample_statistics(FEATURES, x, TARGET).loss,
         lambda x: loss(F.linear(FEATURES, x)),
+        (CLASSES, COLUMNS),
+    ),
+    "linear_log_prob": (
+        lambda x: log_prob_and_entropy(x, WEIGHT),
+        lambda x: tempered(head(x)),
+        (ROWS, COLUMNS),
+    ),
+    "linear_log_prob of weight": (
+        lambda x: log_prob_and_entropy(FEATURES, x),
+        lambda x: tempered(F.linear(FEATURES, x, BIAS)),
         (CLASSES, COLUMNS),
     ),
     "class_moments": (class_moments, moments, (ROWS, COLUMNS)),
