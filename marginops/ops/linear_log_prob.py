@@ -71,7 +71,7 @@ def linear_log_prob(
         input: ``[N, D]`` or ``[..., N, D]``, such as hidden states ``[B, T, D]``; see
             :func:`marginops.linear_classification_margin`.
         weight: ``[C, D]``, C >= 2, such as the weight of the layer that gives the logits of a
-            vocabulary.
+            vocabulary; see :func:`marginops.linear_classification_margin`.
         target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]``.
         temperature: The positive number T that divides the logits. Features and bias are divided

@@ -191,7 +191,7 @@ def linear_minimal_margin_score(
 
     Args:
         input: ``[N, D]`` or ``[..., N, D]``, see :func:`marginops.linear_classification_margin`.
-        weight: ``[C, D]``, C >= 2, see the same function.
+        weight: ``[C, D]``, C >= 2, see :func:`marginops.linear_classification_margin`.
         bias: ``[C]``, part of the logits. It is part of the norm only with ``bias_in_norm``.
         rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`. With
             ``group`` only ``"top2"`` is available.

@@ -55,7 +55,7 @@ def linear_sample_statistics(
 
     Args:
         input: ``[N, D]`` or ``[..., N, D]``, see :func:`marginops.linear_classification_margin`.
-        weight: ``[C, D]``, C >= 2, see the same function.
+        weight: ``[C, D]``, C >= 2, see :func:`marginops.linear_classification_margin`.
         target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]``.
         log_norm: Natural logarithm of the norm product, see
@@ -106,8 +106,8 @@ def head_statistics(
     ``head`` is input, weight and bias. ``labels`` is target and ``ignore_index``.
     """
     if not checks.is_ordinary(head[1]):
-        *parts, group, target = local_head(*head, group, labels[0])
-        head, labels = (parts[0], parts[1], parts[2]), (target, labels[1])
+        *local, group, target = local_head(*head, group, labels[0])
+        head, labels = (local[0], local[1], local[2]), (target, labels[1])
     if group is not None:
         fields = sharded.sample_statistics(head, labels, log_norm, temperature, chunk_bytes, group)
     else:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 RANKS, ROWS, CLASSES, COLUMNS = 2, 12, 7, 5  # 4 classes on the first rank, 3 on the second
 FUNCTIONS = [
     "linear_classification_margin",
+    "linear_log_prob",
     "linear_minimal_margin_score",
     "linear_sample_statistics",
     "linear_select_classification_margin",

@@ -143,9 +143,7 @@ def test_dora_is_refused_until_it_is_merged(trained: bool) -> None:
         lambda: score_batch(network, INPUTS),
         lambda: score_batch(network, logits=torch.randn(4, CLASSES)),
     ):
-        with pytest.raises(
-            ValueError, match=r"^head: expected LoRA .* got Dora.*; merge"
-        ):
+        with pytest.raises(ValueError, match=r"^head: expected LoRA .* got Dora.*; merge"):
             call()
     network.merge_adapter()
     assert_scores_of(network, classifier(network).base_layer.weight)
@@ -186,3 +184,46 @@ def test_report_needs_a_merged_network(make: Callable[[], Any]) -> None:
     expected = report_epoch(make().merge_and_unload(), INPUTS, target)
     torch.testing.assert_close(report.margins, expected.margins)
     torch.testing.assert_close(report.collapse, expected.collapse)
+
+
+class NextToken(nn.Module):
+    """The logits ``[B, C]`` of the token that follows."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens).logits[:, -1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        None,
+        {"target_modules": ["c_attn"]},
+        {"target_modules": ["wte"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["wte", "lm_head"]},
+        {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+        {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_tied_embeddings(options: dict[str, Any] | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    head = model.lm_head
+    if options is not None:
+        model = train(peft.get_peft_model(model, peft.LoraConfig(r=4, **options))).eval()
+        head = model.base_model.model.lm_head
+    tokens = torch.randint(0, 20, (12, 6))
+    network = NextToken(model)
+    with torch.no_grad():
+        weight = (head(torch.eye(16)) - head(torch.zeros(16, 16))).t()
+        expected = marginops.minimal_margin_score(network(tokens), weight)
+    torch.testing.assert_close(score_batch(network, tokens), expected, rtol=1e-4, atol=1e-6)

@@ -3,6 +3,7 @@
 An adapter is recognised by its methods and attributes, so PEFT need not be installed.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,22 +16,23 @@ def is_adapted_linear(module: Any) -> bool:
 
 def _is_adapter(module: Any) -> bool:
     # The class is asked, because modules are slow to say that they lack an attribute.
-    has_methods = isinstance(module, nn.Module) and hasattr(type(module), "get_base_layer")
-    return has_methods and isinstance(module._modules.get("base_layer"), nn.Linear)
+    if not hasattr(type(module), "get_base_layer") or not isinstance(module, nn.Module):
+        return False
+    return isinstance(module._modules.get("base_layer"), nn.Linear)
 
 
-def hidden_layers(network: nn.Module) -> set[nn.Module]:
+def hidden_layers(modules: Iterable[nn.Module]) -> set[nn.Module]:
     """Layers that are parts of an adapter, or that the network keeps and does not call now."""
     hidden: set[nn.Module] = set()
-    for module in network.modules():
+    for module in modules:
         if _is_adapter(module):
             hidden.update(module.modules())
             # The layer inside computes the output where an adapter of another kind is merged.
             is_inside = bool(module.merged) and not is_adapted_linear(module)
             hidden.remove(module.get_submodule("base_layer") if is_inside else module)
         # A copy that is trained stands beside the original layer (modules_to_save of PEFT).
-        copies = module._modules.get("modules_to_save")
         original = module._modules.get("original_module")
+        copies = None if original is None else module._modules.get("modules_to_save")
         if original is not None and isinstance(copies, nn.ModuleDict):
             called = _called_layer(module, original, copies)
             for layer in (original, *copies.values()):

@@ -45,34 +45,42 @@ def check_any_head(head: Any) -> None:
 
 
 def head_weight(head: Head) -> Tensor:
-    """The weight of a head as a matrix ``[C, D]``, with its adapters.
-
-    A weight that is a DTensor is gathered, which all ranks of its mesh have to do.
-    """
-    weight: Any = adapted_parameters(head)[0] if is_adapted_linear(head) else head.weight
-    if checks.is_distributed(weight):
-        weight = weight.full_tensor()
+    """The weight of a head as a matrix ``[C, D]``, with its adapters."""
+    weight = gathered(adapted_parameters(head)[0] if is_adapted_linear(head) else head.weight)
     return weight.flatten(1) if weight.dim() > 2 else weight
 
 
 def head_bias(head: Head) -> Tensor | None:
     """The bias of a head, ``[C]``; None for an embedding."""
-    bias: Any = getattr(head, "bias", None)
-    if is_adapted_linear(head):
-        bias = adapted_parameters(head)[1]
-    return bias.full_tensor() if bias is not None and checks.is_distributed(bias) else bias
+    bias = adapted_parameters(head)[1] if is_adapted_linear(head) else getattr(head, "bias", None)
+    return None if bias is None else gathered(bias)
+
+
+def gathered(value: Any) -> Tensor:
+    """The whole tensor of a DTensor, for which all ranks of its mesh have to call this function."""
+    whole: Tensor = value.full_tensor() if checks.is_distributed(value) else value
+    return whole
 
 
 def find_linear(network: nn.Module, num_classes: int) -> Any:
     """The linear layer with ``num_classes`` outputs; with adapters, the one that is called."""
-    hidden = hidden_layers(network)
-    fitting: list[Any] = [
-        module
-        for module in network.modules()
-        if module not in hidden and (isinstance(module, nn.Linear) or is_adapted_linear(module))
+    modules = list(network.modules())
+    return _called_linear(network, modules, _linears(modules, num_classes), num_classes)
+
+
+def _linears(modules: list[nn.Module], num_classes: int) -> list[Any]:
+    linears: list[Any] = [
+        module for module in modules if isinstance(module, nn.Linear) or is_adapted_linear(module)
     ]
-    fitting = [module for module in fitting if module.weight.shape[0] == num_classes]
-    found = fitting[0] if len(fitting) == 1 else last_linear(network, num_classes)
+    return [module for module in linears if module.weight.shape[0] == num_classes]
+
+
+def _called_linear(
+    network: nn.Module, modules: list[nn.Module], linears: list[Any], num_classes: int
+) -> Any:
+    hidden = hidden_layers(modules)
+    called = [module for module in linears if module not in hidden]
+    found = called[0] if len(called) == 1 else last_linear(network, num_classes)
     if found in hidden:
         raise ValueError(
             f"network: expected a linear layer with {num_classes} outputs that computes the "
@@ -82,24 +90,27 @@ def find_linear(network: nn.Module, num_classes: int) -> Any:
     return found
 
 
-def find_head(network: nn.Module, num_classes: int) -> Head:
+def find_head(network: nn.Module, num_classes: int) -> Any:
     """The layer that computes the logits, as far as its kind and shape tell.
 
-    It is the linear layer that :func:`find_linear` finds. A network without a
-    linear layer of this size may have one 1x1 convolution of this size, or else one embedding.
+    It is the linear layer that :func:`find_linear` finds. A network without a linear layer of this
+    size may have one 1x1 convolution of this size, or else one embedding.
     """
-    for kinds in ((nn.Linear,), _CONVOLUTIONS, (nn.Embedding,)):
+    modules = list(network.modules())
+    linears = _linears(modules, num_classes)
+    for kinds in () if linears else (_CONVOLUTIONS, (nn.Embedding,)):
         fitting: list[Any] = [
             module
-            for module in network.modules()
+            for module in modules
             if isinstance(module, kinds)
             and module.weight.shape[0] == num_classes
             and (kinds is not _CONVOLUTIONS or _is_pointwise(module))
         ]
+        if len(fitting) == 1:
+            return fitting[0]
         if fitting:
             break
-    is_clear = len(fitting) == 1 and not isinstance(fitting[0], nn.Linear)
-    return fitting[0] if is_clear else find_linear(network, num_classes)
+    return _called_linear(network, modules, linears, num_classes)
 
 
 def _is_pointwise(convolution: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ... import _checks as checks
 from ...networks import unwrap, watch_layer
 from .adapters import adapter_state, is_adapted_linear
-from .head_kinds import Head, Products, head_bias, head_weight
+from .head_kinds import Head, Products, gathered, head_bias, head_weight
 
 _ADVICE = (
     "merge an adapter into the layer, pass head=, the layer that computes the logits, or "
@@ -260,7 +260,7 @@ def _agreement(
 
     Features ``[B, T, D]`` give T candidates for each row of logits, and their mean is one more.
     """
-    (weight, bias), batch = parameters, len(logits)
+    (weight, bias), batch, features = parameters, len(logits), gathered(features)
     classes, columns = weight.shape
     if head.weight.dim() > 2 and features.dim() > 1:  # a convolution has its channels second
         features = features.movedim(1, -1)
