@@ -163,7 +163,9 @@ def test_the_arithmetic_of_epochs_follows_the_sampler(tmp_path):
     assert len(loader) == 3
     assert trainer.num_examples(loader) == 24
     # Each of the first epochs visits samples that were never seen.
-    first, second = ([row for rows in trainer.visited[3 * e : 3 * e + 3] for row in rows] for e in (0, 1))
+    first, second = (
+        [row for rows in trainer.visited[3 * e : 3 * e + 3] for row in rows] for e in (0, 1)
+    )
     assert len({*first, *second}) == 48
 
 
