@@ -41,8 +41,8 @@ def test_one_process_visits_what_it_should(alone: Steps) -> None:
     assert [*alone] == [*range(1, STEPS + 1)]
     size = VISITED // BATCH
     epochs = [
-        sum((alone[1 + place] for place in range(first, first + size)), [])
-        for first in range(0, STEPS, size)
+        [sample for step in range(first, first + size) for sample in alone[step]]
+        for first in range(1, STEPS, size)
     ]
     assert all(len(set(epoch)) == VISITED for epoch in epochs)
     assert {*epochs[0], *epochs[1]} == {*range(SAMPLES)}  # samples that were never seen come first

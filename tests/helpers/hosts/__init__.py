@@ -1,1 +1,1 @@
-"""One training in several hosts: each file has ``train(run)``, which trains from a checkpoint on."""
+"""One training in several hosts. Each file has ``train(run)``, which begins or goes on."""

@@ -19,7 +19,9 @@ def train(run: Run) -> None:
     progress = TrainingProgress(make_sampler(run.group))
     dataset, options = Indexed(make_data()), {"batch_size": run.batch_size}
     if workers:
-        options |= {"num_workers": int(workers)}
+        options["num_workers"] = int(workers)
+    if workers == "2":
+        options["multiprocessing_context"] = "fork"  # its workers see that the rank was killed
     kind = StatefulDataLoader if workers else DataLoader
     loader = kind(dataset, sampler=progress.sampler, **options)
     network = make_network()

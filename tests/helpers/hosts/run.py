@@ -1,4 +1,4 @@
-"""What the hosts share: the data, the network, and a run that notes its samples and may be killed."""
+"""What the hosts share: data, network, and a run that notes its samples and may be killed."""
 
 import dataclasses
 import datetime
