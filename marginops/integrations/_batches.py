@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..training import Indexed
-from ..training.samplers.dynamics_sampler import DynamicsSampler
+from ..training.samplers.epoch_sampler import EpochSampler
 
 
 class Numbered(Indexed):
@@ -56,11 +56,12 @@ class SharedBatches:
 
     The batches have no fixed size for accelerate. Otherwise it would fill up the last ones with the
     first samples of the epoch. They are padded here as EpochSampler does it.
+
+    A host that resumes skips as many batches as were consumed. The sampler begins after them, so
+    there are empty batches in their place.
     """
 
-    def __init__(
-        self, order: DynamicsSampler, size: int, num_processes: int, drop_last: bool
-    ) -> None:
+    def __init__(self, order: EpochSampler, size: int, num_processes: int, drop_last: bool) -> None:
         self._order, self._size, self._num_processes = order, size, num_processes
         self._drop_last = drop_last
 
@@ -70,6 +71,8 @@ class SharedBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         ids, count = iter(self._order), self._num_processes
+        for _ in range(self._order.position // (self._size * count) * count):
+            yield []
         while chunk := list(islice(ids, self._size * count)):
             if self._drop_last and len(chunk) < self._size * count:
                 return

@@ -9,11 +9,11 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
-from ..training.samplers.dynamics_sampler import DynamicsSampler
+from ..training.samplers.epoch_sampler import EpochSampler
 from ._batches import Numbered, NumberedCollator, SharedBatches
 
 
-def training_loader(trainer: Any, order: DynamicsSampler | None, key: str) -> DataLoader[Any]:
+def training_loader(trainer: Any, order: EpochSampler | None, key: str) -> DataLoader[Any]:
     """What the Trainer makes itself for its training, in an order of ours if there is one."""
     args, dataset, collator = trainer.args, trainer.train_dataset, trainer.data_collator
     if _is_table(dataset):

@@ -30,6 +30,7 @@ from marginops.training import (
     SelectionSchedule,
     TrainingDynamics,
     Uniform,
+    WeightedSampler,
     select_batch,
 )
 
@@ -269,6 +270,21 @@ def test_a_schedule_says_when_to_select(tmp_path):
     training = {"per_device_train_batch_size": 10, "num_train_epochs": 1}
     trainer = train(tmp_path, training=training, schedule=schedule)
     assert [len(rows) for rows in trainer.visited] == [10, 2, 10, 2, 10, 10]
+    trainer = train(tmp_path, training=training, schedule=schedule, select=7)
+    assert [len(rows) for rows in trainer.visited] == [10, 7, 10, 7, 10, 10]
+
+
+def test_options_of_the_selection(tmp_path):
+    options = {"select": 5, "training": {"per_device_train_batch_size": 20, "max_steps": 1}}
+    trainers = [train(tmp_path, select_options={"skip": skip}, **options) for skip in (0, 5)]
+    closest, next_closest = (each.visited[0] for each in trainers)
+    assert not {*closest} & {*next_closest}
+
+
+def test_a_weighted_sampler_draws_by_given_weights(tmp_path):
+    weights = (torch.arange(SAMPLES) % 3 == 0).float()
+    trainer = train(tmp_path, sampler=WeightedSampler(weights))
+    assert trainer.dynamics.count.tolist() == (2 * weights).tolist()
 
 
 def test_selection_and_sampler_work_together(tmp_path):
