@@ -2,10 +2,10 @@
 
     python examples/transformers_text.py
 
-takes some ten seconds on a CPU, and learns which data set of scikit-learn a few words describe. For
-your own texts add --data FOLDER, with a folder of text files for each class, or --data FILE.tab,
-with three lines of header and then class, tab and text, as Orange has 20 Newsgroups. The marked
-lines are all that differs from a script for the Trainer.
+takes some ten seconds on a CPU, and learns which data set of scikit-learn a few words describe.
+Their pieces overlap, so accuracy is high. For your own texts add --data FOLDER, with a folder of
+text files for each class, or --data FILE.tab, with three lines of header and then class, tab, text,
+as Orange has 20 Newsgroups. The marked lines are all that an ordinary script does not have.
 """
 
 import argparse
@@ -43,7 +43,8 @@ for name, text in pairs:  # 64 words, repeated if there are fewer, as numbers
     ids = [zlib.crc32(word.encode()) % 4096 for word in (text.lower().split() * 64)[:64]]
     items.append({"input_ids": ids, "labels": classes.index(name)})
 train, test = [item for place, item in enumerate(items) if place % 5], items[::5]
-config = BertConfig(4096, 64, 1, 2, 64, max_position_embeddings=64, num_labels=len(classes))
+sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+config = BertConfig(vocab_size=4096, num_attention_heads=2, num_labels=len(classes), **sizes)
 options = {"num_train_epochs": 20, "learning_rate": 5e-3, "per_device_train_batch_size": 32}
 quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 sampler = MarginSampler(TrainingDynamics(len(train)), num_epochs=20)  # marginops
@@ -56,5 +57,5 @@ trainer = MarginTrainer(  # marginops
 )
 trainer.remove_callback(PrinterCallback)
 trainer.train()
-print(f"20 epochs visited {int(trainer.dynamics.count.sum())} samples, of {len(train)} each.")
+print(f"20 epochs visited {int(trainer.dynamics.count.sum())} texts; {len(train)} are there.")
 print(f"Test accuracy: {100 * trainer.evaluate(test)['eval_accuracy']:.1f} %.")

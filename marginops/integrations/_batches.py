@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from itertools import islice
 from typing import Any
 
@@ -25,6 +25,13 @@ class Numbered(Indexed):
         """Pass on what hosts tell data sets that have this method."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
+
+    def __getitems__(self, indices: Iterable[int]) -> list[Any]:
+        """The items of a batch of a sampler, whose indices need no check."""
+        rows = list(indices)
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(rows) if fetch else [self.dataset[row] for row in rows]
+        return list(zip(items, rows, strict=True))
 
     def _with_index(self, item: Any, index: int) -> Any:
         return item, index

@@ -1,5 +1,7 @@
 """MarginTrainer trains as a Trainer of Transformers does, and knows which samples it visits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -359,6 +361,15 @@ def test_logits_of_tokens_can_be_reduced_by_the_user(tmp_path):
         else:
             trainer.train()
             assert trainer.dynamics.count.tolist() == [2] * SAMPLES
+
+
+def test_the_example_adds_at_most_five_lines():
+    text = (Path(__file__).resolve().parents[2] / "examples/transformers_text.py").read_text()
+    marked = [line for line in text.splitlines() if line.endswith("  # marginops")]
+    others = [line for line in text.splitlines() if line not in marked]
+    assert 0 < len(marked) <= 5
+    names = ("Margin", "marginops", "TrainingDynamics", "sampler")
+    assert not any(name in line for line in others[12:] for name in names)
 
 
 class Syncs(TorchDispatchMode):
