@@ -16,9 +16,6 @@ from .progress_state import VERSION, check_state
 from .samplers.agreement import together
 from .samplers.dynamics_sampler import DynamicsSampler, check_dynamics
 from .samplers.epoch_sampler import EpochSampler, check_epoch
-from .samplers.margin_sampler import MarginSampler
-from .samplers.reduction_sampler import ReductionSampler
-from .samplers.weighted_sampler import WeightedSampler
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,7 +76,7 @@ class TrainingProgress:
 
     def __init__(
         self,
-        sampler: MarginSampler | ReductionSampler | WeightedSampler | None = None,
+        sampler: EpochSampler | None = None,
         *,
         dynamics: TrainingDynamics | None = None,
         group: ProcessGroup | None = None,
