@@ -14,6 +14,8 @@ from ..training import SelectionSchedule, TrainingProgress, select_batch, take
 from . import _lightning as host
 from ._batch import BatchFields, Place
 
+__all__ = ["MarginCallback"]
+
 _Callback: Any = host.callback_class()
 
 
@@ -85,11 +87,18 @@ class MarginCallback(_Callback):  # type: ignore[misc]
         >>> data = TensorDataset(torch.randn(60, 8), torch.arange(60) % 4)
         >>> sampler = MarginSampler(TrainingDynamics(60), num_samples=20)
         >>> loader = DataLoader(Indexed(data), batch_size=10, sampler=sampler)
-        >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
         >>> trainer = Trainer(
-        ...     max_epochs=3, accelerator="cpu", callbacks=MarginCallback(sampler), **quiet
-        ... )  # doctest: +SKIP
-        >>> trainer.fit(Model(), loader)  # doctest: +SKIP
+        ...     max_epochs=3,
+        ...     accelerator="cpu",
+        ...     logger=False,
+        ...     enable_checkpointing=False,
+        ...     enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ...     callbacks=MarginCallback(sampler),
+        ... )
+        >>> trainer.fit(Model(), loader)
+        >>> int(sampler.dynamics.count.sum())
+        60
     """
 
     def __init__(
@@ -165,7 +174,10 @@ class MarginCallback(_Callback):  # type: ignore[misc]
             return
         self.progress.load_state_dict(state_dict)
         self._resumed = True
-        self.progress.begin_epoch(self.progress.epoch + self._ended_epoch)
+        epoch = self.progress.epoch
+        if self._ended_epoch and self._recorder is not None:
+            self._recorder.end_epoch(epoch)
+        self.progress.begin_epoch(epoch + self._ended_epoch)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the first epoch ready, whose iterator exists before the epoch starts."""
@@ -256,7 +268,11 @@ class MarginCallback(_Callback):  # type: ignore[misc]
         if self._unrecorded is None:
             return
         (trainer, epoch), self._unrecorded = self._unrecorded, None
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        arguments = "epoch", "report"  # of end_epoch, which a module may log too
+        values = {
+            f"logged_{name}" if name in arguments else name: float(value)
+            for name, value in trainer.callback_metrics.items()
+        }
         self._recorder.end_epoch(epoch, **values)
 
     def _wrap_transfer(self, trainer: Any, module: Any) -> None:

@@ -1,7 +1,9 @@
 """A tiny text classifier, its data, and trainers of Transformers that note what they visit."""
 
+import itertools
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -124,9 +126,20 @@ def bare(folder: Any, *, dropout: float = 0.0, host: type = Trainer, **options: 
     return trainer
 
 
+def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A loss of the user: the sum over all samples of a step, by their number."""
+    loss = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return loss / num_items_in_batch
+
+
 def sampler(share: float = 0.4, **options: Any) -> MarginSampler:
     """A sampler of a share of the texts."""
     return MarginSampler(TrainingDynamics(SAMPLES), num_samples=round(share * SAMPLES), **options)
+
+
+def joined(batches: Iterable[Iterable[int]]) -> list[int]:
+    """The samples of several batches, in their order."""
+    return [*itertools.chain.from_iterable(batches)]
 
 
 def parameters(trainer: Any) -> dict[str, Tensor]:
@@ -154,6 +167,7 @@ def run(
     trainer_options: dict[str, Any] | None = None,
     data: int = SAMPLES,
     share: float | None = 0.4,
+    dropout: float = 0.0,
     **options: Any,
 ) -> dict[str, Any]:
     """Train, and return what happened as plain values."""
@@ -161,9 +175,11 @@ def run(
     given = {} if order is None else {"sampler": order}
     trainer = make(
         Watched,
-        network(),
+        network(dropout),
         arguments(folder, **options),
         train_dataset=texts(data),
+        # With its own loss DistilBERT has a mean of each batch, whatever the host multiplies.
+        compute_loss_func=mean_loss,
         callbacks=[] if stop is None else [Stop(stop)],
         **given,
         **(trainer_options or {}),

@@ -1,5 +1,8 @@
 """MarginCallback trains as bare Lightning and as a plain loop do, and resumes anywhere."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
@@ -19,6 +22,7 @@ from helpers import lightning_runs as runs  # noqa: E402
 from helpers.rounding import assert_same  # noqa: E402
 from marginops.integrations.lightning import MarginCallback  # noqa: E402
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lightning_images.py"
 BATCHES = runs.VISITED // runs.BATCH  # of an epoch
 
 
@@ -282,6 +286,22 @@ def test_mappings_and_skipped_steps(tmp_path):
     runs.fit(runs.trainer(tmp_path, callback, max_epochs=1), Mapped(), loader)
     assert int(dynamics.count.sum()) == 4 * 5
     assert callback.progress.epoch == 1
+
+
+def test_example_has_three_lines_more_than_bare_lightning(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE)])
+    lines = EXAMPLE.read_text().replace("max_epochs=10", "max_epochs=1").splitlines()
+    last = lines.index("trainer.fit(model, loader)") + 1
+    added = [line for line in lines if line.endswith("# ours")]
+    assert 0 < len(added) <= 3
+    imports = ("from marginops.integrations", "from marginops.training")
+    bare = [line for line in lines[:last] if line not in added and not line.startswith(imports)]
+    code = "\n".join(bare).replace("sampler=sampler", "shuffle=True")
+    assert "sampler" not in code.partition('"""\n\n')[2]
+    exec(code, names := {"__name__": "bare"})
+    assert names["trainer"].global_step > 40
+    exec("\n".join(lines), names := {"__name__": "ours"})
+    assert names["visits"] == names["trainer"].current_epoch * len(names["sampler"])
 
 
 class Reads(TorchDispatchMode):

@@ -1,5 +1,7 @@
 """MarginTrainer trains as a Trainer of Transformers does, and knows which samples it visits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,9 @@ from helpers.trainers import (
     Watched,
     arguments,
     bare,
+    joined,
     make,
+    mean_loss,
     network,
     parameters,
     sampler,
@@ -28,6 +32,7 @@ from marginops.training import (
     SelectionSchedule,
     TrainingDynamics,
     Uniform,
+    WeightedSampler,
     select_batch,
 )
 
@@ -66,11 +71,6 @@ def step(model, rows, rate=0.1):
         for value, gradient in zip(model.parameters(), gradients, strict=True):
             if gradient is not None:
                 value -= rate * gradient
-
-
-def mean_loss(outputs, labels, num_items_in_batch=None):
-    """A loss of the user: the sum over all samples of a step, by their number."""
-    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,7 @@ def test_the_arithmetic_of_epochs_follows_the_sampler(tmp_path):
     assert len(loader) == 3
     assert trainer.num_examples(loader) == 24
     # Each of the first epochs visits samples that were never seen.
-    first, second = (
-        [row for rows in trainer.visited[3 * e : 3 * e + 3] for row in rows] for e in (0, 1)
-    )
-    assert len({*first, *second}) == 48
+    assert len({*joined(trainer.visited[:6])}) == 48
 
 
 def test_max_steps_ends_within_an_epoch(tmp_path):
@@ -192,8 +189,8 @@ def test_reduction_trains_on_the_smallest_margins(tmp_path):
     dynamics = TrainingDynamics(SAMPLES)
     order = ReductionSampler(dynamics, num_kept=6, trigger=0.0)
     trainer = train(tmp_path, sampler=order)
-    assert sorted(sum(trainer.visited[:6], [])) == [*range(SAMPLES)]
-    assert {*sum(trainer.visited[6:], [])} == {*order.kept.tolist()}
+    assert sorted(joined(trainer.visited[:6])) == [*range(SAMPLES)]
+    assert {*joined(trainer.visited[6:])} == {*order.kept.tolist()}
     assert len(order.kept) == 6
 
 
@@ -249,7 +246,7 @@ def test_the_loss_of_selected_samples_is_their_mean(tmp_path, accumulation):
             continue
         trainer = train(tmp_path / name, training=training, select=5, compute_loss_func=loss)
         model = network()
-        step(model, sum(trainer.visited, []))
+        step(model, joined(trainer.visited))
         for key, value in model.named_parameters():
             torch.testing.assert_close(parameters(trainer)[key], value.detach())
         if loss is not None:
@@ -275,6 +272,21 @@ def test_a_schedule_says_when_to_select(tmp_path):
     training = {"per_device_train_batch_size": 10, "num_train_epochs": 1}
     trainer = train(tmp_path, training=training, schedule=schedule)
     assert [len(rows) for rows in trainer.visited] == [10, 2, 10, 2, 10, 10]
+    trainer = train(tmp_path, training=training, schedule=schedule, select=7)
+    assert [len(rows) for rows in trainer.visited] == [10, 7, 10, 7, 10, 10]
+
+
+def test_options_of_the_selection(tmp_path):
+    options = {"select": 5, "training": {"per_device_train_batch_size": 20, "max_steps": 1}}
+    trainers = [train(tmp_path, select_options={"skip": skip}, **options) for skip in (0, 5)]
+    closest, next_closest = (each.visited[0] for each in trainers)
+    assert not {*closest} & {*next_closest}
+
+
+def test_a_weighted_sampler_draws_by_given_weights(tmp_path):
+    weights = (torch.arange(SAMPLES) % 3 == 0).float()
+    trainer = train(tmp_path, sampler=WeightedSampler(weights))
+    assert trainer.dynamics.count.tolist() == (2 * weights).tolist()
 
 
 def test_selection_and_sampler_work_together(tmp_path):
@@ -316,7 +328,7 @@ def test_a_table_keeps_its_rows_and_loses_unused_columns(tmp_path):
     rows = [{**item, "index": 7, "note": "unused"} for item in texts()]
     table = datasets.Dataset.from_list(rows)
     trainer = train(tmp_path, data=table, training={"num_train_epochs": 1})
-    assert sorted(sum(trainer.visited, [])) == [*range(SAMPLES)]
+    assert sorted(joined(trainer.visited)) == [*range(SAMPLES)]
     plain = bare(tmp_path / "bare", num_train_epochs=1)
     assert_same_parameters(trainer, plain, rtol=0, atol=0)
 
@@ -349,6 +361,15 @@ def test_logits_of_tokens_can_be_reduced_by_the_user(tmp_path):
         else:
             trainer.train()
             assert trainer.dynamics.count.tolist() == [2] * SAMPLES
+
+
+def test_the_example_adds_at_most_five_lines():
+    text = (Path(__file__).resolve().parents[2] / "examples/transformers_text.py").read_text()
+    marked = [line for line in text.splitlines() if line.endswith("  # marginops")]
+    others = [line for line in text.splitlines() if line not in marked]
+    assert 0 < len(marked) <= 5
+    names = ("Margin", "marginops", "TrainingDynamics", "sampler")
+    assert not any(name in line for line in others[12:] for name in names)
 
 
 class Syncs(TorchDispatchMode):
