@@ -46,9 +46,7 @@ def train(folder: str, resume: bool, epochs: int = 15, steps: int = 10**6) -> No
                 accelerator.save_state(folder)
                 where = f"epoch {epoch}, after {progress.position} of its samples"
                 return accelerator.print(f"The first training stopped in {where}.")
-    correct = sum(
-        int(network(image).argmax() == label) for image, label in test
-    )
+    correct = sum(int(network(image).argmax() == label) for image, label in test)
     accelerator.print(f"The second one has a test accuracy of {100 * correct / 450:.2f} %.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from itertools import islice
 from typing import Any
 
@@ -25,6 +25,13 @@ class Numbered(Indexed):
         """Pass on what hosts tell data sets that have this method."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
+
+    def __getitems__(self, indices: Iterable[int]) -> list[Any]:
+        """The items of a batch of a sampler, whose indices need no check."""
+        rows = list(indices)
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(rows) if fetch else [self.dataset[row] for row in rows]
+        return list(zip(items, rows, strict=True))
 
     def _with_index(self, item: Any, index: int) -> Any:
         return item, index
@@ -56,6 +63,9 @@ class SharedBatches:
 
     The batches have no fixed size for accelerate. Otherwise it would fill up the last ones with the
     first samples of the epoch. They are padded here as EpochSampler does it.
+
+    A host that resumes skips as many batches as were consumed. The sampler begins after them, so
+    there are empty batches in their place.
     """
 
     def __init__(self, order: EpochSampler, size: int, num_processes: int, drop_last: bool) -> None:
@@ -68,6 +78,8 @@ class SharedBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         ids, count = iter(self._order), self._num_processes
+        for _ in range(self._order.position // (self._size * count) * count):
+            yield []
         while chunk := list(islice(ids, self._size * count)):
             if self._drop_last and len(chunk) < self._size * count:
                 return

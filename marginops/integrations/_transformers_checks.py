@@ -24,7 +24,7 @@ _HOOKS = {
 }
 
 
-def check_host(host: type) -> None:
+def check_hooks(host: type) -> None:
     """Check that a Trainer has the methods that MarginTrainer goes into, with their arguments."""
     for name, arguments in _HOOKS.items():
         method = getattr(host, name, None)

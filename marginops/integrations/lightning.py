@@ -174,7 +174,10 @@ class MarginCallback(_Callback):  # type: ignore[misc]
             return
         self.progress.load_state_dict(state_dict)
         self._resumed = True
-        self.progress.begin_epoch(self.progress.epoch + self._ended_epoch)
+        epoch = self.progress.epoch
+        if self._ended_epoch and self._recorder is not None:
+            self._recorder.end_epoch(epoch)
+        self.progress.begin_epoch(epoch + self._ended_epoch)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the first epoch ready, whose iterator exists before the epoch starts."""
@@ -265,7 +268,11 @@ class MarginCallback(_Callback):  # type: ignore[misc]
         if self._unrecorded is None:
             return
         (trainer, epoch), self._unrecorded = self._unrecorded, None
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        arguments = "epoch", "report"  # of end_epoch, which a module may log too
+        values = {
+            f"logged_{name}" if name in arguments else name: float(value)
+            for name, value in trainer.callback_metrics.items()
+        }
         self._recorder.end_epoch(epoch, **values)
 
     def _wrap_transfer(self, trainer: Any, module: Any) -> None:

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ..networks import output_tensor
 from ..training import (
+    MarginSampler,
+    ReductionSampler,
     SelectionSchedule,
     TrainingDynamics,
     TrainingProgress,
+    WeightedSampler,
     batch_size,
     select_batch,
     take,
@@ -23,23 +26,23 @@ from ..training.samplers.dynamics_sampler import DynamicsSampler
 from ._arguments import check_arguments
 from ._batches import Numbered
 from ._checkpoint import load_state, save_state
+from ._hosts import check_host
 
-try:
-    from transformers import Trainer, TrainerCallback
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-    from transformers.utils import logging
-except ImportError as error:
-    raise ImportError(
-        f'transformers: expected transformers>=4.57 with accelerate, got "{error}"; run '
-        'pip install "transformers>=4.57" accelerate'
-    ) from error
-from ._transformers_checks import check_data, check_host
-from ._transformers_loader import training_loader
+_INSTALL = "transformers>=4.57 accelerate"
+check_host("transformers", "4.57", "6", _INSTALL)
+check_host("accelerate", "1", "2", _INSTALL)
+
+from transformers import Trainer, TrainerCallback  # noqa: E402 - only if it fits
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from ._transformers_checks import check_data, check_hooks  # noqa: E402
+from ._transformers_loader import training_loader  # noqa: E402
 
 _logger = logging.get_logger(__name__)
 
 
-check_host(Trainer)
+check_hooks(Trainer)
 
 
 class MarginTrainer(Trainer):  # type: ignore[misc]
@@ -55,10 +58,9 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         *args: The arguments of the host.
-        sampler: A :class:`marginops.training.MarginSampler` or
-            :class:`marginops.training.ReductionSampler` without ``group``, which draws the epochs.
-            The trainer begins its epochs and shares each order among the processes. An epoch has
-            ``len(sampler)`` samples, and so has the arithmetic of ``num_train_epochs``.
+        sampler: A sampler of :mod:`marginops.training` without ``group``, which draws the epochs.
+            The trainer begins its epochs and shares each order among the processes. An epoch of
+            ``num_train_epochs`` has ``len(sampler)`` samples.
         dynamics: The dynamics, for a training without ``sampler``. By default the trainer makes
             them on the device of the training.
         recorder: A ``marginops.training.RunRecorder`` of these dynamics, which writes the folder
@@ -66,10 +68,9 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         select: k, how many samples of each batch to train on, by
             :func:`marginops.training.select_batch`. The batch size of ``args`` is then the number
             of candidates. A batch of at most k samples is trained as a whole.
-        schedule: A :class:`marginops.training.SelectionSchedule` in place of ``select``: when to
-            select, and which share of a batch. Its steps are those of the optimiser.
-        head: The layer that computes the logits, for the selection, if the function does not find
-            it.
+        schedule: The steps of the optimiser that select. Without ``select`` the schedule also says
+            how many samples of a batch to train on.
+        select_options: More arguments of :func:`marginops.training.select_batch`.
         key: The name under which a training batch holds the indices.
         **kwargs: More arguments of the host.
 
@@ -119,7 +120,7 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
                     f"{base.__name__})"
                 )
         host = cls.__mro__[cls.__mro__.index(MarginTrainer) + 1]
-        check_host(host)
+        check_hooks(host)
         if getattr(host, "get_train_dataloader", None) is not Trainer.get_train_dataloader:
             raise TypeError(
                 f"{cls.__name__}: expected a host with the get_train_dataloader of "
@@ -130,25 +131,26 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self,
         *args: Any,
-        sampler: DynamicsSampler | None = None,
+        sampler: MarginSampler | ReductionSampler | WeightedSampler | None = None,
         dynamics: TrainingDynamics | None = None,
         recorder: Any = None,
         select: int | None = None,
         schedule: SelectionSchedule | None = None,
-        head: Any = None,
+        select_options: Mapping[str, Any] | None = None,
         key: str = "index",
         **kwargs: Any,
     ) -> None:
-        check_arguments(sampler, dynamics, select, schedule, key)
+        check_arguments(sampler, select, schedule, key)
         super().__init__(*args, **kwargs)
-        self._select, self._schedule, self._head, self._key = select, schedule, head, key
-        if sampler is None and dynamics is None and recorder is None:
+        self._select, self._schedule, self._key = select, schedule, key
+        self._select_options = dict(select_options or {})
+        if dynamics is None and recorder is None and not hasattr(sampler, "dynamics"):
             size = len(Numbered(self.train_dataset))
             dynamics = TrainingDynamics(size, device=self.args.device)
         options = {} if recorder is None else {"recorder": recorder}
         self.progress = TrainingProgress(sampler, dynamics=dynamics, **options)
         self.recorder, self.dynamics = recorder, self.progress.dynamics
-        self._next_epoch, self._skipped, self._is_in_epoch = 0, 0, False
+        self._next_epoch, self._is_in_epoch = 0, False
         if self.train_dataset is not None:
             check_data(self)
         if self.dynamics.device.type != self.args.device.type:
@@ -213,11 +215,12 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         """The samples of a batch to train on."""
         batch = {**candidates}
         count = len(self._take_indices(batch))
-        if self._schedule is None:
-            k = min(count, self._select or count)
-        else:
-            k = self._schedule.num_kept(self.state.global_step, count)
-        if k == count:
+        k, step = self._select, self.state.global_step
+        if self._schedule is not None:
+            if not self._schedule.is_active(step):
+                return candidates
+            k = self._schedule.num_kept(step, count) if k is None else k
+        if k is None or k >= count:
             return candidates
         inputs = {name: part for name, part in batch.items() if name not in self.label_names}
         if batch_size(inputs) != count:
@@ -226,7 +229,8 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
                 f"{batch_size(inputs)} rows; use a data_collator that does not join samples"
             )
         with self.compute_loss_context_manager():
-            chosen = select_batch(self.model, self._prepare_inputs(inputs), k, head=self._head)
+            inputs = self._prepare_inputs(inputs)
+            chosen = select_batch(self.model, inputs, k, **self._select_options)
         self.progress.advance(count - k)
         return take(candidates, chosen)
 
@@ -256,8 +260,6 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
 
     def _begin_epoch(self) -> None:
         self.progress.begin_epoch(self._next_epoch)
-        self.progress.advance(self._skipped)
-        self._skipped = 0
         self._next_epoch += 1
         self._is_in_epoch = True
 
@@ -277,14 +279,12 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         """Begin anew or at the state of a checkpoint, and run the loop of the host."""
-        self._next_epoch = self._skipped = 0
+        self._next_epoch, sampler = 0, self.progress.sampler
         if resume_from_checkpoint is not None:
             load_state(self.progress, resume_from_checkpoint)
-            if (sampler := self.progress.sampler) is not None:
-                # The host itself skips the batches before the position.
-                sampler.load_state_dict({**sampler.state_dict(), "position": 0})
-        elif self.progress.sampler is not None:
+        elif isinstance(sampler, DynamicsSampler):
             self.dynamics.weights_version = -1
+            sampler.load_state_dict({**sampler.state_dict(0), "epoch": 0})
         return super()._inner_training_loop(
             batch_size=batch_size,
             args=args,
@@ -310,11 +310,9 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         self._next_epoch = epoch
         if self.progress.sampler is None:
             return
-        self._skipped = step * accumulation * self._train_batch_size
         size = self.args.world_size * self._train_batch_size
-        end = min(self.progress.sampler.epoch_size, self._batches_per_epoch * size)
         own = self.progress.epoch, self.progress.position
-        if own[1] >= end:
+        if own[1] >= min(self.progress.sampler.epoch_size, self._batches_per_epoch * size):
             own = own[0] + 1, 0
         if own != (epoch, step * accumulation * size):
             raise ValueError(

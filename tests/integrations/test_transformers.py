@@ -1,5 +1,7 @@
 """MarginTrainer trains as a Trainer of Transformers does, and knows which samples it visits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ from marginops.training import (
     SelectionSchedule,
     TrainingDynamics,
     Uniform,
+    WeightedSampler,
     select_batch,
 )
 
@@ -269,6 +272,21 @@ def test_a_schedule_says_when_to_select(tmp_path):
     training = {"per_device_train_batch_size": 10, "num_train_epochs": 1}
     trainer = train(tmp_path, training=training, schedule=schedule)
     assert [len(rows) for rows in trainer.visited] == [10, 2, 10, 2, 10, 10]
+    trainer = train(tmp_path, training=training, schedule=schedule, select=7)
+    assert [len(rows) for rows in trainer.visited] == [10, 7, 10, 7, 10, 10]
+
+
+def test_options_of_the_selection(tmp_path):
+    options = {"select": 5, "training": {"per_device_train_batch_size": 20, "max_steps": 1}}
+    trainers = [train(tmp_path, select_options={"skip": skip}, **options) for skip in (0, 5)]
+    closest, next_closest = (each.visited[0] for each in trainers)
+    assert not {*closest} & {*next_closest}
+
+
+def test_a_weighted_sampler_draws_by_given_weights(tmp_path):
+    weights = (torch.arange(SAMPLES) % 3 == 0).float()
+    trainer = train(tmp_path, sampler=WeightedSampler(weights))
+    assert trainer.dynamics.count.tolist() == (2 * weights).tolist()
 
 
 def test_selection_and_sampler_work_together(tmp_path):
@@ -343,6 +361,15 @@ def test_logits_of_tokens_can_be_reduced_by_the_user(tmp_path):
         else:
             trainer.train()
             assert trainer.dynamics.count.tolist() == [2] * SAMPLES
+
+
+def test_the_example_adds_at_most_five_lines():
+    text = (Path(__file__).resolve().parents[2] / "examples/transformers_text.py").read_text()
+    marked = [line for line in text.splitlines() if line.endswith("  # marginops")]
+    others = [line for line in text.splitlines() if line not in marked]
+    assert 0 < len(marked) <= 5
+    names = ("Margin", "marginops", "TrainingDynamics", "sampler")
+    assert not any(name in line for line in others[12:] for name in names)
 
 
 class Syncs(TorchDispatchMode):
