@@ -16,9 +16,6 @@ from .progress_state import VERSION, check_state
 from .samplers.agreement import together
 from .samplers.dynamics_sampler import DynamicsSampler, check_dynamics
 from .samplers.epoch_sampler import EpochSampler, check_epoch
-from .samplers.margin_sampler import MarginSampler
-from .samplers.reduction_sampler import ReductionSampler
-from .samplers.weighted_sampler import WeightedSampler
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,7 +76,7 @@ class TrainingProgress:
 
     def __init__(
         self,
-        sampler: MarginSampler | ReductionSampler | WeightedSampler | None = None,
+        sampler: EpochSampler | None = None,
         *,
         dynamics: TrainingDynamics | None = None,
         group: ProcessGroup | None = None,
@@ -156,10 +153,15 @@ class TrainingProgress:
 
         Returns:
             :class:`marginops.SampleStatistics`. Its ``mean_loss()`` is the loss for training.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As :meth:`TrainingDynamics.update`. A ValueError
+                too if the whole epoch is consumed already, or if the sampler is in another epoch.
         """
         self._check_epoch_of_sampler()
+        self._check_rest()
         statistics = self.dynamics.update(indices, logits, target)
-        self.advance(indices.numel())
+        self._consumed += indices.numel()
         return statistics
 
     def advance(self, count: int) -> None:
@@ -174,6 +176,8 @@ class TrainingProgress:
         """
         checks.check_int("count", count, 0)
         self._check_epoch_of_sampler()
+        if count > 0:
+            self._check_rest()
         self._consumed += int(count)
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,10 +246,19 @@ class TrainingProgress:
             return
         raise ValueError(
             f"epoch: expected the sampler in epoch {self.epoch} from position {self._start} on, "
-            f"got epoch {sampler.epoch} and position {sampler.position}; call begin_epoch before the "
-            "loop over the loader, and let nobody set another epoch (with accelerate, call "
+            f"got epoch {sampler.epoch} and position {sampler.position}; call begin_epoch before "
+            "the loop over the loader, and let nobody set another epoch (with accelerate, call "
             "loader.set_epoch(epoch) after it)"
         )
+
+    def _check_rest(self) -> None:
+        """Check that something is left of the epoch: padding comes with the last samples."""
+        if self.sampler is not None and self.position >= self.sampler.epoch_size:
+            raise ValueError(
+                f"position: expected at most {self.sampler.epoch_size} samples in epoch "
+                f"{self.epoch} on all ranks, got more; call begin_epoch before each epoch, "
+                "and let either the sampler (group=) or the loader divide an epoch among the ranks"
+            )
 
     def _check_replicas(self) -> None:
         count = self._num_processes

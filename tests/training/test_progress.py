@@ -128,9 +128,13 @@ def test_what_the_loader_delivers_counts_and_padding_does_not() -> None:
     progress.advance(12)  # 5 of them were trained on
     progress.dynamics.update(*logits_of(ids[:5].tolist(), 0))
     assert progress.state_dict()["position"] == progress.position == 12
-    progress.advance(0)
-    progress.advance(100)
+    progress.advance(100)  # the last samples come with padding
     assert progress.state_dict()["position"] == progress.position == 30
+    progress.advance(0)
+    for call in (lambda: progress.advance(1), lambda: progress.update(*logits_of([1], 0))):
+        with pytest.raises(ValueError, match="position: expected at most 30 samples in epoch 0"):
+            call()
+    assert progress.dynamics.num_updates == 1
 
 
 def test_a_training_without_a_sampler_of_ours() -> None:
