@@ -190,6 +190,8 @@ class MarginCallback(_Callback):  # type: ignore[misc]
         loader = host.train_loader(trainer, sampler, self.progress.dynamics.num_samples)
         self._checks_ids = sampler is not None and host.is_plain(loader)
         if sampler is not None and self._resumed:
+            # A loader with a state of its own resumed too, and set the sampler to the beginning.
+            sampler.load_state_dict(sampler.state_dict(self.progress.position))
             left = 0 if self._ended_epoch else host.batches_left(loader, sampler)
             if left is not None:
                 host.set_batches_done(trainer, len(loader) - left)
