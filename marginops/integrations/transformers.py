@@ -282,6 +282,9 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         self._next_epoch, sampler = 0, self.progress.sampler
         if resume_from_checkpoint is not None:
             load_state(self.progress, resume_from_checkpoint)
+            if not self.args.auto_find_batch_size:
+                # Transformers 4 takes that of the checkpoint, whatever the arguments say.
+                batch_size = self._train_batch_size = self.args.train_batch_size
         elif isinstance(sampler, DynamicsSampler):
             self.dynamics.weights_version = -1
             sampler.load_state_dict({**sampler.state_dict(0), "epoch": 0})
