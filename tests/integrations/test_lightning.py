@@ -214,6 +214,26 @@ class _SetsEpochs(lightning.Callback):
         self.progress.begin_epoch(trainer.current_epoch + 1)
 
 
+def test_selection_leaves_validation_alone_and_has_the_precision_of_training(tmp_path):
+    class Watched(runs.Model):
+        def forward(self, inputs):
+            logits = self.network(inputs)
+            dtypes.add(logits.dtype)
+            return logits
+
+        def validation_step(self, batch):
+            sizes.append(len(batch[0]))
+
+    dtypes, sizes = set(), []
+    callback = MarginCallback(runs.make_sampler(), select=2)
+    trainer = runs.trainer(tmp_path, callback, precision="bf16-mixed", max_epochs=1)
+    loader = runs.make_loader(callback.progress.sampler)
+    runs.fit(trainer, Watched(), loader, val_dataloaders=runs.make_loader(None))
+    assert dtypes == {torch.bfloat16}
+    assert set(sizes) == {runs.BATCH}
+    assert int(callback.progress.dynamics.count.sum()) == 2 * BATCHES
+
+
 def test_selection_resumes_at_the_position_of_the_loader(tmp_path):
     def train(checkpoint=None):
         model, callback = runs.Model(), MarginCallback(runs.make_sampler(), select=2)

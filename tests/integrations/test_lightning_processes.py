@@ -88,6 +88,14 @@ def test_resumes_with_other_batches(whole, on_two, tmp_path):
     assert len(steps(large)) == len(left) // 2
 
 
+def test_fewer_batches_do_not_end_the_epoch_early(on_two, tmp_path):
+    """An epoch has half as many batches on two ranks, and the checkpoint counted those of one."""
+    saves = {"every_n_train_steps": 1}
+    one = runs.train(tmp_path, saves=saves, max_epochs=1)
+    rest = on_two(tmp_path, f"{tmp_path}/{STEPS - 2}.ckpt", max_epochs=1)
+    assert sorted(chain(*steps(rest))) == sorted(chain(*steps([one])[STEPS - 2 :]))
+
+
 def test_two_ranks_with_accumulation_and_half_precision(on_two, tmp_path):
     options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2}
     saves = {"every_n_train_steps": 1}
