@@ -11,8 +11,7 @@ from ..training import TrainingProgress
 from ._progress import check_progress
 
 __all__ = ["ProgressAlgorithm"]
-
-_BEGIN = "fit_start", "epoch_start"  # a fit that resumes within an epoch has no start of it
+_BatchOf = Callable[[Any, Any], tuple[Tensor, Tensor, Tensor]]
 
 
 class ProgressAlgorithm:
@@ -32,22 +31,18 @@ class ProgressAlgorithm:
 
     find_unused_parameters = backwards_create_graph = False
 
-    def __init__(
-        self,
-        progress: TrainingProgress,
-        batch_of: Callable[[Any, Any], tuple[Tensor, Tensor, Tensor]] | None = None,
-    ) -> None:
+    def __init__(self, progress: TrainingProgress, batch_of: _BatchOf | None = None) -> None:
         check_progress(progress, batch_of)
         self.progress = progress
         self._batch_of = batch_of or (lambda batch, outputs: (batch[2], outputs, batch[1]))
 
     def match(self, event: Any, state: Any) -> bool:
         """Whether an epoch begins or a forward pass ends."""
-        return event.value in (*_BEGIN, "after_forward")
+        return event.value in ("epoch_start", "after_forward")
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
         """Begin an epoch, or note a batch."""
-        if event.value in _BEGIN:
+        if event.value == "epoch_start":
             self.progress.begin_epoch(int(state.timestamp.epoch))
         else:
             ids, logits, target = self._batch_of(state.batch, state.outputs)
