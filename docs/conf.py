@@ -59,7 +59,7 @@ python_maximum_signature_line_length = 88
 nitpicky = True
 # Neither need the bases that our samplers share.
 nitpick_ignore_regex = [
-    ("py:.*", r"(os|torch|torchmetrics|numpy|collections|typing)\..*"),
+    ("py:.*", r"(os|ignite|torch|torchmetrics|numpy|collections|typing)\..*"),
     ("py:class", r"marginops\.training\.samplers\..*"),
 ]
 

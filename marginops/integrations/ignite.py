@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..training import TrainingProgress
 from ._hosts import check_host
+from ._progress import check_progress
 
 check_host("pytorch-ignite", "0.5", "0.6", "pytorch-ignite")
 from ignite.engine import Engine, Events  # noqa: E402
 
-Batch = tuple[Tensor, Tensor, Tensor]
+__all__ = ["ProgressHandler"]
+_BatchOf = Callable[[Any], tuple[Tensor, Tensor, Tensor]]
 
 
 class ProgressHandler:
@@ -28,18 +30,10 @@ class ProgressHandler:
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: While the engine runs: it asks for more batches than an epoch has.
-
-    A resumed engine gets the rest of its epoch. It counts batches, so within an epoch it resumes
-    only with the same batch size and number of ranks; at the end of an epoch with any.
     """
 
-    def __init__(
-        self, progress: TrainingProgress, batch_of: Callable[[Any], Batch] | None = None
-    ) -> None:
-        if not isinstance(progress, TrainingProgress):
-            raise TypeError(f"progress: expected TrainingProgress, got {type(progress).__name__}")
-        if batch_of is not None and not callable(batch_of):
-            raise TypeError(f"batch_of: expected a function, got {type(batch_of).__name__}")
+    def __init__(self, progress: TrainingProgress, batch_of: _BatchOf | None = None) -> None:
+        check_progress(progress, batch_of)
         self.progress, self.batch_of = progress, batch_of
 
     def attach(self, engine: Engine) -> None:

@@ -109,7 +109,8 @@ class TrainingProgress:
     def position(self) -> int:
         """How many samples of this epoch all processes together have consumed.
 
-        Padding at the end of an epoch does not count.
+        Padding at the end of an epoch does not count. The other processes count as much as this
+        one; only :meth:`state_dict` asks them.
         """
         return self._within_epoch(self._start + self._consumed * self._num_processes)
 

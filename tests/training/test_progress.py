@@ -375,7 +375,10 @@ def run_on_rank(groups: Any, arguments: Any) -> Any:
             TrainingDynamics, "sync", lambda self, group: (syncs.append(1), original(self, group))
         )
         visited = run(progress, last, divided)
-    return visited, progress.state_dict(), len(syncs)
+    state = progress.state_dict()
+    # At the end of an epoch a loader may leave a rank without samples.
+    assert progress.position == state["position"] or way == "loader"
+    return visited, state, len(syncs)
 
 
 def joined(answers: list[Any]) -> list[list[int]]:
