@@ -1,4 +1,4 @@
-"""The command line: ``marginops doctor``, ``marginops demo`` and ``marginops observe``."""
+"""The command line: ``marginops doctor``, ``demo``, ``observe`` and ``report``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .._version import __version__
 from . import console, doctor
 from .demo import run as demo
 from .observe import run as observe
+from .report import run as report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 def _main(arguments: Sequence[str] | None) -> int:
     parser = _Parser(
         prog="marginops",
-        description="The command line: marginops doctor, marginops demo and marginops observe.",
+        description="The command line: marginops doctor, demo, observe and report.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -59,12 +60,17 @@ def _main(arguments: Sequence[str] | None) -> int:
     observe.add_arguments(command)
     command.set_defaults(run=observe.run)
 
+    described = "write one HTML file about a training that RunRecorder recorded"
+    command = commands.add_parser("report", help=described, description=described)
+    report.add_arguments(command)
+    command.set_defaults(run=report.run)
+
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    report = doctor.report(_native.loader, build=not options.no_build)
-    console.say(json.dumps(report, indent=2) if options.json else doctor.text(report))
+    found = doctor.report(_native.loader, build=not options.no_build)
+    console.say(json.dumps(found, indent=2) if options.json else doctor.text(found))
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import _checks as checks
-from ..training import SelectionSchedule, TrainingProgress, select_batch, take
+from ..training import RunRecorder, SelectionSchedule, TrainingProgress, select_batch, take
 from . import _lightning as host
 from ._batch import BatchFields, Place
 
@@ -106,7 +106,7 @@ class MarginCallback(_Callback):  # type: ignore[misc]
         sampler: Any = None,
         *,
         dynamics: Any = None,
-        recorder: Any = None,
+        recorder: RunRecorder | None = None,
         select: int | None = None,
         schedule: SelectionSchedule | None = None,
         select_options: Mapping[str, Any] | None = None,
@@ -122,9 +122,7 @@ class MarginCallback(_Callback):  # type: ignore[misc]
             raise TypeError(
                 f"schedule: expected a SelectionSchedule, got {type(schedule).__name__}"
             )
-        self.progress = TrainingProgress(
-            sampler, dynamics=dynamics, **({"recorder": recorder} if recorder else {})
-        )
+        self.progress = TrainingProgress(sampler, dynamics=dynamics, recorder=recorder)
         self._recorder = recorder
         self._select, self._schedule = select, schedule
         self._options = dict(select_options or {})
@@ -267,11 +265,11 @@ class MarginCallback(_Callback):  # type: ignore[misc]
 
     def _record_epoch(self) -> None:
         """Give the recorder the epoch, when also the module logged its numbers of the epoch."""
-        if self._unrecorded is None:
+        if self._unrecorded is None or self._recorder is None:
             return
         (trainer, epoch), self._unrecorded = self._unrecorded, None
         arguments = "epoch", "report"  # of end_epoch, which a module may log too
-        values = {
+        values: dict[str, Any] = {
             f"logged_{name}" if name in arguments else name: float(value)
             for name, value in trainer.callback_metrics.items()
         }

@@ -14,6 +14,7 @@ from ..networks import output_tensor
 from ..training import (
     MarginSampler,
     ReductionSampler,
+    RunRecorder,
     SelectionSchedule,
     TrainingDynamics,
     TrainingProgress,
@@ -63,8 +64,8 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
             ``num_train_epochs`` has ``len(sampler)`` samples.
         dynamics: The dynamics, for a training without ``sampler``. By default the trainer makes
             them on the device of the training.
-        recorder: A ``marginops.training.RunRecorder`` of these dynamics, which writes the folder
-            for a report.
+        recorder: A :class:`marginops.training.RunRecorder` of these dynamics, which writes the
+            folder for a report.
         select: k, how many samples of each batch to train on, by
             :func:`marginops.training.select_batch`. The batch size of ``args`` is then the number
             of candidates. A batch of at most k samples is trained as a whole.
@@ -133,7 +134,7 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         *args: Any,
         sampler: MarginSampler | ReductionSampler | WeightedSampler | None = None,
         dynamics: TrainingDynamics | None = None,
-        recorder: Any = None,
+        recorder: RunRecorder | None = None,
         select: int | None = None,
         schedule: SelectionSchedule | None = None,
         select_options: Mapping[str, Any] | None = None,
@@ -147,8 +148,7 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         if dynamics is None and recorder is None and not hasattr(sampler, "dynamics"):
             size = len(Numbered(self.train_dataset))
             dynamics = TrainingDynamics(size, device=self.args.device)
-        options = {} if recorder is None else {"recorder": recorder}
-        self.progress = TrainingProgress(sampler, dynamics=dynamics, **options)
+        self.progress = TrainingProgress(sampler, dynamics=dynamics, recorder=recorder)
         self.recorder, self.dynamics = recorder, self.progress.dynamics
         self._next_epoch, self._is_in_epoch = 0, False
         if self.train_dataset is not None:

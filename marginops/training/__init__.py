@@ -1,4 +1,4 @@
-"""Per-sample training dynamics, samplers, batch selection, reports of epochs, inversion points."""
+"""Training dynamics, samplers, batch selection, recorded runs, reports of epochs, inversion."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from .dynamics.training_dynamics import TrainingDynamics
 from .indexed import Indexed
 from .inversion import InversionMonitor
 from .progress import TrainingProgress
+from .recording.recorder import RunRecorder
 from .samplers.margin_sampler import MarginSampler
 from .samplers.policies import BelowMeanLoss, SmallestMargins, Uniform
 from .samplers.reduction_sampler import ReductionSampler
@@ -41,6 +42,7 @@ __all__ = [
     "RankPower",
     "RankSelection",
     "ReductionSampler",
+    "RunRecorder",
     "SelectionSchedule",
     "SmallestMargins",
     "Stopwatch",

@@ -13,6 +13,7 @@ from ..ops.statistics import SampleStatistics
 from .dynamics.merge import check_group
 from .dynamics.training_dynamics import TrainingDynamics
 from .progress_state import VERSION, check_state
+from .recording.recorder import RunRecorder
 from .samplers.agreement import together
 from .samplers.dynamics_sampler import DynamicsSampler, check_dynamics
 from .samplers.epoch_sampler import EpochSampler, check_epoch
@@ -33,7 +34,9 @@ class TrainingProgress:
             :class:`marginops.training.ReductionSampler` or a
             :class:`marginops.training.WeightedSampler`. None, if the loader has another sampler.
         dynamics: The dynamics of a training whose sampler has none. A ``MarginSampler`` and a
-            ``ReductionSampler`` bring their own.
+            ``ReductionSampler`` bring their own, and so does a recorder.
+        recorder: A :class:`marginops.training.RunRecorder` of the same dynamics. Every update then
+            goes through it, and its state is a part of the state.
         group: The processes that share the samples of an epoch. The default is the group of the
             sampler; if it has none, all processes of ``torch.distributed``, or this one alone if
             that is not initialised.
@@ -44,6 +47,7 @@ class TrainingProgress:
     Attributes:
         dynamics: What the training saw of every sample.
         sampler: The sampler, or None.
+        recorder: The recorder, or None.
         epoch: The number of the current epoch.
 
     Raises:
@@ -79,6 +83,7 @@ class TrainingProgress:
         sampler: EpochSampler | None = None,
         *,
         dynamics: TrainingDynamics | None = None,
+        recorder: RunRecorder | None = None,
         group: ProcessGroup | None = None,
         fingerprint: str | None = None,
     ) -> None:
@@ -89,8 +94,17 @@ class TrainingProgress:
             )
         if fingerprint is not None and not isinstance(fingerprint, str):
             raise TypeError(f"fingerprint: expected a str, got {type(fingerprint).__name__}")
-        self.sampler = sampler
+        if recorder is not None and not isinstance(recorder, RunRecorder):
+            raise TypeError(f"recorder: expected a RunRecorder, got {type(recorder).__name__}")
+        if dynamics is None and recorder is not None and not isinstance(sampler, DynamicsSampler):
+            dynamics = recorder.dynamics
+        self.sampler, self.recorder = sampler, recorder
         self.dynamics = _dynamics_of(sampler, dynamics)
+        if recorder is not None and recorder.dynamics is not self.dynamics:
+            raise ValueError(
+                "recorder: expected a recorder of the same dynamics, got one of others; pass "
+                "sampler.dynamics to RunRecorder"
+            )
         self.fingerprint = fingerprint
         samplers_group = getattr(sampler, "group", None)
         if group is not None:
@@ -161,7 +175,7 @@ class TrainingProgress:
         """
         self._check_epoch_of_sampler()
         self._check_rest()
-        statistics = self.dynamics.update(indices, logits, target)
+        statistics = (self.recorder or self.dynamics).update(indices, logits, target)
         self._consumed += indices.numel()
         return statistics
 
@@ -169,7 +183,7 @@ class TrainingProgress:
         """Count samples that the loader handed to this process.
 
         It is for loops that train on fewer samples than the loader hands out, or compute the
-        statistics themselves. They call ``progress.dynamics.record`` beside it.
+        statistics themselves. They call ``record`` of the recorder or of the dynamics beside it.
 
         Args:
             count: How many samples the loader handed to this process, without those of other
@@ -203,6 +217,7 @@ class TrainingProgress:
             "fingerprint": self.fingerprint,
             "dynamics": self.dynamics.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(position),
+            "recorder": None if self.recorder is None else self.recorder.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -215,10 +230,12 @@ class TrainingProgress:
             TypeError, ValueError: The state is damaged, or of another data set, or of dynamics or a
                 sampler with other arguments. Everything stays as it was.
         """
-        check_state(state_dict, self.dynamics, self.sampler, self.fingerprint)
+        check_state(state_dict, self.dynamics, self.sampler, self.recorder, self.fingerprint)
         self.dynamics.load_state_dict(state_dict["dynamics"])
         if self.sampler is not None:
             self.sampler.load_state_dict(state_dict["sampler"])
+        if self.recorder is not None:
+            self.recorder.load_state_dict(state_dict["recorder"])
         self.epoch, self._start, self._consumed = state_dict["epoch"], state_dict["position"], 0
 
     def _position_of_all(self) -> int:
@@ -279,8 +296,12 @@ class TrainingProgress:
         return position if self.sampler is None else min(position, self.sampler.epoch_size)
 
     def _sync(self) -> None:
-        if self._group is not None:
+        if self._group is None:
+            return
+        if self.recorder is None:
             self.dynamics.sync(self._group)
+        else:
+            self.recorder.sync()
 
     @property
     def _group(self) -> ProcessGroup | None:

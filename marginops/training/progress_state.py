@@ -9,17 +9,19 @@ from typing import Any
 
 from .dynamics.state import check_dict
 from .dynamics.training_dynamics import TrainingDynamics
+from .recording.recorder import RunRecorder
 from .samplers.dynamics_sampler import DynamicsSampler
 from .samplers.epoch_sampler import EpochSampler
 
 VERSION = 1
-_KEYS = {"version", "epoch", "position", "fingerprint", "dynamics", "sampler"}
+_KEYS = {"version", "epoch", "position", "fingerprint", "dynamics", "sampler", "recorder"}
 
 
 def check_state(
     state_dict: Any,
     dynamics: TrainingDynamics,
     sampler: EpochSampler | None,
+    recorder: RunRecorder | None,
     fingerprint: str | None,
 ) -> None:
     """Check that a state is whole and fits, without a change of anything."""
@@ -48,14 +50,17 @@ def check_state(
             f"{theirs!r}; the state is of another data set, so load one of this data set"
         )
     check_dict(dynamics, state_dict["dynamics"])
-    if (state_dict["sampler"] is None) != (sampler is None):
-        expected, got = ("None", "one") if sampler is None else ("one", "None")
-        raise ValueError(
-            f"state_dict: expected {expected} as the state of the sampler, got {got}; make the "
-            "progress with a sampler if and only if that of the state had one"
-        )
+    for name, part in (("sampler", sampler), ("recorder", recorder)):
+        if (state_dict[name] is None) != (part is None):
+            expected, got = ("None", "one") if part is None else ("one", "None")
+            raise ValueError(
+                f"state_dict: expected {expected} as the state of the {name}, got {got}; make the "
+                f"progress with a {name} if and only if that of the state had one"
+            )
     if sampler is not None:
         _check_sampler(state_dict, sampler)
+    if recorder is not None:
+        recorder.check_state_dict(state_dict["recorder"])
 
 
 def _check_sampler(state_dict: Mapping[str, Any], sampler: EpochSampler) -> None:

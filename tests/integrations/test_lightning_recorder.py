@@ -10,9 +10,6 @@ pytest.importorskip("lightning.pytorch", reason="the extra lightning is not inst
 from helpers import lightning_runs as runs
 from marginops.integrations.lightning import MarginCallback
 
-if not hasattr(training, "RunRecorder"):
-    pytest.skip("there is no RunRecorder", allow_module_level=True)
-
 
 class Logs(runs.Model):
     """Logs numbers within the epoch and at its end."""

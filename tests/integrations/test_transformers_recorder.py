@@ -11,9 +11,6 @@ pytest.importorskip("transformers", reason="the extra transformers is not instal
 from helpers.trainers import Stop, arguments, make, network, sampler, texts
 from marginops.integrations.transformers import MarginTrainer
 
-if not hasattr(training, "RunRecorder"):
-    pytest.skip("there is no RunRecorder", allow_module_level=True)
-
 
 def run(folder, where, checkpoint=None, stop=None):
     """The epochs that a training writes, without their times."""

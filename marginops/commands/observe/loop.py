@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ...homogeneity import rates
 from ...nn import MultiMarginRegularization
-from ...training import EpochReport, InversionMonitor, report_epoch
+from ...training import EpochReport, InversionMonitor, RunRecorder, report_epoch
 from ..data import ClassificationData
 from ..models import Model, first_line
 from ..options import MOMENTUM, UsageError
@@ -66,8 +66,9 @@ def watch(
     data: ClassificationData,
     options: argparse.Namespace,
     on_epoch: Callable[[int, EpochReport], None],
+    recorder: RunRecorder | None = None,
 ) -> Observation:
-    """Train the network, and report on it after every epoch."""
+    """Train the network, report on it after every epoch, and record it if there is a recorder."""
     model = observation.model
     optimizer = torch.optim.SGD(
         model.network.parameters(), lr=options.learning_rate, momentum=MOMENTUM
@@ -86,6 +87,8 @@ def watch(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if recorder is not None:
+                recorder.update(rows, logits.detach(), target)
         seen = report_epoch(
             model.network,
             data.train_inputs,
@@ -102,5 +105,7 @@ def watch(
             seen.manifolds.radius, seen.misclassified, data.train_target.cpu()
         )
         observation.reports.append(seen)
+        if recorder is not None:
+            recorder.end_epoch(epoch + 1, report=seen)
         on_epoch(epoch + 1, seen)
     return observation

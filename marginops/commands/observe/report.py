@@ -1,14 +1,13 @@
 """The table, the conclusion and the JSON report of ``marginops observe``."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...training.epoch_report import QUANTILES, EpochReport
+from ...training.recording.numbers import report_numbers
 from .loop import Observation
 
 _COLUMNS = (
@@ -112,27 +111,5 @@ def report(observation: Observation, options: argparse.Namespace) -> dict[str, A
         "inversion": observation.inversion.epoch,
         "stragglers": [] if stragglers is None else stragglers.nonzero().flatten().tolist(),
         "quantile_levels": list(QUANTILES),
-        "epoch": [_plain(seen) for seen in observation.reports],
+        "epoch": [report_numbers(seen) for seen in observation.reports],
     }
-
-
-def _plain(seen: EpochReport) -> dict[str, Any]:
-    kept = ("area", "area_cdf", "minimum", "maximum", "separation", "quantiles")
-    return {
-        "training_error": seen.training_error,
-        "test_accuracy": seen.test_accuracy,
-        "log_norm": seen.log_norm,
-        "margin": {name: _numbers(getattr(seen.distribution, name)) for name in kept},
-        "collapse": {name: _numbers(value) for name, value in seen.collapse._asdict().items()},
-        "radius": _numbers(seen.manifolds.radius),
-        "tau_margin": seen.tau_margin,
-        "lambda_max_margin": seen.lambda_max_margin,
-    }
-
-
-def _numbers(value: Tensor) -> Any:
-    """A tensor as a number or nested lists. None replaces NaN and infinities."""
-    if value.dim() > 0:
-        return [_numbers(part) for part in value]
-    number = value.item()
-    return number if math.isfinite(number) else None

@@ -2,14 +2,21 @@
 
 import argparse
 import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from ...training import RunRecorder, TrainingDynamics
 from .. import console
+from ..data import ClassificationData
 from ..models import build
-from ..options import MOMENTUM, add_count, add_data_arguments, add_run_arguments, whole_number
+from ..options import MOMENTUM, add_count, add_data_arguments, add_run_arguments, path, whole_number
 from ..preparation import describe, execute, finish, prepare
+from ..report import run as page
 
 if TYPE_CHECKING:
     from ...training import EpochReport
@@ -42,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seed of the network and of the batches (default: %(default)s)",
     )
     parser.add_argument(
+        "--report",
+        type=path,
+        metavar="FILE",
+        help="also write the report of marginops report, an HTML file, to this file",
+    )
+    parser.add_argument(
         "--regularize", action="store_true", help="add multi-margin regularization to the loss"
     )
 
@@ -53,6 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     options, data = prepare(arguments, ["matplotlib", "scipy", "torchmetrics", "tqdm"], _DEFAULTS)
+
+    if options.report is not None:
+        page.check("--report", options.report)
 
     from .figure import draw
     from .loop import begin, watch
@@ -74,12 +90,31 @@ def _run(arguments: argparse.Namespace) -> int:
         if not options.quiet and (epoch % step == 0 or epoch in (1, options.epochs)):
             console.say(line(epoch, seen, observation))
 
-    watch(observation, data, options, show)
-    return finish(
-        "observe",
-        options,
-        f"\n{conclusion(observation)}\n",
-        report(observation, options),
-        lambda: draw(observation, f"{data.name}, {network}"),
-        90,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = None
+        if options.report is not None:
+            recorder = RunRecorder(
+                folder,
+                TrainingDynamics(len(data.train_target), device=options.device),
+                name=f"marginops observe: {network}",
+                data=data.name,
+            )
+        watch(observation, data, options, show, recorder)
+        status = finish(
+            "observe",
+            options,
+            f"\n{conclusion(observation)}\n",
+            report(observation, options),
+            lambda: draw(observation, f"{data.name}, {network}"),
+            90,
+        )
+        if options.report is None:
+            return status
+        written = page.write("observe", "--report", options.report, Path(folder), _pictures(data))
+        return max(status, written)
+
+
+def _pictures(data: ClassificationData) -> Callable[[int], Tensor] | None:
+    """What shows the training samples, if they are pictures."""
+    is_picture = data.train_inputs.dim() == 4 and data.train_inputs.shape[1] in (1, 3)
+    return data.train_inputs.__getitem__ if is_picture else None

@@ -91,7 +91,7 @@ def sync(dynamics: DynamicsValues, group: Any) -> None:
         check_group(group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     totals = _check_ranks(dynamics, group, ranks)
-    device = _collective_device(dynamics, group)
+    device = collective_device(dynamics, group)
     for rows in _chunks(dynamics):
         _sync_rows(rows, group, ranks, rank, device)
     state, common = dynamics._state, dynamics._common_nonfinite
@@ -128,7 +128,7 @@ def _check_ranks(dynamics: DynamicsValues, group: Any, ranks: int) -> list[list[
     return [totals for _, totals in answers]
 
 
-def _collective_device(dynamics: DynamicsValues, group: Any) -> torch.device:
+def collective_device(dynamics: DynamicsValues, group: Any) -> torch.device:
     """The device of the state if the group can communicate from there, else the GPU."""
     config = str(dist.get_backend_config(group))
     if dynamics.device.type in config:

@@ -1,0 +1,1 @@
+"""The command ``marginops report``: one HTML file about a recorded run."""
