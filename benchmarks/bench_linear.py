@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import marginops
-from conftest import DEVICE, peak_memory, peer
+from conftest import DEVICE, compiled, peak_memory, peer
 
 LARGE, SMALL = (8192, 768, 32000), (8192, 512, 1000)
 CASES = [(LARGE, torch.float32), (LARGE, torch.bfloat16), (SMALL, torch.float32)]
@@ -195,3 +195,54 @@ def bench_linear_training(time_call, shape, dtype, provider):
         peak_mib=peak_memory(call),
         **facts("linear_sample_statistics, loss and gradients", shape, dtype, provider),
     )
+
+
+def log_probabilities(features: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies as a user would write them."""
+    log_p = functional.linear(features, weight).float().log_softmax(-1)
+    own = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return own, -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("provider", ["marginops", "eager", "compile", "linear_cross_entropy"])
+@pytest.mark.parametrize("with_gradients", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize(("shape", "dtype"), BACKWARD_CASES[:1], ids=str)
+def bench_log_prob(time_call, shape, dtype, with_gradients, provider):
+    """Log-probability and entropy of tokens; ``linear_cross_entropy`` has the first alone."""
+    if with_gradients and provider == "linear_cross_entropy":
+        pytest.skip("bench_linear_training measures its gradients, of the mean loss")
+    features, weight, target = make_head(*shape, dtype)
+
+    def fused(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return marginops.linear_log_prob(features, weight, target, return_entropy=True)
+
+    def plain(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return log_probabilities(features, weight, target)
+
+    def losses(features: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (-chunked_cross_entropy(features, weight, target, "none"),)
+
+    results = {
+        "marginops": fused,
+        "eager": plain,
+        "compile": compiled(plain),
+        "linear_cross_entropy": losses,
+    }[provider]
+
+    def call() -> tuple[Tensor, ...]:
+        if not with_gradients:
+            with torch.no_grad():
+                return results(features, weight)
+        leaves = [value.detach().requires_grad_() for value in (features, weight)]
+        returned = results(*leaves)
+        total = sum(value.sum() for value in returned)
+        return *returned, *torch.autograd.grad(total, leaves)
+
+    def check(result: tuple[Tensor, ...]) -> None:
+        own, entropy = log_probabilities(features[:64].double(), weight.double(), target[:64])
+        close(result[0][:64], own, dtype)
+        if provider != "linear_cross_entropy":
+            close(result[1][:64], entropy, dtype)
+
+    name = "linear_log_prob, " + ("results and gradients" if with_gradients else "results")
+    time_call(call, check, peak_mib=peak_memory(call), **facts(name, shape, dtype, provider))

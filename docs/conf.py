@@ -57,7 +57,11 @@ python_maximum_signature_line_length = 88
 # Every reference of this project must resolve. Names of other libraries need not: resolving them
 # would take their inventories from the network.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(os|torch|torchmetrics|numpy|collections|typing)\..*")]
+# Neither need the bases that our samplers share.
+nitpick_ignore_regex = [
+    ("py:.*", r"(os|ignite|torch|torchmetrics|numpy|collections|typing)\..*"),
+    ("py:class", r"marginops\.training\.samplers\..*"),
+]
 
 # Formulas are MathML, which browsers show without a script from the network.
 html_math_renderer = "mathml"

@@ -8,6 +8,7 @@ from ._native import NativeUnavailableWarning
 from ._version import __version__
 from .norms import log_norm_product, spectrally_normalized_margin
 from .ops.distribution import margin_area, support_vector_counts
+from .ops.linear_log_prob import linear_log_prob
 from .ops.linear_margin import linear_classification_margin, linear_minimal_margin_score
 from .ops.linear_select import linear_select_classification_margin, linear_select_minimal_margin
 from .ops.linear_statistics import linear_sample_statistics
@@ -37,6 +38,7 @@ __all__ = [
     "class_moments",
     "classification_margin",
     "linear_classification_margin",
+    "linear_log_prob",
     "linear_minimal_margin_score",
     "linear_sample_statistics",
     "linear_select_classification_margin",

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BINARY = "torch.stack([-z / 2, z / 2], 1), which makes the margin z for class 1 and -z for class 0"
+_BINARY = (
+    "torch.stack([-z / 2, z / 2], -1), which makes the margin z for class 1 and -z for class 0"
+)
 
 # What to do with a sharded model, and with one of quantised layers.
 GATHERED = (
@@ -74,7 +76,7 @@ def for_shape(name: str, value: Tensor, dim: int) -> str:
         return _for_logits_shape(value)
     if name == "input" and value.dim() == 1:
         return "; for one sample pass input.unsqueeze(0)"
-    if name == "input" and value.dim() > 2:
+    if name == "input" and dim == 2 and value.dim() > 2:
         return (
             "; pass input.flatten(1) if the first dimension counts the samples, or "
             "input.flatten(0, -2) if only the last one counts features"
@@ -99,7 +101,7 @@ def _for_logits_shape(logits: Tensor) -> str:
 
 def for_one_column(logits: Tensor) -> str:
     """Advice for logits with fewer than two columns."""
-    return f"; for binary logits pass {_BINARY}; z = logits.squeeze(1)" if logits.shape[1] else ""
+    return f"; for binary logits pass {_BINARY}; z = logits.squeeze(-1)" if logits.shape[-1] else ""
 
 
 def for_one_row(weight: Tensor) -> str:
@@ -136,6 +138,15 @@ def for_target(name: str, target: Tensor, rows: Any) -> str:
     if convert and target.is_floating_point():
         return f"; if these are class indices, pass {name}.long()"
     return f"; pass {name}{convert}" if convert else ""
+
+
+def for_target_shape(name: str, target: Tensor, like_name: str, shape: torch.Size) -> str:
+    """Advice for targets that do not have the shape of all dimensions of a tensor but the last."""
+    if like_name == "logits" and target.shape == (*shape[:1], *shape[2:]):
+        return "; if dimension 1 of logits counts the classes, pass logits.movedim(1, -1)"
+    if target.numel() == shape[:-1].numel():
+        return f"; pass {name}.reshape({', '.join(map(str, shape[:-1]))})"
+    return ""
 
 
 def for_transposed(name: str, value: Tensor, rows: Any, columns: Any) -> str:

@@ -26,8 +26,8 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
-    """Check that ``value`` is a strided floating-point tensor of ``dim`` dimensions."""
+def check_tensor(name: str, value: Any, dim: int, shape: str, or_more: bool = False) -> None:
+    """Check that ``value`` is a strided floating-point tensor of ``dim`` dimensions, or more."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name}: expected a tensor {shape}, got {type(value).__name__}"
@@ -35,15 +35,16 @@ def check_tensor(name: str, value: Any, dim: int, shape: str) -> None:
         )
     if type(value) not in _ORDINARY:
         check_not_distributed(name, value)
+    is_right = value.dim() == dim or (or_more and value.dim() > dim)
     if (
-        value.dim() == dim
+        is_right
         and value.dtype in FLOATING
         and value.layout == torch.strided
         and not value.is_nested
     ):
         return
     _check_layout(name, value)
-    if value.dim() != dim:
+    if not is_right:
         raise ValueError(
             f"{name}: expected shape {shape}, got {list(value.shape)}"
             f"{advice.for_shape(name, value, dim)}"
@@ -69,6 +70,11 @@ def check_not_distributed(name: str, value: Tensor) -> None:
         raise TypeError(
             f"{name}: expected an ordinary tensor, got a DTensor; pass {name}.full_tensor()"
         )
+
+
+def is_ordinary(value: Any) -> bool:
+    """Whether a value is a tensor of no subclass; a DTensor is one of a subclass."""
+    return type(value) in _ORDINARY
 
 
 def is_distributed(value: Tensor) -> bool:
@@ -109,18 +115,24 @@ def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None
         )
 
 
-def check_logits(logits: Any) -> None:
-    """Check logits [N, C], C >= 2."""
-    check_tensor("logits", logits, 2, "[N, C]")
-    if logits.shape[1] < 2:
+def check_logits(logits: Any, or_more: bool = False) -> None:
+    """Check logits [N, C], C >= 2, or [..., N, C] with ``or_more``."""
+    rows = "..., N" if or_more else "N"
+    check_tensor("logits", logits, 2, f"[{rows}, C]", or_more)
+    if logits.shape[-1] < 2:
         raise ValueError(
-            f"logits: expected at least 2 classes [N, C >= 2], got {[*logits.shape]}"
+            f"logits: expected at least 2 classes [{rows}, C >= 2], got {[*logits.shape]}"
             f"{advice.for_one_column(logits)}"
         )
 
 
-def check_labelled_logits(logits: Any, target: Any, ignore_index: Any) -> None:
-    """Check logits [N, C], C >= 2, their targets [N] and an integer ``ignore_index``."""
+def check_labelled_logits(
+    logits: Any, target: Any, ignore_index: Any, or_more: bool = False
+) -> None:
+    """Check logits [N, C], C >= 2, their targets [N] and an integer ``ignore_index``.
+
+    With ``or_more``, logits may also be [..., N, C]. Their targets are [..., N] then.
+    """
     # Right arguments, in one look. The other checks find out what is wrong.
     if (
         type(logits) in _ORDINARY
@@ -137,8 +149,8 @@ def check_labelled_logits(logits: Any, target: Any, ignore_index: Any) -> None:
         and type(ignore_index) is int
     ):
         return
-    check_logits(logits)
-    check_target(target, logits, ignore_index)
+    check_logits(logits, or_more)
+    check_target(target, logits, ignore_index, dims=logits.dim() - 1)
 
 
 _looks = 16  # how many more calls of this process look at their logits
@@ -157,7 +169,10 @@ def warn_of_probabilities(logits: Tensor) -> None:
     if not has_values(logits):
         return
     _looks -= 1
-    rows = logits.detach()[:8].double()
+    rows = logits.detach()
+    while rows.dim() > 2:
+        rows = rows[:1].flatten(0, 1)
+    rows = rows[:8].double()
     tolerance = max(torch.finfo(logits.dtype).eps, 1e-4)
     positive = torch.where(rows > 0, rows, torch.inf).amin(1)
     # Rows such as (0, 1, 0) or (0.5, 0.5) hold one value beside 0: they may well be logits.
@@ -191,14 +206,18 @@ def check_target(
     ignore_index: Any,
     like_name: str = "logits",
     name: str = "target",
+    dims: int = 1,
 ) -> None:
-    """Check targets [N] int64, one for each row of ``like``, and an integer ``ignore_index``."""
+    """Check targets [N] int64, one for each row of ``like``, and an integer ``ignore_index``.
+
+    The targets have the shape of the first ``dims`` dimensions of ``like``.
+    """
     if (
         type(target) in _ORDINARY
         and target.dtype == torch.int64
         and target.layout == torch.strided
         and not target.is_nested
-        and target.shape == like.shape[:1]
+        and target.shape == like.shape[:dims]
         and target.device == like.device
         and type(ignore_index) is int
     ):
@@ -215,10 +234,15 @@ def check_target(
             f"{name}: expected dtype torch.int64 (class indices), got {target.dtype} of shape "
             f"{list(target.shape)}{advice.for_target(name, target, like.shape[0])}"
         )
-    if target.dim() != 1 or target.shape[0] != like.shape[0]:
+    if target.shape != like.shape[:dims]:
+        todo = (
+            advice.for_target(name, target, like.shape[0])
+            if dims == 1
+            else advice.for_target_shape(name, target, like_name, like.shape)
+        )
         raise ValueError(
-            f"{name}: expected shape [{like.shape[0]}] for {like_name} {list(like.shape)}, "
-            f"got {list(target.shape)}{advice.for_target(name, target, like.shape[0])}"
+            f"{name}: expected shape {list(like.shape[:dims])} for {like_name} "
+            f"{list(like.shape)}, got {list(target.shape)}{todo}"
         )
     check_device(name, target, like, like_name)
     check_int("ignore_index", ignore_index)
@@ -241,11 +265,13 @@ def check_indices(name: str, value: Any, shape: str) -> None:
 
 
 def check_features(input: Any, logits: Tensor) -> None:
-    """Check features [N, D], one row for each row of ``logits``."""
-    check_tensor("input", input, 2, "[N, D]")
-    if input.shape[0] != logits.shape[0]:
+    """Check features [N, D] or [..., N, D], one row for each row of ``logits``."""
+    or_more = logits.dim() > 2
+    check_tensor("input", input, 2, "[..., N, D]" if or_more else "[N, D]", or_more)
+    if input.shape[:-1] != logits.shape[:-1]:
+        rows = list(logits.shape[:-1]) if or_more else logits.shape[0]
         raise ValueError(
-            f"input: expected {logits.shape[0]} rows for logits {list(logits.shape)}, "
+            f"input: expected {rows} rows for logits {list(logits.shape)}, "
             f"got shape {list(input.shape)}"
         )
     check_device("input", input, logits, "logits")
@@ -254,11 +280,11 @@ def check_features(input: Any, logits: Tensor) -> None:
 def check_weight(weight: Any, logits: Tensor) -> None:
     """Check a weight [C, D] in the dtype of ``logits``, or float32 for half-precision logits."""
     check_tensor("weight", weight, 2, "[C, D]")
-    if weight.shape[0] != logits.shape[1]:
+    if weight.shape[0] != logits.shape[-1]:
         raise ValueError(
-            f"weight: expected {logits.shape[1]} rows for logits {list(logits.shape)}, "
+            f"weight: expected {logits.shape[-1]} rows for logits {list(logits.shape)}, "
             f"got shape {list(weight.shape)}"
-            f"{advice.for_transposed('weight', weight, logits.shape[1], None)}"
+            f"{advice.for_transposed('weight', weight, logits.shape[-1], None)}"
         )
     check_device("weight", weight, logits, "logits")
     if weight.dtype != logits.dtype and weight.dtype != result_dtype(logits.dtype):
@@ -334,19 +360,27 @@ def as_log_norm(log_norm: Any, logits: Tensor) -> Tensor | None:
     return log_norm.to(dtype)
 
 
-def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
+def check_linear(input: Any, weight: Any, bias: Any, or_more: bool = False) -> torch.dtype | None:
     """Check features [N, D], weight [C, D] and bias [C], as ``F.linear`` takes them.
+
+    With ``or_more``, features may also be [..., N, D].
 
     Returns:
         The dtype of the matrix product under autocast; None without autocast.
     """
-    check_tensor("input", input, 2, "[N, D]")
+    check_tensor("input", input, 2, "[..., N, D]" if or_more else "[N, D]", or_more)
     check_tensor("weight", weight, 2, "[C, D]")
-    if weight.shape[1] != input.shape[1]:
+    if weight.shape[1] != input.shape[-1]:
+        if input.dim() > 2 and input[:1].numel() == weight.shape[1]:
+            raise ValueError(
+                f"input: expected {weight.shape[1]} columns for weight {list(weight.shape)}, "
+                f"got shape {list(input.shape)}; pass input.flatten(1) if only the first "
+                "dimension counts the samples"
+            )
         raise ValueError(
-            f"weight: expected {input.shape[1]} columns for input {list(input.shape)}, "
+            f"weight: expected {input.shape[-1]} columns for input {list(input.shape)}, "
             f"got shape {list(weight.shape)}"
-            f"{advice.for_width(weight, input.shape[1])}"
+            f"{advice.for_width(weight, input.shape[-1])}"
         )
     check_device("weight", weight, input, "input")
     if bias is not None:
@@ -362,6 +396,20 @@ def check_linear(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
     if autocast and input.dtype != torch.float64:
         return torch.get_autocast_dtype(input.device.type)
     return None
+
+
+def check_temperature(temperature: Any) -> None:
+    """Check a positive and finite number."""
+    if not isinstance(temperature, (int, float, torch.SymFloat)) or isinstance(temperature, bool):
+        raise TypeError(
+            f"temperature: expected a float, got {type(temperature).__name__}"
+            f"{advice.for_float('temperature', temperature)}"
+        )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"temperature: expected a finite number above 0, got {temperature}; "
+            "the limit 0 is the class of the largest logit"
+        )
 
 
 def check_classes(weight: Tensor) -> None:

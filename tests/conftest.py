@@ -20,6 +20,8 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     # takes a graph that was compiled for AVX-512, which then computes wrong numbers.
     cache = f"{tempfile.gettempdir()}/torchinductor-{os.getuid()}-{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+# No test looks for a model or a data set on a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A job in the background of a shell ignores interrupts, and so do the processes that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 
 from marginops import _native
 
+from ._batches import Batch
+
 _ops = torch.library.Library("marginops", "DEF")
 # A call of an op with a gradient passes through Python, which costs several microseconds. So each
 # op has a twin of the same name in this namespace. The twin has the kernels and no gradient. It is
@@ -38,6 +40,10 @@ class Op:
     ``constants``
         Names and positions of results that have no gradient: all such floating-point results, and
         others if their position is to be left out of ``backward``.
+    ``row_arguments``
+        Names of arguments ``[N, ...]``, if row n of every result depends on their row n and on
+        arguments without rows. Inside ``torch.vmap`` one call then computes the rows of all
+        elements of the batch. ``call_batch`` may do so in another way.
     ``has_kernels``
         Whether the native libraries may have kernels for the op.
     """
@@ -48,6 +54,7 @@ class Op:
     setup_context: ClassVar[Callable[..., None] | None] = None
     backward: ClassVar[Callable[..., Any] | None] = None
     constants: ClassVar[tuple[tuple[str, int], ...]] = ()
+    row_arguments: ClassVar[tuple[str, ...]] = ()
     has_kernels: ClassVar[bool] = True
 
     _apply: Any = None  # calls autograd's function; an op that changes its arguments has none
@@ -179,23 +186,38 @@ class Op:
             transformed_function,
         )
 
+    def call_batch(self, batch: Batch) -> Any:
+        """Call the op once for all elements of the batch of ``torch.vmap``.
+
+        The results have the batch as their first dimension. They are None if one call cannot
+        compute them.
+        """
+        if not self.row_arguments or not batch.names <= {*self.row_arguments}:
+            return None
+        values = batch.values | {name: batch.joined(name) for name in self.row_arguments}
+        first = self.row_arguments[0]
+        rows = batch.values[first].shape[first in batch.names]
+        results = self(*values.values())
+        if isinstance(results, torch.Tensor):
+            return batch.split(results, rows)
+        return tuple(batch.split(result, rows) for result in results)
+
     def _map_over_batch(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        """Call the op once for each element of the batch of ``torch.vmap``."""
-        if info.batch_size == 0:
-            raise NotImplementedError(f"{self.name}: expected a batch for vmap, got a size of 0")
-        results = [
-            self(
-                *(
-                    value if dim is None else value.select(dim, index).contiguous()
-                    for value, dim in zip(arguments, in_dims, strict=True)
+        """Call the op once if possible, else once for each element of the batch."""
+        names = [argument.name for argument in self._kernel_op._schema.arguments]
+        batch = Batch.of_dims(info.batch_size, names, arguments, in_dims)
+        results = self.call_batch(batch)
+        if results is None:
+            if batch.size == 0:
+                raise NotImplementedError(
+                    f"{self.name}: expected a batch for vmap, got a size of 0"
                 )
-            )
-            for index in range(info.batch_size)
-        ]
-        if isinstance(results[0], torch.Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
-        return stacked, (0,) * len(stacked)
+            each = [self(*values) for values in batch.elements()]
+            if isinstance(each[0], torch.Tensor):
+                results = torch.stack(each)
+            else:
+                results = tuple(map(torch.stack, zip(*each, strict=True)))
+        return results, 0 if isinstance(results, torch.Tensor) else (0,) * len(results)
 
     def _refuse_or_call(self, *arguments: Any) -> Any:
         """Call an op that changes its arguments, for which autograd has no gradient."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._checks import result_dtype
+from ._batches import Batch
 from ._library import Op
 
 
@@ -22,6 +23,17 @@ class ClassSumOp(Op):
     """
 
     schema = "class_sum(Tensor key, Tensor coefficient, Tensor rows, SymInt classes) -> Tensor"
+
+    def call_batch(self, batch: Batch) -> Tensor:
+        """Number the classes and the rows of all elements of the batch."""
+        key, _, rows, classes = batch.values.values()
+        count = rows.shape[-2]
+        index, row = key // max(count, 1), key % max(count, 1)
+        if "rows" in batch.names:
+            row, rows = row + batch.offset(count, key), batch.joined("rows")
+        key = (index + batch.offset(classes, key)) * max(len(rows), 1) + row
+        sums = self(key.flatten(), batch.joined("coefficient"), rows, batch.size * classes)
+        return batch.split(sums, classes)
 
     @staticmethod
     def reference(key: Tensor, coefficient: Tensor, rows: Tensor, classes: int) -> Tensor:

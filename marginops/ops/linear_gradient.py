@@ -4,17 +4,26 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import result_dtype
 from . import margin_pair as pairs
+from ._batches import Batch
 from ._library import Op
 from .class_sum import sum_pairs
-from .linear_head import Tensors
+from .linear_head import Tensors, join
 from .margin_gradient import write
 from .row_sums import IGNORED, classes_in_piece
 from .statistics import sample_statistics_gradient_op
-from .tiles import check_rows, default_chunk_bytes, logit_tiles, tile_shape
+from .tiles import (
+    check_rows,
+    default_chunk_bytes,
+    logit_tiles,
+    pieces,
+    row_bytes,
+    tile_shape,
+)
 
 
 class HeadLayout(Protocol):
@@ -121,6 +130,7 @@ class SavedDistanceOp(Op):
     """
 
     schema = "saved_distance(Tensor distance, Tensor weight, Tensor? bias) -> Tensor"
+    row_arguments = ("distance",)
     has_kernels = False
 
     @staticmethod
@@ -142,6 +152,12 @@ class SavedDistanceOp(Op):
 saved_distance_op = SavedDistanceOp()
 
 
+_ROW_ARGUMENTS = (
+    *("input", "target", "rival", "confidence", "entropy", "maximum", "log_sum"),
+    *("grad_margin", "grad_loss", "grad_confidence", "grad_entropy"),
+)
+
+
 class LinearSampleStatisticsGradientOp(Op):
     """Gradients in input, weight and bias. The first two are empty unless they are needed."""
 
@@ -154,6 +170,46 @@ class LinearSampleStatisticsGradientOp(Op):
         " -> (Tensor, Tensor, Tensor)"
     )
     has_kernels = False
+
+    def call_batch(self, batch: Batch) -> Tensors | None:
+        """Compute the logits of several elements of the batch at once, as the buffer allows."""
+        values = batch.values
+        weight, bias = values["weight"], values["bias"]
+        if batch.names & {"weight", "bias", "log_norm"}:
+            return None
+        columns = weight.to(values["dtype"] or weight.dtype)
+        count = values["input"].shape[-2]
+        half = (values["chunk_bytes"] or default_chunk_bytes(weight)) // 2
+        elements = half // max(count * row_bytes(columns, None), 1)
+        if elements == 0 or count == 0 or batch.size == 0:
+            return None
+        head = columns, None if bias is None else bias.to(columns.dtype)
+        total = result_dtype(columns.dtype)
+        joined: list[Any] = [batch.joined(name) for name in _ROW_ARGUMENTS]
+        parts = []
+        for rows in pieces(batch.size * count, elements * count):
+            values_of_rows: list[Any] = [
+                value if value is None else value[rows] for value in joined
+            ]
+            input, *others = values_of_rows
+            features = input.to(columns.dtype)
+            grad_logits = sample_statistics_gradient_op(
+                *(F.linear(features, *head), *others[:6], values["log_norm"], *others[6:]),
+                *(None, None, values["ignore_index"]),
+            ).unflatten(0, (-1, count))
+            unused = grad_logits.new_empty(len(grad_logits), 0, 0)
+            grad_input = grad_weight = unused
+            if values["needs_grad_input"]:
+                grad_input = grad_logits @ columns
+            if values["needs_grad_weight"]:
+                grad_weight = grad_logits.mT @ features.unflatten(0, (-1, count))
+            parts.append((grad_input, grad_weight, grad_logits.sum(1, dtype=total)))
+        grad_input, grad_weight, grad_bias = join(parts)
+        return (
+            grad_input.to(values["input"].dtype),
+            grad_weight.to(weight.dtype),
+            grad_bias.to(weight.dtype if bias is None else bias.dtype),
+        )
 
     @staticmethod
     def reference(

@@ -15,16 +15,42 @@ from .tiles import check_chunk_bytes, logit_tiles
 Tensors = tuple[Tensor, ...]
 
 
-def checked_linear(input: Any, weight: Any, bias: Any, chunk_bytes: Any) -> Any:
-    """Check the arguments of a linear head.
+def checked_linear(
+    input: Any, weight: Any, bias: Any, chunk_bytes: Any, or_more: bool = False
+) -> Any:
+    """Check the arguments of a linear head. With ``or_more``, features are [..., N, D].
 
     Returns:
         The dtype of the matrix product under autocast. None stands for the dtype of the arguments.
     """
-    dtype = checks.check_linear(input, weight, bias)
+    dtype = checks.check_linear(input, weight, bias, or_more)
     checks.check_classes(weight)
     check_chunk_bytes(chunk_bytes, weight, dtype)
     return dtype
+
+
+def as_matrix(input: Tensor) -> Tensor:
+    """Features ``[..., D]`` as ``[N, D]``: a view, or a copy if there is no view.
+
+    The matrix product takes much longer than such a copy.
+    """
+    return input if input.dim() == 2 else input.flatten(0, -2)
+
+
+def in_shape(values: Tensor, shape: torch.Size) -> Tensor:
+    """The values of all rows in the shape of the rows."""
+    return values if len(shape) == 1 else values.view(shape)
+
+
+def with_temperature(
+    head: tuple[Tensor, Tensor, Tensor | None], temperature: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A head whose logits are those of ``head`` divided by ``temperature``."""
+    if temperature == 1:
+        return head
+    input, weight, bias = head
+    # The features are the smallest factor of the logits.
+    return input / temperature, weight, None if bias is None else bias / temperature
 
 
 def head_sums(

@@ -20,8 +20,18 @@ from . import linear_sharded as sharded
 from . import margin_pair as pairs
 from . import row_sums
 from ._library import Op
+from .distributed_head import local_head
 from .linear_gradient import label_pair, margin_head_gradient, saved_distance_op
-from .linear_head import Tensors, checked_linear, empty_results, head_sums, join, norm_parameters
+from .linear_head import (
+    Tensors,
+    as_matrix,
+    checked_linear,
+    empty_results,
+    head_sums,
+    in_shape,
+    join,
+    norm_parameters,
+)
 from .margin import RIVALS, Rival
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .tiles import check_rows, logit_tiles, tile_shape
@@ -47,11 +57,15 @@ def linear_classification_margin(
     margin of Banburski et al. (2021), up to the rounding of the matrix product.
 
     Args:
-        input: ``[N, D]``, the features before the last layer, float32, float64, bfloat16 or
-            float16.
+        input: ``[N, D]`` or ``[..., N, D]``, the features before the last layer, float32, float64,
+            bfloat16 or float16. If the rows do not follow each other in memory, they are copied.
         weight: ``[C, D]``, C >= 2, in the dtype of ``input``. Under autocast it may have any of
             these dtypes but float64. A transposed square weight cannot be seen.
-        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+            It may be a DTensor with ``Shard(0)`` on a mesh of one dimension, as tensor parallelism
+            makes it. Then the group of the mesh counts as ``group``, ``bias`` is a DTensor of the
+            same kind, and the gradients of both are DTensors. ``input`` and ``target`` may be
+            replicated DTensors. If the ranks pass different samples, every rank raises an error.
+        target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]`` in the dtype of ``weight``.
         log_norm: Natural logarithm of the norm product, see
             :func:`marginops.classification_margin`.
@@ -66,10 +80,10 @@ def linear_classification_margin(
             of its own rows. ``group`` does not work inside ``torch.compile``.
 
     Returns:
-        ``[N]``, float64 for float64 input, else float32, in units of the logits (divided by the
-        norm product), the same on every rank of ``group``. The product is computed in the dtype of
-        the arguments. Under autocast it is computed in the dtype of autocast, and ``weight`` is
-        copied.
+        In the shape of ``target``, float64 for float64 input, else float32, in units of the logits
+        (divided by the norm product), the same on every rank of ``group``. The product is computed
+        in the dtype of the arguments. Under autocast it is computed in the dtype of autocast, and
+        ``weight`` is copied.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or the
@@ -87,17 +101,19 @@ def linear_classification_margin(
         >>> marginops.linear_classification_margin(features, weight, torch.tensor([1, 1]))
         tensor([ 1.0000, -1.5000])
     """
+    if not checks.is_ordinary(weight):
+        input, weight, bias, group, target = local_head(input, weight, bias, group, target)
     if group is not None:
         return sharded.classification_margin(
             input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
         )[0]
-    dtype = checked_linear(input, weight, bias, chunk_bytes)
-    checks.check_target(target, input, ignore_index, "input")
+    dtype = checked_linear(input, weight, bias, chunk_bytes, or_more=True)
+    checks.check_target(target, input, ignore_index, "input", dims=input.dim() - 1)
     log_norm = checks.as_log_norm(log_norm, input)
     margin: Tensor = linear_classification_margin_op(
-        input, weight, bias, target, log_norm, ignore_index, dtype, chunk_bytes
+        as_matrix(input), weight, bias, target.flatten(), log_norm, ignore_index, dtype, chunk_bytes
     )[0]
-    return margin
+    return in_shape(margin, target.shape)
 
 
 class LinearClassificationMarginOp(Op):
@@ -108,6 +124,7 @@ class LinearClassificationMarginOp(Op):
         " Tensor? log_norm, int ignore_index, ScalarType? dtype, int? chunk_bytes)"
         " -> (Tensor, Tensor)"
     )
+    row_arguments = ("input", "target")
     has_kernels = False
 
     @staticmethod
@@ -173,8 +190,8 @@ def linear_minimal_margin_score(
     the score of Weinstein et al. (2020), up to the rounding of the matrix product.
 
     Args:
-        input: ``[N, D]``, see :func:`marginops.linear_classification_margin` for the dtypes.
-        weight: ``[C, D]``, C >= 2.
+        input: ``[N, D]`` or ``[..., N, D]``, see :func:`marginops.linear_classification_margin`.
+        weight: ``[C, D]``, C >= 2, see :func:`marginops.linear_classification_margin`.
         bias: ``[C]``, part of the logits. It is part of the norm only with ``bias_in_norm``.
         rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.minimal_margin_score`. With
             ``group`` only ``"top2"`` is available.
@@ -185,7 +202,7 @@ def linear_minimal_margin_score(
             :func:`marginops.linear_classification_margin`.
 
     Returns:
-        ``[N]``, float64 for float64 input, else float32, in units of the features.
+        ``[N]`` or ``[..., N]``, float64 for float64 input, else float32, in units of the features.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or the
@@ -201,17 +218,19 @@ def linear_minimal_margin_score(
         >>> marginops.linear_minimal_margin_score(features, weight)
         tensor([0.7071, 1.0607])
     """
+    if not checks.is_ordinary(weight):
+        input, weight, bias, group, _ = local_head(input, weight, bias, group)
     if group is not None:
         return sharded.minimal_margin_score(
             input, weight, bias, rival, bias_in_norm, chunk_bytes, group
         )[0]
     checks.check_choice("rival", rival, RIVALS)
     checks.check_bias_in_norm(bias, bias_in_norm)
-    dtype = checked_linear(input, weight, bias, chunk_bytes)
+    dtype = checked_linear(input, weight, bias, chunk_bytes, or_more=True)
     score: Tensor = linear_minimal_margin_score_op(
-        input, weight, bias, bias_in_norm, rival == "nearest", dtype, chunk_bytes
+        as_matrix(input), weight, bias, bias_in_norm, rival == "nearest", dtype, chunk_bytes
     )[0]
-    return score
+    return in_shape(score, input.shape[:-1])
 
 
 class LinearMinimalMarginScoreOp(Op):
@@ -222,6 +241,7 @@ class LinearMinimalMarginScoreOp(Op):
         " bool nearest, ScalarType? dtype, int? chunk_bytes) -> (Tensor, Tensor, Tensor)"
     )
     constants = (("distance", 2),)
+    row_arguments = ("input",)
     has_kernels = False
 
     @staticmethod

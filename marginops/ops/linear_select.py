@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _checks as checks
 from . import linear_sharded as sharded
 from ._library import Op
+from .distributed_head import local_head
 from .linear_gradient import (
     label_pair,
     margin_head_gradient,
@@ -43,7 +44,7 @@ def linear_select_minimal_margin(
 
     Args:
         input: ``[N, D]``, see :func:`marginops.linear_classification_margin` for the dtypes.
-        weight: ``[C, D]``, C >= 2.
+        weight: ``[C, D]``, C >= 2, see :func:`marginops.linear_classification_margin`.
         bias: ``[C]``, part of the logits. It is part of the norm only with ``bias_in_norm``.
         k: How many samples to select, 0 <= k <= N.
         rival: ``"top2"`` or ``"nearest"``, see :func:`marginops.linear_minimal_margin_score`.
@@ -72,6 +73,8 @@ def linear_select_minimal_margin(
         >>> marginops.linear_select_minimal_margin(features, weight, k=1)
         Selection(scores=tensor([0.7071]), indices=tensor([0]))
     """
+    if not checks.is_ordinary(weight):
+        input, weight, bias, group, _ = local_head(input, weight, bias, group)
     if group is not None:
         fields = sharded.minimal_margin_score(
             input, weight, bias, rival, bias_in_norm, chunk_bytes, group, k
@@ -156,7 +159,7 @@ def linear_select_classification_margin(
 
     Args:
         input: ``[N, D]``, see :func:`marginops.linear_classification_margin` for the dtypes.
-        weight: ``[C, D]``, C >= 2.
+        weight: ``[C, D]``, C >= 2, see :func:`marginops.linear_classification_margin`.
         target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]``.
         k: How many samples to select, 0 <= k <= N.
@@ -190,6 +193,8 @@ def linear_select_classification_margin(
         >>> marginops.linear_select_classification_margin(features, weight, target, k=1)
         Selection(scores=tensor([-1.5000]), indices=tensor([1]))
     """
+    if not checks.is_ordinary(weight):
+        input, weight, bias, group, target = local_head(input, weight, bias, group, target)
     if group is not None:
         fields = sharded.classification_margin(
             input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group, k

@@ -23,7 +23,7 @@ from .linear_gradient import (
     linear_sample_statistics_gradient_op,
     margin_head_gradient,
 )
-from .linear_head import norm_parameters
+from .linear_head import as_matrix, in_shape, norm_parameters, with_temperature
 from .margin import RIVALS
 from .margin_gradient import boundary_gradient, log_norm_gradient
 from .row_sums import IGNORED, StatisticsFields
@@ -251,20 +251,22 @@ class _Score(torch.autograd.Function):
 
 
 def sample_statistics(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
+    head: tuple[Tensor, Tensor, Tensor | None],
+    labels: tuple[Tensor, int],
     log_norm: Tensor | float | None,
-    ignore_index: int,
+    temperature: float,
     chunk_bytes: int | None,
     group: ProcessGroup,
 ) -> tuple[Tensor, ...]:
     """Compute the fields of ``linear_sample_statistics_op`` over a group."""
-    head, labels = (input, weight, bias), (target, ignore_index)
-    shard = _open("linear_sample_statistics", head, labels, log_norm, None, chunk_bytes, group)
+    function = "linear_sample_statistics"
+    shard = _open(function, head, labels, log_norm, None, chunk_bytes, group, temperature)
+    (input, weight, bias), (target, ignore_index) = head, labels
     log_norm = checks.as_log_norm(log_norm, input)
-    fields: tuple[Tensor, ...] = _Statistics.apply(*head, target, log_norm, ignore_index, shard)
+    head = with_temperature((as_matrix(input), weight, bias), temperature)
+    fields: tuple[Tensor, ...] = _Statistics.apply(
+        *head, target.flatten(), log_norm, ignore_index, shard
+    )
     return fields
 
 
@@ -286,7 +288,10 @@ def classification_margin(
     head, labels = (input, weight, bias), (target, ignore_index)
     shard = _open("linear_classification_margin", head, labels, log_norm, k, chunk_bytes, group)
     log_norm = checks.as_log_norm(log_norm, input)
+    shape = target.shape
+    input, target = as_matrix(input), target.flatten()
     with torch.no_grad():
+        head = input, weight, bias
         margin, rival, *_ = _fields(shard, head, target, log_norm, ignore_index)
     margin, *chosen = _smallest(margin, k)
     if chosen:
@@ -294,7 +299,7 @@ def classification_margin(
     margin = _Margin.apply(
         input, weight, bias, log_norm, margin, target, rival, ignore_index, shard
     )
-    return margin, *chosen
+    return margin if chosen else in_shape(margin, shape), *chosen
 
 
 def minimal_margin_score(
@@ -320,14 +325,16 @@ def minimal_margin_score(
         return {"bias_in_norm": bool(bias_in_norm), "k": _checked_k(k, input)}
 
     head = input, weight, bias
-    shard = open_shard("linear_minimal_margin_score", head, chunk_bytes, group, check)
+    function = "linear_minimal_margin_score"
+    shard = open_shard(function, head, chunk_bytes, group, check, or_more=k is None)
+    shape, input = input.shape[:-1], as_matrix(input)
     with torch.no_grad():
-        score, pair, distance = _scores(shard, *head, bias_in_norm)
+        score, pair, distance = _scores(shard, input, weight, bias, bias_in_norm)
     score, *chosen = _smallest(score, k)
     if chosen:
         input, pair, distance = (value[chosen[0]] for value in (input, pair, distance))
     score = _Score.apply(input, weight, bias, score, pair, distance, bias_in_norm, shard)
-    return score, *chosen
+    return score if chosen else in_shape(score, shape), *chosen
 
 
 def _open(
@@ -338,15 +345,18 @@ def _open(
     k: Any,
     chunk_bytes: Any,
     group: Any,
+    temperature: Any = 1.0,
 ) -> Shard:
     """Check the arguments of a function with labels. ``labels`` is target and ignore_index."""
     target, ignore_index = labels
 
     def check() -> dict[str, Any]:
-        checks.check_target(target, head[0], ignore_index, "input")
+        checks.check_target(target, head[0], ignore_index, "input", dims=head[0].dim() - 1)
+        checks.check_temperature(temperature)
         norm = checks.as_log_norm(log_norm, head[0])
         return {
             "ignore_index": ignore_index,
+            "temperature": temperature,
             "log_norm (is not None, requires_grad)": [
                 norm is not None,
                 records_gradient(norm),
@@ -354,7 +364,7 @@ def _open(
             "k": _checked_k(k, head[0]),
         }
 
-    return open_shard(function, head, chunk_bytes, group, check, labels)
+    return open_shard(function, head, chunk_bytes, group, check, labels, or_more=k is None)
 
 
 def _checked_k(k: Any, input: Tensor) -> int | None:

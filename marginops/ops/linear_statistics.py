@@ -12,14 +12,23 @@ from .._checks import checked_target, result_dtype
 from . import linear_sharded as sharded
 from . import row_sums, statistics
 from ._library import Op
+from .distributed_head import local_head
 from .linear_gradient import (
     label_pair,
     linear_sample_statistics_gradient_op,
     margin_head_gradient,
 )
-from .linear_head import Tensors, checked_linear, head_sums, join
+from .linear_head import (
+    Tensors,
+    as_matrix,
+    checked_linear,
+    head_sums,
+    join,
+    with_temperature,
+)
 from .margin_gradient import log_norm_gradient
 from .row_sums import StatisticsFields
+from .rows import RowLayout
 from .statistics import SampleStatistics, as_statistics
 from .tiles import check_rows, logit_tiles, tile_shape
 
@@ -45,9 +54,9 @@ def linear_sample_statistics(
     the fields and names their papers.
 
     Args:
-        input: ``[N, D]``, see :func:`marginops.linear_classification_margin` for the dtypes.
-        weight: ``[C, D]``, C >= 2.
-        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+        input: ``[N, D]`` or ``[..., N, D]``, see :func:`marginops.linear_classification_margin`.
+        weight: ``[C, D]``, C >= 2, see :func:`marginops.linear_classification_margin`.
+        target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
         bias: ``[C]``.
         log_norm: Natural logarithm of the norm product, see
             :func:`marginops.classification_margin`.
@@ -59,8 +68,8 @@ def linear_sample_statistics(
             :func:`marginops.linear_classification_margin`.
 
     Returns:
-        :class:`marginops.SampleStatistics` of ``[N]`` tensors, with ``gradient_norm``. The
-        floating-point fields are float64 for float64 input, else float32.
+        :class:`marginops.SampleStatistics` of tensors in the shape of ``target``, with
+        ``gradient_norm``. The floating-point fields are float64 for float64 input, else float32.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or the
@@ -80,18 +89,39 @@ def linear_sample_statistics(
         >>> marginops.linear_sample_statistics(features, weight, torch.tensor([1, 1])).loss
         tensor([0.3133, 1.7014])
     """
+    labels = target, ignore_index
+    return head_statistics((input, weight, bias), labels, log_norm, 1.0, chunk_bytes, group)
+
+
+def head_statistics(
+    head: tuple[Tensor, Tensor, Tensor | None],
+    labels: tuple[Tensor, int],
+    log_norm: Tensor | float | None,
+    temperature: float,
+    chunk_bytes: int | None,
+    group: ProcessGroup | None,
+) -> SampleStatistics:
+    """The statistics of the logits of a head divided by ``temperature``.
+
+    ``head`` is input, weight and bias. ``labels`` is target and ``ignore_index``.
+    """
+    if not checks.is_ordinary(head[1]):
+        *local, group, target = local_head(*head, group, labels[0])
+        head, labels = (local[0], local[1], local[2]), (target, labels[1])
     if group is not None:
-        fields = sharded.sample_statistics(
-            input, weight, target, bias, log_norm, ignore_index, chunk_bytes, group
+        fields = sharded.sample_statistics(head, labels, log_norm, temperature, chunk_bytes, group)
+    else:
+        (input, weight, bias), (target, ignore_index) = head, labels
+        dtype = checked_linear(input, weight, bias, chunk_bytes, or_more=True)
+        checks.check_target(target, input, ignore_index, "input", dims=input.dim() - 1)
+        checks.check_temperature(temperature)
+        log_norm = checks.as_log_norm(log_norm, input)
+        input, weight, bias = with_temperature((as_matrix(input), weight, bias), temperature)
+        fields = linear_sample_statistics_op(
+            input, weight, bias, target.flatten(), log_norm, ignore_index, dtype, chunk_bytes
         )
-        return as_statistics(fields, True)
-    dtype = checked_linear(input, weight, bias, chunk_bytes)
-    checks.check_target(target, input, ignore_index, "input")
-    log_norm = checks.as_log_norm(log_norm, input)
-    fields = linear_sample_statistics_op(
-        input, weight, bias, target, log_norm, ignore_index, dtype, chunk_bytes
-    )
-    return as_statistics(fields, True)
+    shape = labels[0].shape
+    return as_statistics(fields, True, None if len(shape) == 1 else RowLayout(shape))
 
 
 class LinearSampleStatisticsOp(Op):
@@ -103,6 +133,7 @@ class LinearSampleStatisticsOp(Op):
         f" -> {statistics.FIELDS}"
     )
     constants = statistics.CONSTANTS
+    row_arguments = ("input", "target")
     has_kernels = False
 
     @staticmethod

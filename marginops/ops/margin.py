@@ -7,8 +7,10 @@ from torch import Tensor
 from .. import _checks as checks
 from .._checks import result_dtype
 from . import margin_pair as pairs
+from ._batches import Batch
 from ._library import Op
 from .margin_gradient import margin_gradient, score_gradient
+from .rows import row_layout
 from .top2_margin import top2_margin_gradient, top2_margin_reference
 
 Rival = Literal["top2", "nearest"]
@@ -30,16 +32,17 @@ def classification_margin(
     its normalisation by the product of the layers' norms are those of Banburski et al. (2021).
 
     Args:
-        logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
-        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
+        logits: ``[N, C]`` or ``[..., N, C]``, C >= 2, float32, float64, bfloat16 or float16, any
+            strides. The last dimension counts the classes.
+        target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
         log_norm: Natural logarithm of the norm product, a number or a 0-d tensor on the device
             of ``logits``. The kernel multiplies twice by ``exp(-log_norm / 2)``, so neither
             factor overflows or underflows before the product does.
         ignore_index: Samples with this target get ``+inf`` and no gradient.
 
     Returns:
-        ``[N]``, float64 for float64 logits, else float32, in units of the logits (divided by
-        the norm product). A NaN in a row makes its margin NaN.
+        In the shape of ``target``, float64 for float64 logits, else float32, in units of the
+        logits (divided by the norm product). A NaN in a row makes its margin NaN.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
@@ -48,17 +51,22 @@ def classification_margin(
 
     The margins are differentiable in ``logits`` and ``log_norm``. Among tied rivals the lowest
     class takes the gradient. The result is deterministic. The op reads the logits once and needs
-    at most 1 MiB of memory beside the result.
+    at most 1 MiB of memory beside the result. Logits of more dimensions are read without a copy if
+    their rows lie evenly in memory, and so are slices such as ``logits[:, :-1]`` that leave out at
+    most half of the rows. Others are copied.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
         >>> marginops.classification_margin(logits, torch.tensor([0, 1]))
         tensor([ 1., -1.])
     """
-    checks.check_labelled_logits(logits, target, ignore_index)
-    return classification_margin_op(
-        logits, target, checks.as_log_norm(log_norm, logits), ignore_index
-    )
+    checks.check_labelled_logits(logits, target, ignore_index, or_more=True)
+    log_norm = checks.as_log_norm(log_norm, logits)
+    if logits.dim() == 2:
+        return classification_margin_op(logits, target, log_norm, ignore_index)
+    layout = row_layout(logits)
+    matrix, column = layout.matrix(logits), layout.column(target, ignore_index)
+    return layout.restore(classification_margin_op(matrix, column, log_norm, ignore_index))
 
 
 class ClassificationMarginOp(Op):
@@ -68,6 +76,14 @@ class ClassificationMarginOp(Op):
         "classification_margin(Tensor logits, Tensor target, Tensor? log_norm, int ignore_index)"
         " -> Tensor"
     )
+    row_arguments = ("logits", "target")
+
+    def call_batch(self, batch: Batch) -> Tensor | None:
+        """Scale the margins afterwards if each element of the batch has a log norm of its own."""
+        if "log_norm" not in batch.names:
+            return super().call_batch(batch)
+        margin = super().call_batch(batch.replace(log_norm=None))
+        return pairs.normalize_batch(margin, batch)
 
     @staticmethod
     def reference(
@@ -130,7 +146,8 @@ def minimal_margin_score(
     probabilities are 0.46 and 0.37.
 
     Args:
-        logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
+        logits: ``[N, C]`` or ``[..., N, C]``, C >= 2, float32, float64, bfloat16 or float16, any
+            strides. The last dimension counts the classes.
         weight: ``[C, D]``, the last layer's weight, in the dtype of ``logits``. For bfloat16 and
             float16 logits it may also be float32, as it is under autocast. The function cannot
             see that a square weight is transposed.
@@ -141,13 +158,13 @@ def minimal_margin_score(
         softmax: Compare probabilities instead of logits. Only without a weight.
 
     Returns:
-        ``[N]``, float64 for float64 logits, else float32, at least 0. The unit is that of the
-        features with a weight and that of the logits without. The margin of probabilities is at
-        most 1. It is accurate relative to its value, however small. If two rows of ``weight`` are
-        equal, their distance is 0: then 0 / 0 is 0 and positive / 0 is ``+inf``. A NaN in a row
-        of logits makes its score NaN, and so does a second infinity of the same sign where the
-        two largest logits are infinite. If only the largest logit is ``+inf``, the score is
-        ``+inf``, and the margin of the probabilities is 1.
+        ``[N]`` or ``[..., N]``, float64 for float64 logits, else float32, at least 0. The unit is
+        that of the features with a weight and that of the logits without. The margin of
+        probabilities is at most 1. It is accurate relative to its value, however small. If two rows
+        of ``weight`` are equal, their distance is 0: then 0 / 0 is 0 and positive / 0 is ``+inf``.
+        A NaN in a row of logits makes its score NaN, and so does a second infinity of the same sign
+        where the two largest logits are infinite. If only the largest logit is ``+inf``, the score
+        is ``+inf``, and the margin of the probabilities is 1.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -174,21 +191,33 @@ def minimal_margin_score(
         >>> marginops.minimal_margin_score(logits, weight)
         tensor([1., 1.])
     """
-    bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm, softmax)
+    bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm, softmax, or_more=True)
     if weight is not None:
         checks.warn_of_probabilities(logits)
-    return minimal_margin_score_op(logits, weight, bias, nearest, softmax)
+    if logits.dim() == 2:
+        return minimal_margin_score_op(logits, weight, bias, nearest, softmax)
+    # Rows in gaps have scores, too. Their zero gradients could be NaN in weight and bias.
+    has_gaps = not any(value is not None and value.requires_grad for value in (weight, bias))
+    layout = row_layout(logits, has_gaps)
+    scores = minimal_margin_score_op(layout.matrix(logits), weight, bias, nearest, softmax)
+    return layout.restore(scores)
 
 
 def checked_head(
-    logits: Any, weight: Any, bias: Any, rival: Any, bias_in_norm: Any, softmax: Any
+    logits: Any,
+    weight: Any,
+    bias: Any,
+    rival: Any,
+    bias_in_norm: Any,
+    softmax: Any,
+    or_more: bool = False,
 ) -> tuple[Tensor | None, bool]:
-    """Check the arguments of a minimal margin score.
+    """Check the arguments of a minimal margin score. With ``or_more``, logits are [..., N, C].
 
     Returns:
         The bias if it is part of the norm, else None; and whether ``rival`` is ``"nearest"``.
     """
-    checks.check_logits(logits)
+    checks.check_logits(logits, or_more)
     checks.check_choice("rival", rival, RIVALS)
     if not isinstance(softmax, bool):
         raise TypeError(f"softmax: expected a bool, got {type(softmax).__name__}")
@@ -224,6 +253,7 @@ class MinimalMarginScoreOp(Op):
         "minimal_margin_score(Tensor logits, Tensor? weight, Tensor? bias, bool nearest,"
         " bool softmax) -> Tensor"
     )
+    row_arguments = ("logits",)
 
     @staticmethod
     def reference(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import margin_pair as pairs
+from ._batches import Batch
 from ._library import Op
 from .class_sum import add_in_order
 
@@ -20,6 +21,16 @@ class PairGradientOp(Op):
         "pair_gradient(Tensor key, Tensor coefficient, Tensor weight, Tensor? bias)"
         " -> (Tensor, Tensor)"
     )
+
+    def call_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Number the classes of all elements of the batch."""
+        key, _, weight, _ = batch.values.values()
+        classes = weight.shape[-2]
+        offset = batch.offset(classes, key)
+        key = (key // classes + offset) * (batch.size * classes) + key % classes + offset
+        rest = (batch.joined(name) for name in ("coefficient", "weight", "bias"))
+        grad_weight, grad_bias = self(key.flatten(), *rest)
+        return batch.split(grad_weight, classes), batch.split(grad_bias, classes)
 
     @staticmethod
     def reference(

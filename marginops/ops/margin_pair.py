@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import checked_target, result_dtype
+from ._batches import Batch
 from ._library import Op
 
 
@@ -15,6 +16,15 @@ def normalize(margin: Tensor, log_norm: Tensor | None) -> Tensor:
         return margin
     half = torch.exp(-log_norm / 2).clamp(max=torch.finfo(margin.dtype).max)
     return margin * half * half
+
+
+def normalize_batch(margin: Tensor, batch: Batch) -> Tensor:
+    """Scale margins ``[E, N]`` by the log norm of each element of a batch of ``torch.vmap``."""
+    ignored = batch.values["target"] == batch.values["ignore_index"]
+    # The infinite margins of ignored rows would make the gradient of the log norm NaN.
+    margin = torch.where(ignored, 0, margin)
+    scaled = normalize(margin, batch.values["log_norm"].unsqueeze(1))
+    return torch.where(ignored, torch.inf, scaled)
 
 
 def boundary_distance(difference: Tensor, weight_distance: Tensor) -> Tensor:
@@ -38,6 +48,11 @@ class ClassificationMarginRivalOp(Op):
         "classification_margin_rival(Tensor logits, Tensor target, Tensor? log_norm,"
         " Tensor? rows, int ignore_index) -> (Tensor, Tensor)"
     )
+    row_arguments = ("logits", "target")
+
+    def call_batch(self, batch: Batch) -> Any:
+        """Only all rows of each element can be joined."""
+        return super().call_batch(batch) if batch.values["rows"] is None else None
 
     @staticmethod
     def reference(
@@ -105,6 +120,11 @@ class MinimalMarginPairOp(Op):
         "minimal_margin_pair(Tensor logits, Tensor weight, Tensor? bias, Tensor? rows,"
         " bool nearest) -> (Tensor, Tensor)"
     )
+    row_arguments = ("logits",)
+
+    def call_batch(self, batch: Batch) -> Any:
+        """Only all rows of each element can be joined."""
+        return super().call_batch(batch) if batch.values["rows"] is None else None
 
     @staticmethod
     def reference(

@@ -223,6 +223,7 @@ class RowSumsOp(Op):
     """
 
     schema = "row_sums(Tensor logits, Tensor target, bool with_sums) -> (Tensor, Tensor)"
+    row_arguments = ("logits", "target")
 
     @staticmethod
     def reference(logits: Tensor, target: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:

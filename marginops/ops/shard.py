@@ -114,6 +114,7 @@ def open_shard(
     group: Any,
     check: Callable[[], dict[str, Any]],
     labels: tuple[Any, Any] | None = None,
+    or_more: bool = False,
 ) -> Shard:
     """Check the arguments of all ranks. If the arguments of one are wrong, every rank raises.
 
@@ -125,6 +126,7 @@ def open_shard(
         check: Checks all further arguments. Returns the properties that have to be the same on
             all ranks.
         labels: Targets and ``ignore_index``; None if the function has no targets.
+        or_more: Whether the features may be [..., N, D].
     """
     input, weight, bias = head
     if torch._C._are_functorch_transforms_active():
@@ -135,7 +137,7 @@ def open_shard(
         )
 
     def check_all() -> _HeadArguments:
-        dtype = checks.check_linear(input, weight, bias)
+        dtype = checks.check_linear(input, weight, bias, or_more)
         check_chunk_bytes(chunk_bytes, weight, dtype)
         others = check()
         must_agree = {
@@ -168,7 +170,7 @@ def open_shard(
             )
     rank = dist.get_rank(group)
     start = sum(sizes[:rank])
-    dtype = checks.check_linear(*head)
+    dtype = checks.check_linear(*head, or_more)
     return Shard(group, sizes, start, start + sizes[rank], dtype, chunk_bytes)
 
 

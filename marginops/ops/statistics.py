@@ -9,10 +9,12 @@ from .. import _checks as checks
 from .._checks import checked_target, result_dtype
 from . import margin_pair as pairs
 from . import row_sums
+from ._batches import Batch
 from ._library import Op
 from ._results import describe
 from .margin_gradient import log_norm_gradient
 from .row_sums import StatisticsFields
+from .rows import RowLayout, row_layout
 
 
 class SampleStatistics(NamedTuple):
@@ -92,10 +94,11 @@ def sample_statistics(
     Ganguli, Dziugaite (2021), who call the latter GraNd. Here it is exact for the last layer.
 
     Args:
-        logits: ``[N, C]``, C >= 2, float32, float64, bfloat16 or float16, any strides.
-        target: ``[N]`` int64, classes in [0, C) or ``ignore_index``.
-        input: ``[N, D]``, the input of the last layer, any of these dtypes. Without it there is
-            no ``gradient_norm``.
+        logits: ``[N, C]`` or ``[..., N, C]``, C >= 2, float32, float64, bfloat16 or float16, any
+            strides. The last dimension counts the classes.
+        target: ``[N]`` or ``[..., N]`` int64, classes in [0, C) or ``ignore_index``.
+        input: ``[N, D]`` or ``[..., N, D]``, the input of the last layer, any of these dtypes.
+            Without it there is no ``gradient_norm``.
         log_norm: Natural logarithm of the norm product, see
             :func:`marginops.classification_margin`.
         ignore_index: A sample with this target has margin and ``top2_margin`` ``+inf``, loss,
@@ -103,8 +106,9 @@ def sample_statistics(
             gradient.
 
     Returns:
-        :class:`marginops.SampleStatistics` of ``[N]`` tensors. The floating-point fields are
-        float64 for float64 logits, else float32. ``gradient_norm`` is None without ``input``.
+        :class:`marginops.SampleStatistics` of tensors in the shape of ``target``. The
+        floating-point fields are float64 for float64 logits, else float32. ``gradient_norm`` is
+        None without ``input``.
         :meth:`marginops.SampleStatistics.mean_loss` is the loss for training.
         Among equal logits the lowest class counts as the largest. A row with a NaN has NaN in
         every floating-point field and is not correct. Where the largest logit of a row is
@@ -119,7 +123,8 @@ def sample_statistics(
     ``margin``, ``loss``, ``confidence`` and ``entropy`` are differentiable in ``logits`` (once).
     The margin is also differentiable in ``log_norm``. The result is deterministic. The forward
     pass reads the logits once, and so does the backward pass. The gradient of the logits is the
-    only temporary of their size.
+    only temporary of their size. :func:`marginops.classification_margin` says which logits of more
+    dimensions are copied.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
@@ -129,22 +134,28 @@ def sample_statistics(
         >>> statistics.loss, statistics.mean_loss()
         (tensor([0.4644, 1.3266]), tensor(0.8955))
     """
-    checks.check_labelled_logits(logits, target, ignore_index)
+    checks.check_labelled_logits(logits, target, ignore_index, or_more=True)
     checks.warn_of_probabilities(logits)
     input_norm = None
     if input is not None:
         checks.check_features(input, logits)
         dtype = result_dtype(logits.dtype)
         widest = torch.promote_types(input.dtype, dtype)
-        input_norm = torch.linalg.vector_norm(input.detach(), dim=1, dtype=widest).to(dtype)
+        input_norm = torch.linalg.vector_norm(input.detach(), dim=-1, dtype=widest).to(dtype)
     log_norm = checks.as_log_norm(log_norm, logits)
+    layout = None
+    if logits.dim() != 2:
+        layout = row_layout(logits)
+        logits, target = layout.matrix(logits), layout.column(target, ignore_index)
+        input_norm = None if input_norm is None else layout.column(input_norm, 0)
     # Without gradient the mean saves nothing, and inference tensors cannot tell of changes.
     with_mean = torch.is_grad_enabled() and logits.requires_grad
     with_mean = with_mean and not torch.compiler.is_compiling()
     fields = sample_statistics_op(logits, target, input_norm, log_norm, ignore_index, with_mean)
+    statistics = as_statistics(fields, input is not None, layout)
     if with_mean:
-        setattr(fields[3], _MEAN, (fields[12], fields[9]))
-    return as_statistics(fields, input is not None)
+        setattr(statistics.loss, _MEAN, (fields[12], statistics.counted))
+    return statistics
 
 
 # The name of an attribute of losses with a gradient: their mean, a result of the same op, and the
@@ -152,8 +163,15 @@ def sample_statistics(
 _MEAN = "_marginops_mean"
 
 
-def as_statistics(fields: tuple[Tensor, ...], has_gradient_norm: bool) -> SampleStatistics:
-    """The public fields, which are the first results of the op."""
+def as_statistics(
+    fields: tuple[Tensor, ...], has_gradient_norm: bool, layout: RowLayout | None = None
+) -> SampleStatistics:
+    """The public fields, which are the first results of the op, in the shape of the layout."""
+    if layout is not None:
+        fields = tuple(
+            layout.restore(field) if has_gradient_norm or index != 8 else field
+            for index, field in enumerate(fields[:10])
+        )
     if has_gradient_norm:
         return SampleStatistics._make(fields[:10])
     return SampleStatistics._make((*fields[:8], None, fields[9]))
@@ -195,6 +213,24 @@ class SampleStatisticsOp(Op):
         f" int ignore_index, bool with_mean) -> {FIELDS}"
     )
     constants = CONSTANTS
+    row_arguments = ("logits", "target", "input_norm")
+
+    def call_batch(self, batch: Batch) -> tuple[Tensor, ...] | None:
+        """Compute afterwards what has one value for each element of the batch."""
+        has_norms, with_mean = "log_norm" in batch.names, batch.values["with_mean"]
+        joined = batch.replace(with_mean=False)
+        results = super().call_batch(joined.replace(log_norm=None) if has_norms else joined)
+        if results is None:
+            return None
+        fields = StatisticsFields._make(results)
+        if has_norms:
+            margins = fields.margin, fields.top2_margin
+            margin, top2_margin = (pairs.normalize_batch(value, batch) for value in margins)
+            fields = fields._replace(margin=margin, top2_margin=top2_margin)
+        if with_mean:
+            count = fields.counted.sum(1, dtype=fields.loss.dtype)
+            fields = fields._replace(mean_loss=fields.loss.sum(1) / count, num_counted=count)
+        return tuple(fields)
 
     @staticmethod
     def reference(
@@ -262,6 +298,29 @@ class SampleStatisticsGradientOp(Op):
         " Tensor? grad_loss, Tensor? grad_confidence, Tensor? grad_entropy, Tensor? grad_mean_loss,"
         " Tensor? num_counted, int ignore_index) -> Tensor"
     )
+    row_arguments = (
+        *("logits", "target", "rival", "confidence", "entropy", "maximum", "log_sum"),
+        *("grad_margin", "grad_loss", "grad_confidence", "grad_entropy"),
+    )
+
+    def call_batch(self, batch: Batch) -> Tensor | None:
+        """Give each row what is one value for each element of the batch."""
+        values = batch.values
+        margin, loss, mean, count = (
+            values[name] for name in ("grad_margin", "grad_loss", "grad_mean_loss", "num_counted")
+        )
+        if "log_norm" in batch.names:
+            if margin is not None:
+                margin = pairs.normalize(margin, values["log_norm"].unsqueeze(1))
+                batch = batch.replace_each(grad_margin=margin)
+            batch = batch.replace(log_norm=None)
+        if batch.names & {"grad_mean_loss", "num_counted"}:
+            if mean is not None:
+                share = mean if count is None else mean / count
+                share = share.unsqueeze(1).expand(batch.size, values["maximum"].shape[-1])
+                batch = batch.replace_each(grad_loss=share if loss is None else loss + share)
+            batch = batch.replace(grad_mean_loss=None, num_counted=None)
+        return super().call_batch(batch)
 
     @staticmethod
     def reference(

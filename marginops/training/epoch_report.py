@@ -22,14 +22,13 @@ from ..networks import (
     check_inputs,
     evaluation_mode,
     features_and_logits,
-    last_linear,
     predict,
     unwrap,
 )
 from ..norms import log_norm_product
 from ..ops.margin_pair import normalize
 from ..ops.statistics import sample_statistics
-from .selection.head_kinds import check_head_type
+from .selection.head_kinds import check_head_type, find_linear, head_weight
 from .selection.heads import check_head, is_checked
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -166,7 +165,7 @@ def report_epoch(
             smallest.append(statistics.margin.amin())
             misclassified.append(~statistics.correct)
             distribution.update(margins[-1])
-            collapse.update(features, labels, layer.weight if weight is None else weight)
+            collapse.update(features, labels, head_weight(layer) if weight is None else weight)
             manifolds.update(features, labels)
         for chunk, labels in zip(chunks, target.split(chunk_size), strict=True):
             collapse.update_nearest(*features_and_logits(network, chunk, layer), labels)
@@ -209,13 +208,13 @@ def _head_and_sizes(
         check_head_type(head)
         if num_classes is None:
             num_classes = int(target.max()) + 1 if head is None else head.out_features
-        head = head or last_linear(network, num_classes)
+        head = head or find_linear(network, num_classes)
         return head, (num_classes, head.in_features)
     check_tensor("weight", weight, 2, "[C, D]")
     if num_classes not in (None, len(weight)):
         raise ValueError(f"weight: expected {num_classes} rows, got shape {list(weight.shape)}")
     if head is None:
-        head = last_linear(network, len(weight))
+        head = find_linear(network, len(weight))
     elif not isinstance(head, nn.Module):
         raise TypeError(f"head: expected a torch.nn.Module, got {type(head).__name__}")
     return head, (weight.shape[0], weight.shape[1])

@@ -64,27 +64,20 @@ class Indexed(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         """The item with its index. Negative indices count from the end."""
-        index = self._checked(index)
+        index = _checked(index, len(self.dataset))
         return self._with_index(self.dataset[index], index)
 
     def __getitems__(self, indices: Iterable[int]) -> list[Any]:
         """The items of a batch, fetched at once if ``dataset`` can do that."""
-        checked = [self._checked(index) for index in indices]
+        count = len(self.dataset)
+        checked = [_checked(index, count) for index in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(checked) if fetch else [self.dataset[index] for index in checked]
         return [self._with_index(*pair) for pair in zip(items, checked, strict=True)]
 
-    def _checked(self, index: Any) -> int:
-        count = len(self.dataset)
-        try:
-            index = operator.index(index)
-        except TypeError as error:
-            raise TypeError(f"index: expected an int, got {type(index).__name__}") from error
-        if not -count <= index < count:
-            raise IndexError(f"index: expected at least {-count} and below {count}, got {index}")
-        return index % count
-
     def _with_index(self, item: Any, index: int) -> Any:
+        if type(item) is tuple and self.key is None:  # most are, and this is the fastest way
+            return (*item, index)
         kind = type(item).__name__
         if isinstance(item, Mapping):
             if self.key is None:
@@ -122,6 +115,16 @@ class Indexed(Dataset[Any]):
             )
         replace = item._replace if is_tuple else lambda **field: dataclasses.replace(item, **field)
         return replace(**{str(self.key): index})
+
+
+def _checked(index: Any, count: int) -> int:
+    try:
+        index = operator.index(index)
+    except TypeError as error:
+        raise TypeError(f"index: expected an int, got {type(index).__name__}") from error
+    if not -count <= index < count:
+        raise IndexError(f"index: expected at least {-count} and below {count}, got {index}")
+    return index % count
 
 
 def _problem_of(dataset: Any) -> str:

@@ -16,9 +16,24 @@ def python(code: str) -> str:
     return run.stdout
 
 
-def test_import_leaves_out_what_few_need() -> None:
-    heavy = ("torchmetrics", "scipy", "matplotlib", "marginops.metrics", "marginops.training")
-    code = f"import sys, marginops; dir(marginops); print([n for n in {heavy} if n in sys.modules])"
+HOSTS = ("accelerate", "bokeh", "composer", "ignite", "lightning", "pytorch_lightning")
+HOSTS += ("transformers", "trl", "peft", "datasets", "pandas", "pyarrow", "sklearn")
+EXTRAS = (*HOSTS, "torchmetrics", "scipy", "matplotlib")
+HEAVY = (*EXTRAS, "marginops.metrics", "marginops.training")
+
+
+@pytest.mark.parametrize(
+    ("imported", "left_out"),
+    [
+        ("marginops", HEAVY),
+        ("marginops.training", EXTRAS),
+        ("marginops.integrations", HEAVY),
+        ("marginops.commands.cli", EXTRAS),
+    ],
+)
+def test_import_leaves_out_what_few_need(imported: str, left_out: tuple[str, ...]) -> None:
+    code = f"import sys, marginops, {imported}; dir(marginops)"
+    code += f"; print([name for name in {left_out} if name in sys.modules])"
     assert python(code) == "[]\n"
 
 

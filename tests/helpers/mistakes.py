@@ -26,7 +26,7 @@ def _output(value: Tensor) -> SimpleNamespace:
     return SimpleNamespace(logits=value, loss=None)
 
 
-_BINARY = r".*; for binary logits .*torch\.stack\(\[-z / 2, z / 2\], 1\), which makes the margin z"
+_BINARY = r".*; for binary logits .*torch\.stack\(\[-z / 2, z / 2\], -1\), which makes the margin z"
 _ORDER = r"expected shape .* got \[12\]; .* check the order of the arguments"
 _TENSOR = {
     "numpy": Mistake(lambda v: v.numpy(), TypeError, r".* got ndarray; pass torch\.as_tensor\("),

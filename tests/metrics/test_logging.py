@@ -139,8 +139,8 @@ def test_collection_as_one_dictionary():
     assert len(scalars) == 10
 
 
-def test_lightning_logs_scalars(tmp_path):
-    lightning = pytest.importorskip("pytorch_lightning")
+def test_lightning_logs_metrics_and_scalars(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch", reason="the extra lightning is missing")
 
     class Model(lightning.LightningModule):
         def __init__(self):
@@ -148,19 +148,26 @@ def test_lightning_logs_scalars(tmp_path):
             self.layer = torch.nn.Linear(4, 3)
             self.margins = MarginDistribution(exact=True)
             self.collapse = NeuralCollapse(3, 4)["nc1"]
+            self.both = MetricCollection([ClassManifolds(3, 4), NeuralCollapse(3, 4)])
+            self.named = MetricCollection({"radius": ClassManifolds(3, 4)["mean_radius"]})
 
         def training_step(self, batch, index):
             input, target = batch
             logits = self.layer(input)
             self.margins.update(classification_margin(logits, target))
-            self.collapse.update(input, target)
+            for metric in (self.collapse, self.both, self.named):
+                metric.update(input, target)
+            # Lightning computes and resets these at the end of the epoch.
+            self.log("nc1", self.collapse, on_step=False, on_epoch=True)
+            self.log_dict(self.named, on_step=False, on_epoch=True)
             return torch.nn.functional.cross_entropy(logits, target)
 
         def on_train_epoch_end(self):
             self.log_dict(self.margins.compute().scalars())
-            self.log("nc1", self.collapse.compute())
+            for name, summary in self.both.compute().items():
+                self.log_dict({f"{name}/{key}": each for key, each in summary.scalars().items()})
             self.margins.reset()
-            self.collapse.reset()
+            self.both.reset()
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -170,14 +177,21 @@ def test_lightning_logs_scalars(tmp_path):
         max_epochs=2,
         accelerator="cpu",
         logger=False,
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
     model = Model()
     trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=10))
-    assert trainer.logged_metrics["count"] == 30
-    assert {"quantile_0.05", "support_vectors_3", "nc1"} < trainer.logged_metrics.keys()
+    logged = trainer.callback_metrics
+    assert {"quantile_0.05", "support_vectors_3"} < logged.keys()
+    # Two epochs that were not reset would count 60.
+    assert logged["count"] == logged["ClassManifolds/samples"] == 30
+    nc1, radius = updated("collapse")["nc1"], updated("manifolds")["mean_radius"]
+    for key, expected in (("nc1", nc1), ("NeuralCollapse/nc1", nc1), ("radius", radius)):
+        torch.testing.assert_close(logged[key].double(), expected.compute(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(logged["ClassManifolds/mean_radius"], logged["radius"])
     model.load_state_dict(model.state_dict())
     with pytest.raises(RuntimeError, match=r"state_dict: expected .*the metric margins"):
         model.load_state_dict(

@@ -33,8 +33,13 @@ def make_inputs(rows: int = 1280, classes: int = 100, dtype: torch.dtype = torch
 
 def softmax_statistics(f: Tensor, y: Tensor, n: Tensor) -> tuple[Tensor, ...]:
     """First a sum of the fields that have a gradient besides the margin, then all fields."""
-    statistics = marginops.sample_statistics(f, y, input=f[:, :2], log_norm=n)
+    statistics = marginops.sample_statistics(f, y, input=f[..., :2], log_norm=n)
     return (statistics.loss + statistics.entropy + statistics.confidence, *statistics)
+
+
+def tokens(values: Tensor) -> Tensor:
+    """The rows as texts of five tokens, or of one."""
+    return values.unflatten(0, (-1, 5 if len(values) % 5 == 0 else 1))
 
 
 def dynamics(f: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -61,6 +66,10 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
     "logits": lambda f, w, y, n: (marginops.minimal_margin_score(f),),
     "probabilities": lambda f, w, y, n: (marginops.minimal_margin_score(f, softmax=True),),
     "statistics": lambda f, w, y, n: softmax_statistics(f, y, n),
+    "tokens": lambda f, w, y, n: softmax_statistics(tokens(f)[:, :-1], tokens(y)[:, :-1], n),
+    "token scores": lambda f, w, y, n: (
+        marginops.minimal_margin_score(tokens(f)[:, :-1], w.detach()),
+    ),
     "dynamics": lambda f, w, y, n: dynamics(f, y),
     "shard": lambda f, w, y, n: OPS.row_sums(f, y, True),
     "moments": lambda f, w, y, n: moments(f, y, False),
@@ -89,6 +98,9 @@ HEADS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]]
     ),
     "linear statistics": lambda f, w, y, n: marginops.linear_sample_statistics(
         head_input(f, w), w, y
+    ),
+    "log probabilities": lambda f, w, y, n: marginops.linear_log_prob(
+        head_input(f, w), w, y, temperature=0.7, return_entropy=True
     ),
     "linear select": lambda f, w, y, n: marginops.linear_select_minimal_margin(
         head_input(f, w), w, k=len(f) // 10

@@ -120,8 +120,8 @@ TARGET = torch.tensor([0, 1, 2, 0])
 @pytest.mark.parametrize(
     ("layer", "error", "message"),
     [
-        (([1.0], WEIGHT), TypeError, r"input: expected a tensor \[N, D\], got list"),
-        ((INPUT[0], WEIGHT), ValueError, r"input: expected shape \[N, D\], got \[2\]"),
+        (([1.0], WEIGHT), TypeError, r"input: .* a tensor \[(..., )?N, D\], got list"),
+        ((INPUT[0], WEIGHT), ValueError, r"input: expected shape \[(..., )?N, D\], got \[2\]"),
         ((INPUT.int(), WEIGHT), TypeError, "input: expected dtype .*, got torch.int32"),
         ((INPUT.to_sparse(), WEIGHT), TypeError, "input: expected a dense .* torch.sparse_coo"),
         ((INPUT, "w"), TypeError, r"weight: expected a tensor \[C, D\], got str"),

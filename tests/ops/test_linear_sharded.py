@@ -111,6 +111,25 @@ def test_values_of_random_logits(ranks, dtype):
     assert_like_one_process(ranks, calls, (1, 5, 3), exact_names, rounding_of(dtype))
 
 
+def test_log_probabilities(ranks):
+    call = example(make=exact).drop("log_norm")
+    call = dataclasses.replace(call, function="log_prob")
+    calls = [with_gradient(call), with_gradient(call.replace(temperature=0.7))]
+    assert_like_one_process(ranks, calls, (1, 5, 3), {"differentiable"}, 1e-12)
+
+
+def test_tokens_of_several_sequences(ranks):
+    calls = []
+    for function in ("classification_margin", "minimal_margin_score", "sample_statistics"):
+        call = with_gradient(example(function, make=exact))
+        names = [name for name in ("input", "target") if name in call.arguments]
+        shaped = call.replace(**{name: call.arguments[name].unflatten(0, (8, 5)) for name in names})
+        grads = {name: value.view(8, 5) for name, value in call.grads.items()}
+        calls.append(dataclasses.replace(shaped, grads=grads))
+        assert "value" not in calls[-1]() or calls[-1]()["value"].shape == (8, 5)
+    assert_like_one_process(ranks, calls, (1, 5, 3), EXACT, 1e-12)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_special_values(ranks, function):
     """Infinite logits, rows of only those, NaN, and a tie of -inf between ranks."""
@@ -323,6 +342,20 @@ def test_one_wrong_rank_is_an_error_on_all(ranks, function, different, error, ma
     calls = example(function, make=exact).shards((3, 3, 3))
     calls = [calls[0], calls[1].replace(**different), calls[2]]
     assert_all_raise(ranks, calls, error, match)
+
+
+@pytest.mark.parametrize(
+    ("different", "error", "match"),
+    [
+        ({"temperature": 0.5}, ValueError, "temperature: expected the same"),
+        ({"temperature": 0}, ValueError, "temperature: expected a finite number above 0"),
+        ({"temperature": "1"}, TypeError, "temperature: expected a float"),
+    ],
+)
+def test_one_wrong_temperature_is_an_error_on_all(ranks, different, error, match):
+    call = dataclasses.replace(example(make=exact).drop("log_norm"), function="log_prob")
+    one, two, three = call.shards((3, 3, 3))
+    assert_all_raise(ranks, [one, two.replace(**different), three], error, match)
 
 
 def test_ranks_that_do_different_things(ranks):

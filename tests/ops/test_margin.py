@@ -241,8 +241,8 @@ LOGITS, WEIGHT, TARGET = torch.randn(4, 3), torch.randn(3, 2), torch.tensor([0, 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.0], TARGET), TypeError, r"logits: expected a tensor \[N, C\], got list"),
-        ((torch.randn(3), TARGET), ValueError, r"logits: expected shape \[N, C\], got \[3\]"),
+        (([1.0], TARGET), TypeError, r"logits: expected a tensor \[..., N, C\], got list"),
+        ((torch.randn(3), TARGET), ValueError, r"logits: expected shape \[..., N, C\], got \[3\]"),
         ((torch.randn(4, 1), TARGET), ValueError, r"logits: expected at least 2 classes"),
         ((LOGITS.int(), TARGET), TypeError, "logits: expected dtype .*, got torch.int32"),
         ((LOGITS.to_sparse(), TARGET), TypeError, "logits: expected a dense .* torch.sparse_coo"),

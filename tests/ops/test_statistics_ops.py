@@ -200,8 +200,8 @@ LOGITS, TARGET = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (([1.0], TARGET), {}, TypeError, r"logits: expected a tensor \[N, C\], got list"),
-        ((LOGITS[0], TARGET), {}, ValueError, r"logits: expected shape \[N, C\], got \[3\]"),
+        (([1.0], TARGET), {}, TypeError, r"logits: expected a tensor \[..., N, C\], got list"),
+        ((LOGITS[0], TARGET), {}, ValueError, r"logits: expected shape \[..., N, C\], got \[3\]"),
         ((LOGITS[:, :1], TARGET), {}, ValueError, r"logits: expected at least 2 .* got \[4, 1\]"),
         ((LOGITS.int(), TARGET), {}, TypeError, "logits: expected dtype .*, got torch.int32"),
         ((LOGITS.to_sparse(), TARGET), {}, TypeError, r"logits: expected a dense .*sparse_coo"),

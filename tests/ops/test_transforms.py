@@ -64,6 +64,19 @@ def fields(result):
     return torch.stack((finite(result.margin), result.loss, result.confidence, result.entropy))
 
 
+def tempered(logits):
+    values = statistics(logits / 0.7)
+    return torch.stack((-values[1], values[3]))
+
+
+def log_prob_and_entropy(features, weight):
+    return torch.stack(
+        marginops.linear_log_prob(
+            features, weight, TARGET, BIAS, temperature=0.7, return_entropy=True
+        )
+    )
+
+
 def moments(features):
     members = [features[label == TARGET] for label in range(CLASSES)]
     means = [rows.mean(0) for rows in members]
@@ -168,6 +181,16 @@ CASES = {
     "linear_sample_statistics of weight": (
         lambda x: marginops.linear_sample_statistics(FEATURES, x, TARGET).loss,
         lambda x: loss(F.linear(FEATURES, x)),
+        (CLASSES, COLUMNS),
+    ),
+    "linear_log_prob": (
+        lambda x: log_prob_and_entropy(x, WEIGHT),
+        lambda x: tempered(head(x)),
+        (ROWS, COLUMNS),
+    ),
+    "linear_log_prob of weight": (
+        lambda x: log_prob_and_entropy(FEATURES, x),
+        lambda x: tempered(F.linear(FEATURES, x, BIAS)),
         (CLASSES, COLUMNS),
     ),
     "class_moments": (class_moments, moments, (ROWS, COLUMNS)),
@@ -342,7 +365,10 @@ def test_second_derivative_is_right_or_an_error(case, transform):
 @pytest.mark.parametrize("transform", FORWARD)
 def test_forward_mode_is_an_error(case, transform):
     name, function, plain, batch = case
-    if name == "margin_area":  # is plain PyTorch, which has forward-mode derivatives
+    # margin_area is plain PyTorch, which has forward-mode derivatives. So is the product of the
+    # margins of a batch with a factor for each of its elements.
+    scales_a_batch = (name, transform) == ("classification_margin of log_norm", "jvp vmap")
+    if name == "margin_area" or scales_a_batch:
         actual, expected = (FORWARD[transform](f, batch[0], batch) for f in (function, plain))
         torch.testing.assert_close(actual, expected)
         return
@@ -391,9 +417,9 @@ def test_gradient_of_a_field_without_one_is_an_error(name):
     torch.testing.assert_close(weighted, field(LOGITS) * func.grad(lambda x: loss(x).sum())(LOGITS))
 
 
-def test_empty_batch_is_an_error():
-    with pytest.raises(NotImplementedError, match="classification_margin: expected a batch"):
-        func.vmap(lambda x: marginops.classification_margin(x, TARGET))(random(0, ROWS, CLASSES))
+def test_empty_batch_is_an_error_where_each_element_is_a_call():
+    with pytest.raises(NotImplementedError, match="select_smallest: expected a batch"):
+        func.vmap(lambda x: marginops.select_smallest(x, 2).scores)(random(0, ROWS))
 
 
 def test_direct_call_of_an_op_is_like_the_function():

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -173,3 +174,16 @@ def test_the_page_has_the_figures_of_label_issues() -> None:
             for name in ("auroc", "average_precision", "cpu_seconds")
         ]
         assert shown == [f"{means[0]:.3f}", f"{means[1]:.3f}", f"{means[2]:.0f}"]
+
+
+@pytest.mark.parametrize("host", ["lightning"])
+def test_host_overhead(claims, monkeypatch, capsys, host) -> None:
+    pytest.importorskip(host, reason="the trainer is not installed")
+    module = claims("host_overhead")
+    monkeypatch.setattr(module, "SAMPLES", 640)
+    with warnings.catch_warnings():
+        module.main(["--host", host, "--rounds", "2", "--width", "8"])
+    text = capsys.readouterr().out
+    numbers = re.search(r"step of \w+: (.+) ms\n.* adds (.+) us .*\n.* part: (.+) times", text)
+    bare, _, ratio = map(float, numbers.groups())
+    assert bare > 0 and ratio > 0

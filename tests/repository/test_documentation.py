@@ -21,6 +21,7 @@ MODULES = ["marginops"] + [
     f"marginops.{name}"
     for name in ("homogeneity", "metrics", "networks", "nn", "norms", "training")
 ]
+MODULES += [f"marginops.integrations.{name}" for name in ("composer", "ignite", "lightning")]
 
 
 def blocks(page: Path) -> list[str]:

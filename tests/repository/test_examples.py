@@ -87,6 +87,17 @@ def test_suspicious_samples_have_wrong_labels() -> None:
     assert wrong < 0.2 < 0.6 < others
 
 
+def test_fine_tuning_raises_the_log_probability_of_tokens() -> None:
+    text = output("finetune_tokens.py")
+    before, after = map(float, re.findall(r"byte of unseen code is (-.*)\.", text))
+    guesses = [int(share) for share in re.findall(r"(\d+) % have the largest logit", text)]
+    entropies = [float(nats) for nats in re.findall(r"entropy is (.*) nats", text)]
+    assert after > before + 0.3
+    assert guesses[1] > guesses[0] + 5
+    assert 0 < entropies[1] < entropies[0]
+    assert float(re.search(r"with logits differs by (.*)\.", text)[1]) < 1e-5
+
+
 def test_large_head_needs_no_logits_and_chooses_the_same() -> None:
     text = output("large_head.py")
     fused, eager = map(int, re.findall(r"need (\d+) MiB", text))

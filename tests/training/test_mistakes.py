@@ -50,6 +50,7 @@ def calls() -> dict[str, Call]:
         "select_classification_margin": plain | labels | k,
         "select_minimal_margin": plain | norms | k,
         "linear_classification_margin": linear | labels,
+        "linear_log_prob": linear | labels,
         "linear_minimal_margin_score": linear,
         "linear_sample_statistics": linear | labels,
         "linear_select_classification_margin": linear | labels | k,
@@ -86,6 +87,13 @@ def calls() -> dict[str, Call]:
 
 
 CALLS = calls()
+# They take logits of more dimensions: test_leading_dimensions.py has their wrong shapes.
+ANY_DIMENSIONS = (
+    "classification_margin",
+    "minimal_margin_score",
+    "sample_statistics",
+    "TrainingDynamics",
+)
 # These pass, or the function has a better error of its own.
 LEFT_OUT = {
     ("minimal_margin_score", "weight", "none"),
@@ -97,6 +105,7 @@ LEFT_OUT = {
     ("NeuralCollapse", "weight", "none"),
     ("InversionMonitor", "target", "none"),
     ("NeuralCollapse second pass", "logits", "one column"),
+    *((name, "logits", "sequence") for name in ANY_DIMENSIONS),
 }
 CASES = [
     pytest.param(function, argument, mistake, id=f"{function}-{argument}-{mistake}")

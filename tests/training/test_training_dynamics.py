@@ -185,7 +185,7 @@ MISTAKES = {
     "column": ("indices", RIGHT["indices"][:, None], ValueError, r"shape \[B\], got \[4, 1\]"),
     "negative": ("indices", RIGHT["indices"] - 1, RuntimeError, r"values in \[0, 4\), got -1"),
     "large": ("indices", RIGHT["indices"] + 3, RuntimeError, r"values in \[0, 4\), got [456]"),
-    "logits": ("logits", RIGHT["logits"][0], ValueError, r"shape \[N, C\]"),
+    "logits": ("logits", RIGHT["logits"][0], ValueError, r"shape \[..., N, C\]"),
     "target": ("target", RIGHT["target"] + 3, RuntimeError, r"classes in \[0, 3\)"),
     "score": ("score", RIGHT["score"][:3], ValueError, r"shape \[4\], .* got \[3\]"),
     "integers": ("score", RIGHT["target"], TypeError, r"dtype float32"),

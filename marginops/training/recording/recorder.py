@@ -289,7 +289,7 @@ class RunRecorder:
             TypeError, ValueError: The state is one of other samples, of other data or of another
                 version, or it is damaged. The recorder stays as it was.
         """
-        states.check(state_dict, self.dynamics.num_samples, self._data)
+        self.check_state_dict(state_dict)
         self._notes.values.copy_(state_dict["notes"])
         self._notes.step = state_dict["step"]
         self._count_before = state_dict["count_before"].to("cpu", copy=True)
@@ -297,6 +297,10 @@ class RunRecorder:
         self._epochs = list(state_dict["epochs"])
         self._loaded_labels = self.labels.cpu()
         self._needs_state = False
+
+    def check_state_dict(self, state_dict: Any) -> None:
+        """Check that a state is whole and fits, without a change of anything."""
+        states.check(state_dict, self.dynamics.num_samples, self._data)
 
     def _write(self, epochs: list[str], labels: Tensor, predictions: Tensor) -> None:
         if not self._is_written and folders.has_run(self.folder):

@@ -52,12 +52,21 @@ class DynamicsSampler(EpochSampler):
             epoch: The number of the epoch, 0 <= epoch < 2**63. The epoch of a loaded state goes on
                 at its position; every other epoch begins anew.
         """
-        self._prepare(epoch)
+        self._begin_epoch(epoch, self.group)
+
+    def _begin_epoch(self, epoch: int, group: ProcessGroup | None) -> None:
+        """Begin an epoch with the ranks of a group, whether or not the sampler has one."""
+        begin = super().set_epoch
+        together(group, lambda: begin(epoch), lambda _: self._facts())
+        weights = together(group, lambda: self._weights_of_epoch(group), _checksum)
+        self._adopt(weights)
+        self._adopted = self.dynamics.weights = weights
+        self.dynamics.weights_version = self.epoch
 
     def _drawn_weights(self) -> tuple[Tensor, int]:
         weights = self.dynamics.weights
         if self.dynamics.weights_version != self.epoch or weights is None:
-            self._prepare(self.epoch)
+            self._begin_epoch(self.epoch, self.group)
             weights = self.dynamics.weights
             assert weights is not None
         elif weights is not self._adopted:  # the dynamics were loaded after the sampler
@@ -75,16 +84,7 @@ class DynamicsSampler(EpochSampler):
             )
         self.epoch, self._position, self._loaded_version = epoch, position, version
 
-    def _prepare(self, epoch: int) -> None:
-        """Begin an epoch, and let the dynamics hold its weights."""
-        begin = super().set_epoch
-        together(self.group, lambda: begin(epoch), lambda _: self._facts())
-        weights = together(self.group, self._weights_of_epoch, _checksum)
-        self._adopt(weights)
-        self._adopted = self.dynamics.weights = weights
-        self.dynamics.weights_version = self.epoch
-
-    def _weights_of_epoch(self) -> Tensor:
+    def _weights_of_epoch(self, group: ProcessGroup | None) -> Tensor:
         """The weights that the dynamics hold for the current epoch, or new ones."""
         dynamics = self.dynamics
         if dynamics.weights_version == self.epoch and dynamics.weights is not None:
@@ -95,8 +95,8 @@ class DynamicsSampler(EpochSampler):
                 f"stopped, got those of epoch {dynamics.weights_version}; load the state of the "
                 "dynamics that was saved with the state of the sampler"
             )
-        if self.group is not None:
-            dynamics.sync(self.group)
+        if group is not None:
+            dynamics.sync(group)
         return self._compute()
 
     def _adopt(self, weights: Tensor) -> None:
@@ -110,15 +110,8 @@ class DynamicsSampler(EpochSampler):
             ) from None
 
     def _facts(self) -> dict[str, int | float]:
-        """What has to be equal on all ranks."""
         return {
-            "dynamics.num_samples": self.population,
-            "num_samples": self.epoch_size,
-            "seed": self.seed,
-            "num_replicas": self.num_replicas,
-            "drop_last": self.drop_last,
-            "epoch": self.epoch,
-            "position of the loaded state": self._position,
+            **super()._facts(),
             "weights_version of the loaded state": self._loaded_version,
             "dynamics.weights_version": self.dynamics.weights_version,
             "dynamics.weights is None": self.dynamics.weights is None,

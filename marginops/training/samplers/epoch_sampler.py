@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from operator import length_hint
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from ... import _checks as checks
+from .agreement import together
 from .order import epoch_order, repeated_order
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _VERSION = 1
 _STATE = ("version", "seed", "epoch", "position", "weights_version")
@@ -78,6 +82,11 @@ class EpochSampler(DistributedSampler[int]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     @property
+    def position(self) -> int:
+        """How many samples of this epoch all ranks had consumed where ``iter(sampler)`` begins."""
+        return self._position
+
+    @property
     def _longest_epoch(self) -> int:
         """The length of the longest epoch."""
         return self.epoch_size
@@ -95,6 +104,35 @@ class EpochSampler(DistributedSampler[int]):
         )
         self.epoch = epoch
 
+    def set_ranks(self, num_replicas: int, rank: int) -> None:
+        """Share the epochs among ranks, for a sampler that was made before there were any.
+
+        Args:
+            num_replicas: The number of ranks. A sampler that already has several keeps them, and
+                another number is an error.
+            rank: The number of this rank.
+
+        Raises:
+            ValueError: The sampler has other ranks, or a number is out of range.
+        """
+        wanted, own = (num_replicas, rank), (self.num_replicas, self.rank)
+        if own == wanted:
+            return
+        if self.num_replicas != 1:
+            raise ValueError(
+                f"sampler: expected num_replicas {num_replicas} and rank {rank}, got {own[0]} and "
+                f"{own[1]}; make the sampler without group, num_replicas and rank"
+            )
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"rank: expected an int in [0, {num_replicas}), got {rank}")
+        if self.drop_last and self.epoch_size < num_replicas:
+            raise ValueError(
+                f"num_samples: expected at least num_replicas, {num_replicas}, with drop_last, got "
+                f"{self.epoch_size}"
+            )
+        self.num_replicas, self.rank = num_replicas, rank
+        self._resize(self.epoch_size)
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next.
 
@@ -103,12 +141,18 @@ class EpochSampler(DistributedSampler[int]):
         Args:
             epoch: The number of the epoch, 0 <= epoch < 2**63.
         """
-        checks.check_int("epoch", epoch, 0)
-        if epoch >= 2**63:
-            raise ValueError(f"epoch: expected an int below 2**63, got {epoch}")
+        check_epoch(epoch)
         if epoch != self.epoch:
             self._position = 0
         self.epoch = int(epoch)
+
+    def _begin_epoch(self, epoch: int, group: ProcessGroup | None) -> None:
+        """Call :meth:`set_epoch` on all ranks of a group, which have to agree."""
+
+        def facts(_: None) -> dict[str, int | float]:
+            return {**self._facts(), "weights_version": self._version()}
+
+        together(group, lambda: self.set_epoch(epoch), facts)
 
     def __iter__(self) -> EpochIterator:
         """The ids of this rank in the current epoch, from the position of a loaded state on."""
@@ -169,6 +213,18 @@ class EpochSampler(DistributedSampler[int]):
                 "other weights"
             )
         self.epoch, self._position = epoch, position
+
+    def _facts(self) -> dict[str, int | float]:
+        """What has to be equal on all ranks."""
+        return {
+            "dynamics.num_samples": self.population,
+            "num_samples": self.epoch_size,
+            "seed": self.seed,
+            "num_replicas": self.num_replicas,
+            "drop_last": self.drop_last,
+            "epoch": self.epoch,
+            "position of the loaded state": self._position,
+        }
 
     def _drawn_weights(self) -> tuple[Tensor, int]:
         """The weights of the current epoch, and their version."""
@@ -263,6 +319,13 @@ class EpochIterator(Iterator[int]):
                 "of the sampler first"
             )
         self._begin_at(position)
+
+
+def check_epoch(epoch: Any) -> None:
+    """Check the number of an epoch."""
+    checks.check_int("epoch", epoch, 0)
+    if epoch >= 2**63:
+        raise ValueError(f"epoch: expected an int below 2**63, got {epoch}")
 
 
 def _state(*numbers: int) -> dict[str, int]:

@@ -88,7 +88,7 @@ def as_weights(weights: Tensor) -> Tensor:
     finite = weights[weights.isfinite()]
     scale = finite.max().item() if len(finite) else 0.0
     result = weights.float() if scale in (0.0, 1.0) else (weights / scale).float()
-    return torch.where(weights > 0, result.clamp_(min=2.0**-100), 0.0)
+    return torch.where(weights > 0, result.clamp(min=2.0**-100), 0.0)
 
 
 def _words(seed: int, epoch: int, stream: int, count: int) -> NDArray[np.uint32]:

@@ -10,14 +10,15 @@ from torch.overrides import TorchFunctionMode
 
 from ... import _checks as checks
 from ...networks import last_linear
+from .adapters import adapted_parameters, hidden_layers, is_adapted_linear
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding
 
 
 def check_head_type(head: Any) -> None:
-    """Check that a head is a linear layer or None."""
-    if head is None or isinstance(head, nn.Linear):
+    """Check that a head is a linear layer, perhaps with an adapter, or None."""
+    if head is None or isinstance(head, nn.Linear) or is_adapted_linear(head):
         return
     kind, todo = type(head).__name__, "pass this layer, or "
     if isinstance(head, str):
@@ -44,34 +45,72 @@ def check_any_head(head: Any) -> None:
 
 
 def head_weight(head: Head) -> Tensor:
-    """The weight of a head as a matrix ``[C, D]``."""
-    checks.check_not_distributed("weight", head.weight)
-    return head.weight.flatten(1) if head.weight.dim() > 2 else head.weight
+    """The weight of a head as a matrix ``[C, D]``, with its adapters."""
+    weight = gathered(adapted_parameters(head)[0] if is_adapted_linear(head) else head.weight)
+    return weight.flatten(1) if weight.dim() > 2 else weight
 
 
 def head_bias(head: Head) -> Tensor | None:
     """The bias of a head, ``[C]``; None for an embedding."""
-    return getattr(head, "bias", None)
+    bias = adapted_parameters(head)[1] if is_adapted_linear(head) else getattr(head, "bias", None)
+    return None if bias is None else gathered(bias)
 
 
-def find_head(network: nn.Module, num_classes: int) -> Head:
+def gathered(value: Any) -> Tensor:
+    """The whole tensor of a DTensor, for which all ranks of its mesh have to call this function."""
+    whole: Tensor = value.full_tensor() if checks.is_distributed(value) else value
+    return whole
+
+
+def find_linear(network: nn.Module, num_classes: int) -> Any:
+    """The linear layer with ``num_classes`` outputs; with adapters, the one that is called."""
+    modules = list(network.modules())
+    return _called_linear(network, modules, _linears(modules, num_classes), num_classes)
+
+
+def _linears(modules: list[nn.Module], num_classes: int) -> list[Any]:
+    linears: list[Any] = [
+        module for module in modules if isinstance(module, nn.Linear) or is_adapted_linear(module)
+    ]
+    return [module for module in linears if module.weight.shape[0] == num_classes]
+
+
+def _called_linear(
+    network: nn.Module, modules: list[nn.Module], linears: list[Any], num_classes: int
+) -> Any:
+    hidden = hidden_layers(modules)
+    called = [module for module in linears if module not in hidden]
+    found = called[0] if len(called) == 1 else last_linear(network, num_classes)
+    if found in hidden:
+        raise ValueError(
+            f"network: expected a linear layer with {num_classes} outputs that computes the "
+            "logits, got one inside an adapter; merge the adapter, or pass weight=, the tensor "
+            "[C, D] that the logits follow from"
+        )
+    return found
+
+
+def find_head(network: nn.Module, num_classes: int) -> Any:
     """The layer that computes the logits, as far as its kind and shape tell.
 
-    It is the linear layer that :func:`marginops.networks.last_linear` finds. A network without a
-    linear layer of this size may have one 1x1 convolution of this size, or else one embedding.
+    It is the linear layer that :func:`find_linear` finds. A network without a linear layer of this
+    size may have one 1x1 convolution of this size, or else one embedding.
     """
-    for kinds in ((nn.Linear,), _CONVOLUTIONS, (nn.Embedding,)):
+    modules = list(network.modules())
+    linears = _linears(modules, num_classes)
+    for kinds in () if linears else (_CONVOLUTIONS, (nn.Embedding,)):
         fitting: list[Any] = [
             module
-            for module in network.modules()
+            for module in modules
             if isinstance(module, kinds)
             and module.weight.shape[0] == num_classes
             and (kinds is not _CONVOLUTIONS or _is_pointwise(module))
         ]
+        if len(fitting) == 1:
+            return fitting[0]
         if fitting:
             break
-    is_clear = len(fitting) == 1 and not isinstance(fitting[0], nn.Linear)
-    return fitting[0] if is_clear else last_linear(network, num_classes)
+    return _called_linear(network, modules, linears, num_classes)
 
 
 def _is_pointwise(convolution: Any) -> bool:

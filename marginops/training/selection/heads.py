@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ... import _checks as checks
 from ...networks import unwrap, watch_layer
-from .head_kinds import Head, Products, head_bias, head_weight
+from .adapters import adapter_state, is_adapted_linear
+from .head_kinds import Head, Products, gathered, head_bias, head_weight
 
 _ADVICE = (
     "merge an adapter into the layer, pass head=, the layer that computes the logits, or "
@@ -72,7 +73,10 @@ def check_head(network: nn.Module, inputs: Any, head: Head, at: int | str | None
         f"head: expected logits F.linear(features, weight, bias) of {type(head).__name__} "
         f"{facts.path!r}, up to a constant in each row"
     )
-    agreements = [_agreement(features, output, head, logits) for features, output in calls]
+    parameters = head_weight(head), head_bias(head)
+    agreements = [
+        _agreement(features, output, head, logits, parameters) for features, output in calls
+    ]
     if not any(agreement.agrees for agreement in agreements):
         difference = min(agreement.difference for agreement in agreements)
         got = f"got a difference of {difference:.3g}"
@@ -121,7 +125,10 @@ def _difference_after_training(
         calls, logits = _watch(_WithParameters(network, others), inputs, head, at)
     except Exception:  # The network takes no such parameters. Nothing else is wrong with it.
         return 0.0
-    agreements = [_agreement(features, output, head, logits) for features, output in calls]
+    parameters = _parameters(head, _path(network, head), others)
+    agreements = [
+        _agreement(features, output, head, logits, parameters) for features, output in calls
+    ]
     if not agreements or any(agreement.agrees for agreement in agreements):
         return 0.0
     return min(agreement.difference for agreement in agreements)
@@ -139,6 +146,35 @@ class _WithParameters(nn.Module):
         return torch.func.functional_call(self.network, self.values, arguments, keywords)
 
 
+class _AdaptedParameters(nn.Module):
+    """Weight and bias of a head with adapters, as the output of a module."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return head_weight(self.head), head_bias(self.head)
+
+
+def _parameters(
+    head: Head, path: str | None, others: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a head; with adapters, those that follow from ``others``."""
+    if path is None or not is_adapted_linear(head):
+        return head_weight(head), head_bias(head)
+    prefix = f"{path}." if path else ""
+    own = {
+        f"head.{name.removeprefix(prefix)}": value
+        for name, value in others.items()
+        if name.startswith(prefix)
+    }
+    parameters: tuple[Tensor, Tensor | None] = torch.func.functional_call(
+        _AdaptedParameters(head), own, ()
+    )
+    return parameters
+
+
 @torch.no_grad()
 def _trained_parameters(network: nn.Module, head: Head) -> dict[str, Tensor]:
     """Other values of all parameters that are trained, but for weight and bias of the head."""
@@ -153,6 +189,8 @@ def _trained_parameters(network: nn.Module, head: Head) -> dict[str, Tensor]:
         for name, value in module.named_parameters(path, recurse=False):
             is_own = any(value is each for each in own)
             if is_own or not value.requires_grad or value.dtype not in checks.FLOATING:
+                continue
+            if checks.is_distributed(value):  # such a network takes no parameters from outside
                 continue
             generator = torch.Generator(value.device).manual_seed(0)
             noise = torch.empty_like(value).normal_(generator=generator)
@@ -169,16 +207,25 @@ class _Facts(NamedTuple):
     kinds: tuple[type, type]
     hooks: tuple[int, ...]
     patched: tuple[bool, bool]
+    adapters: tuple[tuple[Any, ...], ...]
 
 
 def _facts(network: nn.Module, head: Head) -> _Facts:
     both = network, head
+    path = _path(network, head)
+    names = [] if path is None else path.split(".")
+    around = [network.get_submodule(".".join(names[:count])) for count in range(len(names) + 1)]
     return _Facts(
-        next((path for path, module in network.named_modules() if module is head), None),
+        path,
         (type(network), type(head)),
         tuple(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in both),
         ("forward" in vars(network), "forward" in vars(head)),
+        tuple(map(adapter_state, around)),
     )
+
+
+def _path(network: nn.Module, head: Head) -> str | None:
+    return next((path for path, module in network.named_modules() if module is head), None)
 
 
 def _are_probabilities(logits: Tensor) -> bool:
@@ -202,12 +249,18 @@ class _Agreement(NamedTuple):
 
 
 @torch.no_grad()
-def _agreement(features: Tensor, output: Tensor, head: Head, logits: Tensor) -> _Agreement:
+def _agreement(
+    features: Tensor,
+    output: Tensor,
+    head: Head,
+    logits: Tensor,
+    parameters: tuple[Tensor, Tensor | None],
+) -> _Agreement:
     """Compare the logits with what the weight makes of the features, in the head's arithmetic.
 
     Features ``[B, T, D]`` give T candidates for each row of logits, and their mean is one more.
     """
-    weight, bias, batch = head_weight(head), head_bias(head), len(logits)
+    (weight, bias), batch, features = parameters, len(logits), gathered(features)
     classes, columns = weight.shape
     if head.weight.dim() > 2 and features.dim() > 1:  # a convolution has its channels second
         features = features.movedim(1, -1)
