@@ -21,7 +21,8 @@ MODULES = ["marginops"] + [
     f"marginops.{name}"
     for name in ("homogeneity", "metrics", "networks", "nn", "norms", "training")
 ]
-MODULES += [f"marginops.integrations.{name}" for name in ("composer", "ignite", "lightning")]
+HOSTS = "composer", "ignite", "lightning", "transformers"
+MODULES += [f"marginops.integrations.{name}" for name in HOSTS]
 
 
 def blocks(page: Path) -> list[str]:
