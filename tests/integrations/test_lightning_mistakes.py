@@ -88,7 +88,6 @@ def three_parts_without_ids():
             "train_dataloaders: expected one DataLoader, got dict",
         ),
     ],
-    ids=str,
 )
 def test_wrong_training_is_an_error_before_anything_is_lost(tmp_path, changes, error, text):
     pieces = spoiled(**changes)
