@@ -294,6 +294,17 @@ def test_second_derivatives_of_a_slice(device):
     assert torch.autograd.gradgradcheck(score, logits)
 
 
+def test_gradient_of_a_slice_may_lie_in_any_way(device):
+    logits = torch.randn(3, 4, CLASSES, device=device, requires_grad=True)
+    part = logits[:, 1:]
+    matrix = row_layout(part).matrix(part)
+    gradient = torch.randn(CLASSES, len(matrix), device=device).t()
+    (actual,) = torch.autograd.grad(matrix, logits, gradient)
+    rows = gradient[[0, 1, 2, 4, 5, 6, 8, 9, 10]].reshape(3, 3, CLASSES)
+    assert torch.equal(actual[:, 1:], rows)
+    assert not actual[:, 0].any()
+
+
 LOGITS, TARGET = torch.randn(3, 4, 5), torch.zeros(3, 4, dtype=torch.int64)
 
 
