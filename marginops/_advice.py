@@ -140,12 +140,21 @@ def for_target(name: str, target: Tensor, rows: Any) -> str:
     return f"; pass {name}{convert}" if convert else ""
 
 
-def for_target_shape(name: str, target: Tensor, like_name: str, shape: torch.Size) -> str:
-    """Advice for targets that do not have the shape of all dimensions of a tensor but the last."""
+def for_target_of_rows(name: str, target: Tensor, like_name: str, shape: torch.Size) -> str:
+    """Advice for targets of a wrong dtype or shape, one for each row of a tensor [..., N, C]."""
+    if target.is_complex():
+        return ""
+    rows, convert = shape[:-1], "" if target.dtype == torch.int64 else ".long()"
+    if target.shape == rows:
+        condition = "if these are class indices, " if target.is_floating_point() else ""
+        return f"; {condition}pass {name}{convert}"
     if like_name == "logits" and target.shape == (*shape[:1], *shape[2:]):
         return "; if dimension 1 of logits counts the classes, pass logits.movedim(1, -1)"
-    if target.numel() == shape[:-1].numel():
-        return f"; pass {name}.reshape({', '.join(map(str, shape[:-1]))})"
+    if target.numel() == rows.numel():
+        return f"; pass {name}.reshape({', '.join(map(str, rows))}){convert}"
+    if target.shape[:-1] == rows:
+        numbers = ".long()" if target.dtype == torch.bool else ""
+        return f"; if its last dimension is one-hot, pass {name}{numbers}.argmax(-1)"
     return ""
 
 

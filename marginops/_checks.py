@@ -147,6 +147,7 @@ def check_labelled_logits(
         and logits.shape[1] >= 2
         and logits.device == target.device
         and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
     ):
         return
     check_logits(logits, or_more)
@@ -220,6 +221,7 @@ def check_target(
         and target.shape == like.shape[:dims]
         and target.device == like.device
         and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
     ):
         return
     if not isinstance(target, Tensor):
@@ -229,23 +231,27 @@ def check_target(
         )
     check_not_distributed(name, target)
     _check_layout(name, target)
-    if target.dtype != torch.int64:
-        raise TypeError(
-            f"{name}: expected dtype torch.int64 (class indices), got {target.dtype} of shape "
-            f"{list(target.shape)}{advice.for_target(name, target, like.shape[0])}"
-        )
-    if target.shape != like.shape[:dims]:
+    if target.dtype != torch.int64 or target.shape != like.shape[:dims]:
         todo = (
             advice.for_target(name, target, like.shape[0])
             if dims == 1
-            else advice.for_target_shape(name, target, like_name, like.shape)
+            else advice.for_target_of_rows(name, target, like_name, like.shape)
         )
+        if target.dtype != torch.int64:
+            raise TypeError(
+                f"{name}: expected dtype torch.int64 (class indices), got {target.dtype} of shape "
+                f"{list(target.shape)}{todo}"
+            )
         raise ValueError(
             f"{name}: expected shape {list(like.shape[:dims])} for {like_name} "
             f"{list(like.shape)}, got {list(target.shape)}{todo}"
         )
     check_device(name, target, like, like_name)
     check_int("ignore_index", ignore_index)
+    if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(
+            f"ignore_index: expected an int in [-2**63, 2**63), as in int64, got {ignore_index}"
+        )
 
 
 def check_indices(name: str, value: Any, shape: str) -> None:

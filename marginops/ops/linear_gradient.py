@@ -152,12 +152,6 @@ class SavedDistanceOp(Op):
 saved_distance_op = SavedDistanceOp()
 
 
-_ROW_ARGUMENTS = (
-    *("input", "target", "rival", "confidence", "entropy", "maximum", "log_sum"),
-    *("grad_margin", "grad_loss", "grad_confidence", "grad_entropy"),
-)
-
-
 class LinearSampleStatisticsGradientOp(Op):
     """Gradients in input, weight and bias. The first two are empty unless they are needed."""
 
@@ -185,7 +179,9 @@ class LinearSampleStatisticsGradientOp(Op):
             return None
         head = columns, None if bias is None else bias.to(columns.dtype)
         total = result_dtype(columns.dtype)
-        joined: list[Any] = [batch.joined(name) for name in _ROW_ARGUMENTS]
+        # The same as for logits, with the features in their place.
+        names = "input", *sample_statistics_gradient_op.row_arguments[1:]
+        joined: list[Any] = [batch.joined(name) for name in names]
         parts = []
         for rows in pieces(batch.size * count, elements * count):
             values_of_rows: list[Any] = [

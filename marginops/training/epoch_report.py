@@ -101,8 +101,9 @@ def report_epoch(
         num_classes: The number of classes C. The default is the number of rows of ``weight`` or of
             outputs of ``head``; without both the largest target plus one.
         head: The layer that computes the logits from features ``[B, D]``, as
-            ``F.linear(features, weight, bias)``. The default is the one that
-            :func:`marginops.networks.last_linear` finds. With ``weight`` it may be any module.
+            ``F.linear(features, weight, bias)``. It may have LoRA of PEFT, as in
+            :func:`marginops.training.select_batch`, which also says what the default is; but here
+            only a linear layer is found. With ``weight`` it may be any module.
         weight: ``[C, D]``, the weight in neural collapse. By default it is the weight of ``head``,
             and the function checks as :func:`marginops.training.select_batch` that the logits
             follow from it.
@@ -110,7 +111,7 @@ def report_epoch(
             Without it ``tau_margin`` and ``lambda_max_margin`` are NaN.
         log_norm: The logarithm of the norm that divides the margins, a float or a 0-d tensor. The
             default is :func:`marginops.log_norm_product`, which is not defined for networks
-            with embeddings or attention. With 0 the margins are not divided.
+            with embeddings, attention or adapters. With 0 the margins are not divided.
         chunk_size: The number of samples in one forward pass.
 
     Returns:

@@ -159,7 +159,7 @@ def test_layer_of_tensor_parallelism(ranks: Ranks) -> None:
 
 def wrong_on_a_rank(groups: Sequence[Any], argument: tuple[int, str]) -> str:
     """The error of a wrong call. All ranks raise, so no rank waits for another."""
-    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor import Replicate, Shard
 
     rank, kind = argument
     mesh = mesh_of(groups)
@@ -172,6 +172,8 @@ def wrong_on_a_rank(groups: Sequence[Any], argument: tuple[int, str]) -> str:
         arguments["target"] = arguments["target"].flip(0)
     elif kind == "whole bias":
         arguments["bias"] = arguments["bias"].full_tensor()
+    elif kind == "replicated bias":
+        arguments["bias"] = distribute(arguments["bias"].full_tensor(), mesh, Replicate())
     elif kind == "split features":
         arguments["input"] = distribute(arguments["input"], mesh, Shard(1))
     elif kind == "group":
@@ -194,6 +196,7 @@ def wrong_on_a_rank(groups: Sequence[Any], argument: tuple[int, str]) -> str:
         ("other features", "input: expected the same samples on every rank .* as under FSDP"),
         ("other targets", "target: expected the same samples on every rank"),
         ("whole bias", "bias: expected a DTensor that is sharded as weight, got Tensor; pass dist"),
+        ("replicated bias", "bias: expected a DTensor that is sharded as weight, got a DTensor"),
         ("split features", r"input: .* got a DTensor with .*Shard\(dim=1\).*input.full_tensor\(\)"),
         ("group", "group: expected None for a weight that is a DTensor.* leave out group"),
         ("features on one rank alone", "input: expected a tensor|rank 1 of group: input: expected"),

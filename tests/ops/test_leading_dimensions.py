@@ -1,6 +1,7 @@
 """Logits [..., C] and features [..., D] give what their rows give, in the shape of the rows."""
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -293,6 +294,17 @@ def test_second_derivatives_of_a_slice(device):
     assert torch.autograd.gradgradcheck(score, logits)
 
 
+def test_gradient_of_a_slice_may_lie_in_any_way(device):
+    logits = torch.randn(3, 4, CLASSES, device=device, requires_grad=True)
+    part = logits[:, 1:]
+    matrix = row_layout(part).matrix(part)
+    gradient = torch.randn(CLASSES, len(matrix), device=device).t()
+    (actual,) = torch.autograd.grad(matrix, logits, gradient)
+    rows = gradient[[0, 1, 2, 4, 5, 6, 8, 9, 10]].reshape(3, 3, CLASSES)
+    assert torch.equal(actual[:, 1:], rows)
+    assert not actual[:, 0].any()
+
+
 LOGITS, TARGET = torch.randn(3, 4, 5), torch.zeros(3, 4, dtype=torch.int64)
 
 
@@ -310,6 +322,10 @@ LOGITS, TARGET = torch.randn(3, 4, 5), torch.zeros(3, 4, dtype=torch.int64)
         (
             lambda: marginops.sample_statistics(LOGITS, torch.zeros(3, 5, dtype=torch.int64)),
             r"target: .* got \[3, 5\]; if dimension 1 .*, pass logits\.movedim\(1, -1\)$",
+        ),
+        (
+            lambda: marginops.sample_statistics(LOGITS, torch.zeros_like(LOGITS).long()),
+            r"target: .* got \[3, 4, 5\]; if .* one-hot, pass target\.argmax\(-1\)$",
         ),
         (
             lambda: marginops.sample_statistics(LOGITS, TARGET, input=torch.ones(12, 2)),
@@ -352,6 +368,34 @@ LOGITS, TARGET = torch.randn(3, 4, 5), torch.zeros(3, 4, dtype=torch.int64)
 def test_wrong_shapes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("target", "advice"),
+    [
+        (TARGET.int(), "pass target.long()"),
+        (TARGET.float(), "if these are class indices, pass target.long()"),
+        (TARGET.int().flatten(), "pass target.reshape(3, 4).long()"),
+        (torch.ones(3, 4, 5), "if its last dimension is one-hot, pass target.argmax(-1)"),
+        (
+            torch.ones(3, 4, 5, dtype=torch.bool),
+            "if its last dimension is one-hot, pass target.long().argmax(-1)",
+        ),
+    ],
+)
+def test_targets_of_a_wrong_dtype(target, advice):
+    with pytest.raises(TypeError, match=f"^target: expected dtype .*; {re.escape(advice)}$"):
+        marginops.classification_margin(LOGITS, target)
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1])
+@pytest.mark.parametrize("logits", [LOGITS, LOGITS[0]], ids=["tokens", "samples"])
+def test_ignore_index_that_is_no_int64(logits, value):
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^ignore_index: expected .* int64, got -?92"):
+        marginops.sample_statistics(logits, target, ignore_index=value)
+    for limit in (2**63 - 1, -(2**63)):
+        marginops.sample_statistics(logits, target, ignore_index=limit)
 
 
 def test_probabilities_of_tokens_give_a_warning(monkeypatch):

@@ -193,6 +193,41 @@ def test_mean_loss_of_each_element(order: str) -> None:
     torch.testing.assert_close(actual, expected)
 
 
+def test_losses_and_their_mean_in_one_gradient() -> None:
+    logits = example()["logits"].nan_to_num(0, 0, 0)
+    target = example()["target"].clamp(min=0)
+    weight = torch.arange(ROWS, dtype=torch.float64)
+
+    def fused(logits: Tensor, target: Tensor) -> Tensor:
+        found = marginops.sample_statistics(logits, target)
+        return 2 * found.mean_loss() + (found.loss * weight).sum()
+
+    def plain(logits: Tensor, target: Tensor) -> Tensor:
+        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        return 2 * losses.mean() + (losses * weight).sum()
+
+    actual = func.vmap(func.grad(fused))(logits, target)
+    torch.testing.assert_close(actual, func.vmap(func.grad(plain))(logits, target))
+
+
+def test_gradient_of_norms_with_ignored_rows() -> None:
+    values = example()
+    logits, target = values["logits"].nan_to_num(0, 0, 0), values["target"]
+
+    def total(log_norm: Tensor) -> Tensor:
+        margins = func.vmap(
+            lambda x, t, n: marginops.classification_margin(x, t, log_norm=n), (0, 0, 0)
+        )(logits, target, log_norm)
+        return torch.where(target == IGNORED, 0, margins).sum()
+
+    log_norm = torch.linspace(-1, 1, BATCH, dtype=torch.float64)
+    margins = torch.stack(
+        [marginops.classification_margin(x, t) for x, t in zip(logits, target, strict=True)]
+    )
+    sums = torch.where(target == IGNORED, 0, margins).sum(1)
+    torch.testing.assert_close(func.grad(total)(log_norm), -sums * (-log_norm).exp())
+
+
 def test_batch_of_gradients_alone() -> None:
     """As in ``jacrev``: the logits are the same for all elements, and the gradients differ."""
     values = example()

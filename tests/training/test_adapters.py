@@ -175,11 +175,15 @@ ADAPTED = {
 
 
 @pytest.mark.parametrize("make", ADAPTED.values(), ids=ADAPTED)
-def test_report_needs_a_merged_network(make: Callable[[], Any]) -> None:
+def test_normalised_report_needs_a_merged_network(make: Callable[[], Any]) -> None:
     network, target = make(), torch.arange(len(INPUTS)) % CLASSES
     with pytest.raises(ValueError, match=r"^model: .* if one is an adapter, merge it"):
         report_epoch(network, INPUTS, target)
+    apart = report_epoch(network, INPUTS, target, log_norm=0)
     network.merge_adapter()
+    merged = report_epoch(network, INPUTS, target, log_norm=0)
+    torch.testing.assert_close(apart.margins, merged.margins)
+    torch.testing.assert_close(apart.collapse, merged.collapse)
     report = report_epoch(network, INPUTS, target)
     expected = report_epoch(make().merge_and_unload(), INPUTS, target)
     torch.testing.assert_close(report.margins, expected.margins)

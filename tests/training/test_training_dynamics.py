@@ -185,7 +185,7 @@ MISTAKES = {
     "column": ("indices", RIGHT["indices"][:, None], ValueError, r"shape \[B\], got \[4, 1\]"),
     "negative": ("indices", RIGHT["indices"] - 1, RuntimeError, r"values in \[0, 4\), got -1"),
     "large": ("indices", RIGHT["indices"] + 3, RuntimeError, r"values in \[0, 4\), got [456]"),
-    "logits": ("logits", RIGHT["logits"][0], ValueError, r"shape \[..., N, C\]"),
+    "logits": ("logits", RIGHT["logits"][0], ValueError, r"shape \[N, C\]"),
     "target": ("target", RIGHT["target"] + 3, RuntimeError, r"classes in \[0, 3\)"),
     "score": ("score", RIGHT["score"][:3], ValueError, r"shape \[4\], .* got \[3\]"),
     "integers": ("score", RIGHT["target"], TypeError, r"dtype float32"),
@@ -234,3 +234,17 @@ def test_wrong_arguments_of_the_constructor(arguments, kind, message):
 def test_repr_says_what_it_is():
     text = "TrainingDynamics(num_samples=3, decay=0.5, device=cpu)"
     assert repr(TrainingDynamics(3)) == text
+
+
+def test_tokens_have_no_index() -> None:
+    dynamics = TrainingDynamics(12)
+    logits, target = torch.randn(3, 4, 5), torch.zeros(3, 4, dtype=torch.int64)
+    for labels, indices in ((target, torch.arange(12)), (target[:, 0], torch.arange(3))):
+        with pytest.raises(ValueError, match=r"^logits: .* got \[3, 4, 5\]; pass .*flatten\(0, -2"):
+            dynamics.update(indices, logits, labels)
+    statistics = marginops.sample_statistics(logits, target)
+    with pytest.raises(ValueError, match=r"^statistics: expected fields of shape \[B\].* \[3, 4\]"):
+        dynamics.record(torch.arange(12), statistics)
+    assert not dynamics.count.any()
+    dynamics.update(torch.arange(12), logits.flatten(0, -2), target.flatten())
+    assert dynamics.count.tolist() == [1] * 12

@@ -179,6 +179,7 @@ class TrainingDynamics(DynamicsValues):
             RuntimeError: An index is outside [0, N) or a target outside [0, C), on the CPU; the
                 state stays as it was. On CUDA this is a device-side assertion.
         """
+        checks.check_logits(logits)  # one row for each index
         statistics = sample_statistics(
             logits, target, input=input, log_norm=log_norm, ignore_index=ignore_index
         )
@@ -215,6 +216,11 @@ class TrainingDynamics(DynamicsValues):
         """
         fields = _fields(statistics, score)
         margin, device = fields[0], self._state.values.device
+        if margin.dim() != 1:
+            raise ValueError(
+                f"statistics: expected fields of shape [B], one value for each index, got "
+                f"{list(margin.shape)}; compute them from logits [B, C]"
+            )
         checks.check_indices("indices", indices, "[B]")
         if indices.shape != margin.shape:
             raise ValueError(

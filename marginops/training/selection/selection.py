@@ -58,9 +58,10 @@ def select_batch(
         head: The layer that computes the logits, as ``F.linear(features, weight, bias)``: a
             :class:`torch.nn.Linear`, a convolution with kernel size 1, whose outputs may be
             averaged over positions, or a :class:`torch.nn.Embedding` whose weight is multiplied
-            with the features. The default is the one whose size fits: the linear layer that
-            :func:`marginops.networks.last_linear` finds, or the only such convolution, or the only
-            embedding.
+            with the features. A linear layer may have LoRA of PEFT: then its weight with the active
+            adapters counts. The default is the one whose size fits: the linear layer that
+            :func:`marginops.networks.last_linear` finds, among those that the network calls if
+            there are adapters, or the only such convolution, or the only embedding.
         weight: ``[C, D]``, the weight whose distances between rows divide the differences of
             logits, for a network whose logits come from another kind of layer. By
             default it is the weight of ``head``. The function cannot see that a square weight is

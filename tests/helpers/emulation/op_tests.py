@@ -8,7 +8,7 @@ from helpers.ops import OP_TESTS
 
 FAILING_LAUNCHES = harness.HERE / "failing_launches.py"
 # Processes of their own, which know nothing of the emulated kernels, or a GPU.
-NOT_EMULATED = ("linear_sharded", "memory", "cuda")
+NOT_EMULATED = ("linear_sharded", "distributed_head", "memory", "cuda")
 LEFT_OUT = (
     "reference",  # has no kernels
     # Here, wrong values are assertions of the device: see failing_launches.py.
