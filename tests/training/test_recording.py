@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import marginops
 from helpers.ranks import Ranks
@@ -116,6 +117,8 @@ def test_ignored_and_repeated_samples(tmp_path):
     assert recorder.labels.tolist() == [-1, -1, 1, -1]
     assert recorder.predictions.tolist() == [-1, -1, 1, -1]
     recorder.update(torch.tensor([2]), logits[:1], torch.tensor([0]))  # a new label
+    assert (recorder.labels[2], recorder.predictions[2]) == (0, 0)
+    recorder.update(torch.tensor([2, 0]), logits[1:], torch.tensor([2, 1]), ignore_index=2)
     assert (recorder.labels[2], recorder.predictions[2]) == (0, 0)
     statistics = marginops.sample_statistics(logits[2:], torch.tensor([0]))
     recorder.record(torch.tensor([3]), statistics, torch.tensor([0]))
@@ -374,10 +377,13 @@ def train_ranks(groups, arguments):
     return state["recorder"]["notes"], recorder.predictions
 
 
-def collide(groups, arguments):
-    folder, _, _ = arguments
+def lose_the_folder(groups, arguments):
+    """End an epoch when the folder is gone."""
+    folder, rank, _ = arguments
     recorder = RunRecorder(folder, TrainingDynamics(SAMPLES))
-    shutil.rmtree(folder, ignore_errors=True)
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder)
     recorder.end_epoch(1)
 
 
@@ -398,7 +404,7 @@ def test_ranks_write_the_run_of_one_process(tmp_path):
             written(tmp_path / "alone")
         )
         arguments = [(str(tmp_path / "gone"), rank, False) for rank in (0, 1)]
-        errors = ranks(collide, arguments)
+        errors = ranks(lose_the_folder, arguments)
         assert [type(error) for error in errors] == [FileNotFoundError, RuntimeError]
         assert "rank 0 failed: FileNotFoundError" in str(errors[1])
     finally:
