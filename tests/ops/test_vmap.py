@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, func
 
 import marginops
+from marginops.ops.margin_pair import classification_margin_rival_op, minimal_margin_pair_op
 
 BATCH, ROWS, CLASSES, COLUMNS = 5, 7, 4, 6
 IGNORED = -100
@@ -314,6 +315,23 @@ def test_gradient_of_each_sample_in_the_weight_is_one_call() -> None:
             func.grad(function)(weight, h, t) for h, t in zip(features, target, strict=True)
         ]
         torch.testing.assert_close(gradient(weight, features, target), torch.stack(expected))
+
+
+def test_same_chosen_rows_of_each_element() -> None:
+    values = example()
+    logits, target, rows = values["logits"], values["target"].clamp(min=0), torch.tensor([5, 0])
+
+    def margin(logits: Tensor, target: Tensor) -> Any:
+        return classification_margin_rival_op(logits, target, None, rows, IGNORED)
+
+    def pair(logits: Tensor) -> Any:
+        return minimal_margin_pair_op(logits, values["weight"][0], None, rows, False)
+
+    for function, arguments in ((margin, (logits, target)), (pair, (logits,))):
+        dims = (0,) * len(arguments)
+        torch.testing.assert_close(
+            func.vmap(function)(*arguments), loop(function, arguments, dims), equal_nan=True
+        )
 
 
 def test_empty_batch() -> None:
