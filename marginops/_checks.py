@@ -411,7 +411,7 @@ def check_temperature(temperature: Any) -> None:
             f"temperature: expected a float, got {type(temperature).__name__}"
             f"{advice.for_float('temperature', temperature)}"
         )
-    if not 0 < temperature < float("inf"):
+    if not 0 < temperature <= torch.finfo(torch.float64).max:
         raise ValueError(
             f"temperature: expected a finite number above 0, got {temperature}; "
             "the limit 0 is the class of the largest logit"

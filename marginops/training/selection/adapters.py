@@ -64,7 +64,7 @@ def adapted_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
         if name not in layer.lora_B:
             continue
         variant = getattr(layer, "lora_variant", {}).get(name)
-        if variant is not None or layer.use_dora.get(name, False):
+        if variant is not None or getattr(layer, "use_dora", {}).get(name, False):
             kind = "DoRA" if variant is None else type(variant).__name__
             raise ValueError(
                 f"head: expected LoRA that adds to the weight, got {kind} in adapter {name!r}; "
