@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, IterableDataset
 
 from ..training import TrainingDynamics
+from ._arguments import check_size, warn_of_waiting
 from ._hosts import check_host
 
 _PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
@@ -57,14 +58,7 @@ def check_trainer(trainer: Any, kind: type, sampler: Any, dynamics: TrainingDyna
             "starts its own; the dynamics after fit are in the checkpoint and not in this process",
             stacklevel=2,
         )
-    device = trainer.strategy.root_device.type
-    if device == "cuda" and dynamics.device.type != "cuda":
-        warnings.warn(
-            f"dynamics: expected them on the device of the network, {device}, got "
-            f"{dynamics.device}; each step waits for the GPU. Pass "
-            "TrainingDynamics(num_samples, device='cuda')",
-            stacklevel=2,
-        )
+    warn_of_waiting(dynamics, trainer.strategy.root_device)
 
 
 def train_loader(trainer: Any, sampler: Any, num_samples: int) -> Any:
@@ -81,11 +75,7 @@ def train_loader(trainer: Any, sampler: Any, num_samples: int) -> Any:
             "train_dataloaders: expected a map-style data set, whose samples have ids, got "
             f"{type(dataset).__name__}; use a data set with __getitem__ and __len__"
         )
-    if len(dataset) != num_samples:
-        raise ValueError(
-            f"train_dataloaders: expected {num_samples} samples as in the dynamics, got "
-            f"{len(dataset)}; make TrainingDynamics(num_samples={len(dataset)})"
-        )
+    check_size("train_dataloaders", len(dataset), num_samples)
     own = getattr(loader, "sampler", None), getattr(loader.batch_sampler, "sampler", None)
     if sampler is not None and not any(each is sampler for each in own):
         got = type(own[0]).__name__

@@ -7,7 +7,8 @@ from typing import Any
 
 import transformers
 
-from ._batches import Numbered
+from ._arguments import check_size
+from ._transformers_batches import Numbered
 
 _HOOKS = {
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
@@ -36,15 +37,24 @@ def check_hooks(host: type) -> None:
             )
 
 
+def check_sampler(sampler: Any) -> None:
+    """Check what TrainingProgress does not check of a sampler."""
+    if getattr(sampler, "num_replicas", 1) != 1:
+        raise ValueError(
+            "sampler: expected num_replicas=1, because the trainer shares each epoch among the "
+            f"processes, got {sampler.num_replicas}; make it without group, num_replicas and rank"
+        )
+    if getattr(sampler, "shrink", False):
+        raise ValueError(
+            "sampler: expected epochs of one length, because the Trainer reads it once, got "
+            "shrink=True; make the sampler without it"
+        )
+
+
 def check_data(trainer: Any) -> None:
     """Check that data set, sampler, dynamics and arguments of a trainer fit."""
     args, sampler = trainer.args, trainer.progress.sampler
-    size, expected = len(Numbered(trainer.train_dataset)), trainer.dynamics.num_samples
-    if size != expected:
-        raise ValueError(
-            f"train_dataset: expected {expected} samples, as many as the dynamics have, got "
-            f"{size}; make TrainingDynamics(num_samples={size})"
-        )
+    check_size("train_dataset", len(Numbered(trainer.train_dataset)), trainer.dynamics.num_samples)
     strategy = getattr(args, "train_sampling_strategy", "random")
     if getattr(args, "group_by_length", False):
         strategy = "group_by_length"

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 import transformers
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from ..training.samplers.epoch_sampler import EpochSampler
-from ._batches import Numbered, NumberedCollator, SharedBatches
+from ._transformers_batches import Numbered, NumberedCollator, SharedBatches
+
+_LABELS = 32  # a batch, so that reading them costs little
 
 
 def training_loader(trainer: Any, order: EpochSampler | None, key: str) -> DataLoader[Any]:
     """What the Trainer makes itself for its training, in an order of ours if there is one."""
-    args, dataset, collator = trainer.args, trainer.train_dataset, trainer.data_collator
-    if _is_table(dataset):
-        dataset = trainer._remove_unused_columns(dataset, description="training")
-    else:
-        collator = trainer._get_collator_with_removed_columns(collator, description="training")
+    args = trainer.args
+    dataset, collator = _numbered(trainer, key)
     options: dict[str, Any] = {
         name: getattr(args, f"dataloader_{name}")
         for name in (
@@ -35,13 +40,55 @@ def training_loader(trainer: Any, order: EpochSampler | None, key: str) -> DataL
     else:
         options["batch_sampler"] = SharedBatches(order, size, args.world_size, drop_last)
     return DataLoader(
-        Numbered(dataset),
-        collate_fn=NumberedCollator(collator, key),
+        dataset,
+        collate_fn=collator,
         worker_init_fn=partial(
             seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
         ),
         **options,
     )
+
+
+def labels_checksum(trainer: Any, key: str) -> str | None:
+    """A checksum of labels from all over the data set; None if its batches have no single label.
+
+    It reads them as a batch of the training, so it works for all that the collator can read. It
+    leaves out the other parts of the items, because augmented images differ each time.
+    """
+    dataset, collator = _numbered(trainer, key)
+    rows = torch.linspace(0, len(dataset) - 1, min(_LABELS, len(dataset)), dtype=torch.float64)
+    with _same_random_numbers():
+        batch = collator(dataset.__getitems__(rows.long().tolist()))
+    names = [name for name in trainer.label_names if name in batch]
+    if len(names) != 1:
+        return None
+    labels = torch.as_tensor(batch[names[0]]).cpu().flatten().view(torch.uint8)
+    return f"{len(rows)} labels {zlib.crc32(labels.numpy().data):08x}"
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Give the block the same random numbers at every call, and the training those it had."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+def _numbered(trainer: Any, key: str) -> tuple[Numbered, NumberedCollator]:
+    """The data set and the collator as the Trainer would use them, and with indices."""
+    dataset, collator = trainer.train_dataset, trainer.data_collator
+    if _is_table(dataset):
+        dataset = trainer._remove_unused_columns(dataset, description="training")
+    else:
+        collator = trainer._get_collator_with_removed_columns(collator, description="training")
+    return Numbered(dataset), NumberedCollator(collator, key)
 
 
 def _is_table(dataset: Any) -> bool:

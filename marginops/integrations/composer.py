@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..training import TrainingProgress
-from ._progress import check_progress
+from ._arguments import check_progress
 
 __all__ = ["ProgressAlgorithm"]
 _BatchOf = Callable[[Any, Any], tuple[Tensor, Tensor, Tensor]]

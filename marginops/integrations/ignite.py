@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..training import TrainingProgress
+from ._arguments import check_progress
 from ._hosts import check_host
-from ._progress import check_progress
 
 check_host("pytorch-ignite", "0.5", "0.6", "pytorch-ignite")
 from ignite.engine import Engine, Events  # noqa: E402

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .. import _checks as checks
 from ..training import RunRecorder, SelectionSchedule, TrainingProgress, select_batch, take
 from . import _lightning as host
+from ._arguments import check_selection
 from ._batch import BatchFields, Place
 
 __all__ = ["MarginCallback"]
@@ -116,12 +116,7 @@ class MarginCallback(_Callback):  # type: ignore[misc]
         logits: str | None = "logits",
     ) -> None:
         super().__init__()
-        if select is not None:
-            checks.check_int("select", select, 1)
-        if schedule is not None and not isinstance(schedule, SelectionSchedule):
-            raise TypeError(
-                f"schedule: expected a SelectionSchedule, got {type(schedule).__name__}"
-            )
+        check_selection(select, schedule)
         self.progress = TrainingProgress(sampler, dynamics=dynamics, recorder=recorder)
         self._recorder = recorder
         self._select, self._schedule = select, schedule

@@ -24,9 +24,7 @@ from ..training import (
     take,
 )
 from ..training.samplers.dynamics_sampler import DynamicsSampler
-from ._arguments import check_arguments
-from ._batches import Numbered
-from ._checkpoint import load_state, save_state
+from ._arguments import check_selection, warn_of_waiting
 from ._hosts import check_host
 
 _INSTALL = "transformers>=4.57 accelerate"
@@ -35,13 +33,11 @@ check_host("accelerate", "1", "2", _INSTALL)
 
 from transformers import Trainer, TrainerCallback  # noqa: E402 - only if it fits
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
-from transformers.utils import logging  # noqa: E402
 
-from ._transformers_checks import check_data, check_hooks  # noqa: E402
-from ._transformers_loader import training_loader  # noqa: E402
-
-_logger = logging.get_logger(__name__)
-
+from ._transformers_batches import Numbered  # noqa: E402
+from ._transformers_checkpoint import load_state, save_state  # noqa: E402
+from ._transformers_checks import check_data, check_hooks, check_sampler  # noqa: E402
+from ._transformers_loader import labels_checksum, training_loader  # noqa: E402
 
 check_hooks(Trainer)
 
@@ -66,6 +62,8 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
             them on the device of the training.
         recorder: A :class:`marginops.training.RunRecorder` of these dynamics, which writes the
             folder for a report.
+        fingerprint: A text that names the data set. The checkpoints of a data set with another one
+            are refused. The default is a checksum of 32 labels.
         select: k, how many samples of each batch to train on, by
             :func:`marginops.training.select_batch`. The batch size of ``args`` is then the number
             of candidates. A batch of at most k samples is trained as a whole.
@@ -135,30 +133,32 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
         sampler: MarginSampler | ReductionSampler | WeightedSampler | None = None,
         dynamics: TrainingDynamics | None = None,
         recorder: RunRecorder | None = None,
+        fingerprint: str | None = None,
         select: int | None = None,
         schedule: SelectionSchedule | None = None,
         select_options: Mapping[str, Any] | None = None,
         key: str = "index",
         **kwargs: Any,
     ) -> None:
-        check_arguments(sampler, select, schedule, key)
+        check_sampler(sampler)
+        check_selection(select, schedule)
+        if not isinstance(key, str):
+            raise TypeError(f"key: expected a str, got {type(key).__name__}")
         super().__init__(*args, **kwargs)
         self._select, self._schedule, self._key = select, schedule, key
+        self._fingerprint = fingerprint
         self._select_options = dict(select_options or {})
         if dynamics is None and recorder is None and not hasattr(sampler, "dynamics"):
             size = len(Numbered(self.train_dataset))
             dynamics = TrainingDynamics(size, device=self.args.device)
-        self.progress = TrainingProgress(sampler, dynamics=dynamics, recorder=recorder)
+        self.progress = TrainingProgress(
+            sampler, dynamics=dynamics, recorder=recorder, fingerprint=fingerprint
+        )
         self.recorder, self.dynamics = recorder, self.progress.dynamics
         self._next_epoch, self._is_in_epoch = 0, False
         if self.train_dataset is not None:
             check_data(self)
-        if self.dynamics.device.type != self.args.device.type:
-            _logger.warning(
-                f"dynamics: expected the device of the training, {self.args.device.type}, got "
-                f"{self.dynamics.device.type}, so that each step waits for the device; make "
-                f'TrainingDynamics(..., device="{self.args.device.type}")'
-            )
+        warn_of_waiting(self.dynamics, self.args.device)
         self.add_callback(_Epochs(self))
 
     def logits_and_target(self, inputs: Mapping[str, Any], outputs: Any) -> tuple[Tensor, Tensor]:
@@ -280,13 +280,16 @@ class MarginTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Begin anew or at the state of a checkpoint, and run the loop of the host."""
         self._next_epoch, sampler = 0, self.progress.sampler
+        own = self._fingerprint
+        self.progress.fingerprint = labels_checksum(self, self._key) if own is None else own
         if resume_from_checkpoint is not None:
             load_state(self.progress, resume_from_checkpoint)
             if not self.args.auto_find_batch_size:
                 # Transformers 4 takes that of the checkpoint, whatever the arguments say.
                 batch_size = self._train_batch_size = self.args.train_batch_size
-        elif isinstance(sampler, DynamicsSampler):
-            self.dynamics.weights_version = -1
+        elif sampler is not None:
+            if isinstance(sampler, DynamicsSampler):
+                self.dynamics.weights_version = -1
             sampler.load_state_dict({**sampler.state_dict(0), "epoch": 0})
         return super()._inner_training_loop(
             batch_size=batch_size,

@@ -44,12 +44,12 @@ def check_state(
         raise ValueError(
             f"state_dict: expected fingerprint as a str or None, got {type(theirs).__name__}"
         )
+    check_dict(dynamics, state_dict["dynamics"])
     if None not in (fingerprint, theirs) and fingerprint != theirs:
         raise ValueError(
             f"state_dict: expected the fingerprint {fingerprint!r} of this data set, got "
             f"{theirs!r}; the state is of another data set, so load one of this data set"
         )
-    check_dict(dynamics, state_dict["dynamics"])
     for name, part in (("sampler", sampler), ("recorder", recorder)):
         if (state_dict[name] is None) != (part is None):
             expected, got = ("None", "one") if part is None else ("one", "None")

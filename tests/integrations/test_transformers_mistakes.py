@@ -3,20 +3,23 @@
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the extra transformers is not installed")
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from helpers.trainers import SAMPLES, arguments, make, network, sampler, texts
+from marginops.integrations._arguments import warn_of_waiting
 from marginops.integrations._transformers_checks import check_hooks
 from marginops.integrations.transformers import MarginTrainer
 from marginops.training import (
     MarginSampler,
     ReductionSampler,
+    RunRecorder,
     TrainingDynamics,
 )
 
@@ -75,8 +78,10 @@ class Stream(torch.utils.data.IterableDataset):
         ),
         ({"select": 0}, ValueError, "select: expected"),
         ({"select": 2.5}, TypeError, "select: expected"),
-        ({"schedule": 3}, TypeError, "schedule: expected SelectionSchedule, got int"),
+        ({"schedule": 3}, TypeError, "schedule: expected a SelectionSchedule, got int"),
         ({"key": 3}, TypeError, "key: expected a str, got int"),
+        ({"fingerprint": 3}, TypeError, "fingerprint: expected a str, got int"),
+        ({"recorder": 3}, TypeError, "recorder: expected a RunRecorder, got int"),
         (
             {"sampler": sampler(), "training": {"ignore_data_skip": True}},
             ValueError,
@@ -206,17 +211,35 @@ import marginops.integrations.transformers
     ) in done.stderr
 
 
-def test_dynamics_on_another_device_are_told(tmp_path, monkeypatch):
+def test_a_recorder_of_other_dynamics(tmp_path):
+    recorder = RunRecorder(tmp_path / "run", TrainingDynamics(SAMPLES))
+    with pytest.raises(ValueError, match="recorder: expected a recorder of the same dynamics"):
+        trainer(tmp_path, sampler=sampler(), recorder=recorder)
+    with pytest.raises(ValueError, match="recorder: expected a recorder of the same dynamics"):
+        trainer(tmp_path, dynamics=TrainingDynamics(SAMPLES), recorder=recorder)
+    assert trainer(tmp_path, recorder=recorder).dynamics is recorder.dynamics
+
+
+def test_two_trainers_cannot_train_at_once_with_one_sampler(tmp_path):
+    class Inner(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.epoch > 1:
+                trainer(tmp_path / "inner", training={"max_steps": 1}, sampler=order).train()
+
+    order = sampler()
+    with pytest.raises(ValueError, match="epoch: expected the sampler in epoch 1"):
+        trainer(tmp_path, sampler=order, callbacks=[Inner()]).train()
+
+
+def test_dynamics_away_from_the_gpu_are_told(tmp_path, monkeypatch):
     from marginops.integrations import transformers as adapter
 
-    class Far(TrainingDynamics):
-        device = torch.device("meta")
-
-    told = []
-    monkeypatch.setattr(adapter._logger, "warning", told.append)
-    trainer(tmp_path, dynamics=TrainingDynamics(SAMPLES))
-    assert told == []
-    dynamics = TrainingDynamics(SAMPLES)
-    dynamics.__class__ = Far
-    trainer(tmp_path, dynamics=dynamics)
-    assert ["cpu, got meta" in each for each in told] == [True]
+    asked = []
+    monkeypatch.setattr(adapter, "warn_of_waiting", lambda *args: asked.append(args))
+    made = trainer(tmp_path)
+    assert asked == [(made.dynamics, made.args.device)]
+    with pytest.warns(UserWarning, match="device of the training, cuda, got cpu"):
+        warn_of_waiting(made.dynamics, torch.device("cuda", 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_waiting(made.dynamics, torch.device("cpu"))

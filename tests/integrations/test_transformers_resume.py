@@ -1,9 +1,15 @@
 """A training with MarginTrainer goes on as if nothing had happened, also on other processes."""
 
+import random
+import re
+
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the extra transformers is not installed")
+
+from transformers import Trainer
 
 from helpers.ranks import Ranks
 from helpers.trainers import (
@@ -12,13 +18,15 @@ from helpers.trainers import (
     arguments,
     joined,
     make,
+    mean_loss,
     network,
+    parameters,
     run,
     run_rank,
     sampler,
     texts,
 )
-from marginops.training import MarginSampler, TrainingDynamics
+from marginops.training import MarginSampler, TrainingDynamics, WeightedSampler
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
 
@@ -180,6 +188,70 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
         resume(tmp_path, "killed/checkpoint-2", share=None)
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*position|weights"):
         resume(tmp_path, "killed/checkpoint-2", share=0.2)
+
+
+def test_a_checkpoint_of_other_data_of_the_same_size_is_refused(tmp_path):
+    def go_on(data, **options):
+        order = sampler()
+        trainer = make(
+            Watched,
+            network(),
+            arguments(tmp_path / "other", **EVERY_STEP),
+            **{"train_dataset": data, "sampler": order, "compute_loss_func": mean_loss, **options},
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "killed/checkpoint-2"))
+        return trainer
+
+    run(tmp_path / "killed", stop=2, **EVERY_STEP)
+    with pytest.raises(
+        ValueError, match=r"expected the fingerprint '32 labels \w{8}' of this"
+    ) as e:
+        go_on(texts(seed=1))
+    of_checkpoint = re.search(r"got '(32 labels \w{8})'", str(e.value)).group(1)
+    assert go_on(texts(seed=1), fingerprint=of_checkpoint).state.global_step == 9
+    with pytest.raises(ValueError, match=r"expected the fingerprint 'texts of today'"):
+        go_on(texts(), fingerprint="texts of today")
+    assert go_on(texts()).state.global_step == 9
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Texts with a word and a label that are drawn anew at each reading, all by other packages."""
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        words = [random.randrange(40), int(np.random.randint(40)), int(torch.randint(40, ()))]
+        return {"input_ids": words, "labels": int(torch.randint(3, ()))}
+
+
+def test_what_is_drawn_at_random_neither_changes_nor_stops_a_training(tmp_path):
+    def train(host, folder, **options):
+        made = make(host, network(), arguments(tmp_path / folder, **EVERY_STEP), None, Noisy())
+        made.train(**options)
+        return made
+
+    plain, ours = train(Trainer, "plain"), train(Watched, "ours")
+    for name, value in parameters(plain).items():
+        torch.testing.assert_close(parameters(ours)[name], value, rtol=0, atol=0)
+    random.seed(9)
+    checkpoint = str(tmp_path / "ours/checkpoint-4")
+    assert train(Watched, "rest", resume_from_checkpoint=checkpoint).state.global_step == 18
+
+
+def test_a_training_without_checkpoint_begins_at_the_first_sample(tmp_path):
+    order = WeightedSampler(torch.ones(SAMPLES))
+    trainer = make(
+        Watched,
+        network(),
+        arguments(tmp_path, **{**EVERY_STEP, "num_train_epochs": 1}),
+        **{"train_dataset": texts(), "sampler": order},
+    )
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(trainer.visited) == 6 + 2
+    trainer.train()
+    assert trainer.visited[8:] == trainer.visited[:6]
 
 
 def test_a_checkpoint_without_our_state_is_refused(tmp_path):
