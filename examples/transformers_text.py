@@ -46,11 +46,10 @@ train, test = [item for place, item in enumerate(items) if place % 5], items[::5
 sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 config = BertConfig(vocab_size=4096, num_attention_heads=2, num_labels=len(classes), **sizes)
 options = {"num_train_epochs": 10, "learning_rate": 5e-3, "per_device_train_batch_size": 32}
-quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 sampler = MarginSampler(TrainingDynamics(len(train)), num_epochs=10)  # marginops
 trainer = MarginTrainer(  # marginops
     BertForSequenceClassification(config),
-    Arguments(tempfile.mkdtemp(), **options, **quiet),
+    Arguments(tempfile.mkdtemp(), report_to="none", disable_tqdm=True, **options),
     train_dataset=train,
     sampler=sampler,  # marginops
     compute_metrics=lambda result: {"accuracy": (result[0].argmax(1) == result[1]).mean()},
