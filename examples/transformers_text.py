@@ -4,7 +4,7 @@
 
 takes half a minute on a CPU and learns of which module a docstring is. For your texts add --data
 with a folder of text files for each class, or a .tab file with three lines of header and then
-class, tab, text, as Orange has 20 Newsgroups. Marked lines are those that an ordinary script lacks.
+class, tab, text. Marked lines are those that an ordinary script lacks.
 """
 
 import argparse
@@ -15,14 +15,14 @@ import zlib
 import scipy.stats
 import torch
 from sklearn import datasets, metrics
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, PrinterCallback
+from transformers import TrainingArguments as Arguments
 
 from marginops.integrations.transformers import MarginTrainer  # marginops
 from marginops.training import MarginSampler, TrainingDynamics  # marginops
 
 
-def read(path):
-    """Pairs of class and text."""
+def pairs_of_class_and_text(path):
     if path is None:
         modules = [(module, vars(module).values()) for module in (metrics, os, scipy.stats, torch)]
         named = {value.__doc__: module.__name__ for module, values in modules for value in values}
@@ -37,26 +37,24 @@ def read(path):
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data", help="a folder with a folder of texts for each class, or a .tab file")
-pairs = [*read(parser.parse_args().data)]
+pairs = [*pairs_of_class_and_text(parser.parse_args().data)]
 classes = sorted({name for name, _ in pairs})
-numbers = [
-    [zlib.crc32(word.lower().encode()) % 4096 for word in text.split() or "-"] for _, text in pairs
-]
+numbers = [[zlib.crc32(word.encode()) % 4096 for word in text.split() or "-"] for _, text in pairs]
 labels = [classes.index(name) for name, _ in pairs]
 items = [{"input_ids": (n * 64)[:64], "labels": y} for n, y in zip(numbers, labels, strict=True)]
 train, test = [item for place, item in enumerate(items) if place % 5], items[::5]
 sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 config = BertConfig(vocab_size=4096, num_attention_heads=2, num_labels=len(classes), **sizes)
 options = {"num_train_epochs": 10, "learning_rate": 5e-3, "per_device_train_batch_size": 32}
-quiet = {"report_to": "none", "disable_tqdm": True, "log_level": "error", "save_strategy": "no"}
 sampler = MarginSampler(TrainingDynamics(len(train)), num_epochs=10)  # marginops
 trainer = MarginTrainer(  # marginops
     BertForSequenceClassification(config),
-    TrainingArguments(tempfile.mkdtemp(), **options, **quiet),
+    Arguments(tempfile.mkdtemp(), report_to="none", disable_tqdm=True, **options),
     train_dataset=train,
     sampler=sampler,  # marginops
     compute_metrics=lambda result: {"accuracy": (result[0].argmax(1) == result[1]).mean()},
 )
+trainer.remove_callback(PrinterCallback)
 trainer.train()
 print(f"10 epochs visited {int(trainer.dynamics.count.sum())} texts; {len(train)} are there.")
 print(f"Test accuracy: {100 * trainer.evaluate(test)['eval_accuracy']:.1f} %.")
