@@ -49,6 +49,8 @@ class MarginCallback(_Callback):  # type: ignore[misc]
         logits: The name of the logits in what ``training_step`` returns. None, if
             ``training_step`` calls ``callback.progress.update(ids, logits, target)`` itself. The
             result has ``mean_loss()``, which then replaces the loss of torch.
+        fingerprint: A text that names the data set. A checkpoint with another one is refused; the
+            number of samples is always compared.
 
     Attributes:
         progress: The :class:`marginops.training.TrainingProgress`, with the dynamics.
@@ -114,10 +116,13 @@ class MarginCallback(_Callback):  # type: ignore[misc]
         target: Place | None = None,
         key: Hashable = "index",
         logits: str | None = "logits",
+        fingerprint: str | None = None,
     ) -> None:
         super().__init__()
         check_selection(select, schedule)
-        self.progress = TrainingProgress(sampler, dynamics=dynamics, recorder=recorder)
+        self.progress = TrainingProgress(
+            sampler, dynamics=dynamics, recorder=recorder, fingerprint=fingerprint
+        )
         self._recorder = recorder
         self._select, self._schedule = select, schedule
         self._options = dict(select_options or {})

@@ -139,6 +139,19 @@ def test_wrong_checkpoint_changes_nothing(tmp_path):
         )
 
 
+def test_a_checkpoint_of_other_data_of_the_same_size_is_refused(tmp_path):
+    keeps = runs.checkpoints(tmp_path, every_n_train_steps=1)
+    first = runs.make_sampler()
+    callback = MarginCallback(first, fingerprint="labels of May")
+    trainer = runs.trainer(tmp_path, callback, keeps, max_epochs=1)
+    runs.fit(trainer, runs.Model(), runs.make_loader(first))
+    second = runs.make_sampler()
+    trainer = runs.trainer(tmp_path, MarginCallback(second, fingerprint="labels of June"))
+    with pytest.raises(ValueError, match="expected the fingerprint 'labels of June'"):
+        runs.fit(trainer, runs.Model(), runs.make_loader(second), ckpt_path=f"{tmp_path}/2.ckpt")
+    assert int(second.dynamics.count.sum()) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
