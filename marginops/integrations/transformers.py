@@ -41,6 +41,8 @@ from ._transformers_loader import labels_checksum, training_loader  # noqa: E402
 
 check_hooks(Trainer)
 
+__all__ = ["MarginTrainer"]
+
 
 class MarginTrainer(Trainer):  # type: ignore[misc]
     r"""A ``transformers.Trainer`` that knows its samples.

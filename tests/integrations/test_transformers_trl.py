@@ -5,25 +5,22 @@ import torch
 
 pytest.importorskip("transformers", reason="the extra transformers is not installed")
 pytest.importorskip("datasets")
-pytest.importorskip("trl", exc_type=ImportError, reason="no TRL for this transformers")
 
 import datasets
-import trl
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from marginops.integrations.transformers import MarginTrainer
 
 
-class MarginSFTTrainer(MarginTrainer, trl.SFTTrainer):
-    """Takes the last token of a text as its class."""
-
-    def logits_and_target(self, inputs, outputs):
-        return outputs.logits[:, -2], inputs["labels"][:, -1]
-
-
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`")
 def test_the_last_token_of_a_text_is_its_class(tmp_path):
+    trl = pytest.importorskip("trl", exc_type=ImportError, reason="no TRL for this transformers")
+
+    class MarginSFTTrainer(MarginTrainer, trl.SFTTrainer):
+        def logits_and_target(self, inputs, outputs):
+            return outputs.logits[:, -2], inputs["labels"][:, -1]
+
     words = {f"w{number}": number for number in range(40)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),

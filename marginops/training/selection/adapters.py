@@ -18,7 +18,7 @@ def _is_adapter(module: Any) -> bool:
     # The class is asked, because modules are slow to say that they lack an attribute.
     if not hasattr(type(module), "get_base_layer") or not isinstance(module, nn.Module):
         return False
-    return isinstance(module._modules.get("base_layer"), nn.Linear)
+    return isinstance(getattr(module, "base_layer", None), nn.Linear)
 
 
 def hidden_layers(modules: Iterable[nn.Module]) -> set[nn.Module]:
@@ -31,9 +31,9 @@ def hidden_layers(modules: Iterable[nn.Module]) -> set[nn.Module]:
             is_inside = bool(module.merged) and not is_adapted_linear(module)
             hidden.remove(module.get_submodule("base_layer") if is_inside else module)
         # A copy that is trained stands beside the original layer (modules_to_save of PEFT).
-        original = module._modules.get("original_module")
-        copies = None if original is None else module._modules.get("modules_to_save")
-        if original is not None and isinstance(copies, nn.ModuleDict):
+        original = getattr(module, "original_module", None)
+        copies = None if original is None else getattr(module, "modules_to_save", None)
+        if isinstance(original, nn.Module) and isinstance(copies, nn.ModuleDict):
             called = _called_layer(module, original, copies)
             for layer in (original, *copies.values()):
                 if layer is not called:
