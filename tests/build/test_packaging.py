@@ -149,7 +149,7 @@ def test_metadata_names_requirements_and_extras(metadata: Message) -> None:
     runtime = {text for text in required if "extra ==" not in text}
     assert runtime == {"torch>=2.11", "numpy", "ninja", "pybind11"}
     extras = {"metrics", "homogeneity", "tables", "report", "transformers", "lightning", "demo"}
-    extras |= {"bench", "test", "docs", "dev"}
+    extras |= {"score", "ray", "bench", "test", "docs", "dev"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
     assert metadata["Version"] == marginops.__version__
     assert metadata["Requires-Python"] == ">=3.10"

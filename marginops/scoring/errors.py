@@ -1,0 +1,9 @@
+"""The two errors of a scoring run that are no wrong argument."""
+
+
+class DataError(ValueError):
+    """The data, the head or the folder of a run is at fault. The message names the file."""
+
+
+class OutputError(OSError):
+    """The folder of a run cannot be written. What was finished before stays."""
