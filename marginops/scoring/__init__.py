@@ -18,6 +18,7 @@ from .reductions.label_issues import SuspiciousLabels
 from .reductions.moments import Moments
 from .reductions.per_class import SmallestPerClass
 from .reductions.smallest import Smallest
+from .result import ScoringResult, read_result
 from .scored import ScoredBatch
 
 __all__ = [
@@ -29,10 +30,12 @@ __all__ = [
     "Reduction",
     "RunFolder",
     "ScoredBatch",
+    "ScoringResult",
     "Smallest",
     "SmallestPerClass",
     "SuspiciousLabels",
     "Task",
     "finish",
     "make_plan",
+    "read_result",
 ]
