@@ -33,7 +33,9 @@ def read_with_one_thread(arguments: Arguments) -> None:
 
 def _read(files: list[str], part: int = 0, parts: int = 1) -> None:
     pa.set_cpu_count(1)
-    groups = [(path, group) for path in files for group in range(pq.read_metadata(path).num_row_groups)]
+    groups = [
+        (path, group) for path in files for group in range(pq.read_metadata(path).num_row_groups)
+    ]
     for path, group in groups[part::parts]:
         batches = pq.ParquetFile(path).iter_batches(
             65_536, row_groups=[group], columns=COLUMNS, use_threads=False

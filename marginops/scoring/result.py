@@ -159,8 +159,8 @@ class ScoringResult:
             )
         if column.null_count:
             raise DataError(
-                f'index: expected an id for each kept row with "id", got {column.null_count:,} rows '
-                'without; read the result with index="row"'
+                f'index: expected an id for each kept row with "id", got {column.null_count:,} '
+                'rows without; read the result with index="row"'
             )
         try:
             return torch.from_numpy(column.cast(pa.int64()).to_numpy().copy())
