@@ -1,5 +1,6 @@
 """Run a command, and measure its time and the memory of all its processes."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -105,7 +106,5 @@ def run_measured(
 
 
 def _kill(group: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
