@@ -3,66 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import DataError
+from .storage import open_input
 
 if TYPE_CHECKING:
     from .plan import Task
 
-# Columns of a row group are read through buffers of this size. Without it pyarrow loads whole column
+# A column of a row group is read through a buffer of this size. Otherwise pyarrow loads whole column
 # chunks, which may be larger than the memory.
 _BUFFER_BYTES = 1 << 20
 
 
 def read_task(
-    task: Task, columns: Sequence[str], batch_rows: int = 65536
+    task: Task,
+    columns: Sequence[str],
+    batch_rows: int = 65536,
+    num_bytes: int | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a task in batches of at most ``batch_rows`` rows.
 
-    A row group is never in memory as a whole: the peak is a few batches and a page of each column.
+    A row group is never in memory as a whole. The peak is a batch, and a page of each column.
 
     Args:
-        task: The row groups of a file.
+        task: Row groups of a file.
         columns: The columns to read.
-        batch_rows: The longest batch.
+        batch_rows: The rows of the longest batch.
+        num_bytes: The size that the file must have; None for any.
 
     Raises:
-        DataError: The file cannot be read, or is not the one that the plan saw. The message names
-            the file and the row group.
+        DataError: The file cannot be read, or it is not the one that the plan saw. The message
+            names the file and the row group.
     """
-    with _open(task) as file:
-        _check_rows(task, file)
+    with _open(task, num_bytes) as file:
         for group in task.row_groups:
             yield from _read_group(task.path, file, group, columns, batch_rows)
 
 
-def _open(task: Task) -> pq.ParquetFile:
+@contextmanager
+def _open(task: Task, num_bytes: int | None = None) -> Iterator[pq.ParquetFile]:
     try:
-        return pq.ParquetFile(
-            task.path,
-            pre_buffer=False,
-            buffer_size=_BUFFER_BYTES,
-            page_checksum_verification=True,
+        source = open_input(task.path)
+        size = source.size()
+        file = pq.ParquetFile(
+            source, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
         )
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"{task.path}: expected the Parquet file of the plan, got an error: {_line(error)}; "
-            "write the file anew, or leave it out and take another output folder"
+            f"{task.path}: expected the Parquet file that was there at the start of the run, got "
+            f"an error: {_line(error)}; put it back, and run again"
         ) from error
+    with source, file:
+        _check_unchanged(task, file.metadata, size, num_bytes)
+        yield file
 
 
-def _check_rows(task: Task, file: pq.ParquetFile) -> None:
-    metadata = file.metadata
-    groups = metadata.num_row_groups
-    rows = sum(metadata.row_group(group).num_rows for group in task.row_groups if group < groups)
-    if rows != task.num_rows:
+def _check_unchanged(
+    task: Task, metadata: pq.FileMetaData, size: int, num_bytes: int | None
+) -> None:
+    groups = [group for group in task.row_groups if group < metadata.num_row_groups]
+    rows = sum(metadata.row_group(group).num_rows for group in groups)
+    expected, found = f"{task.num_rows:,} rows", f"{rows:,}"
+    if num_bytes is not None:
+        expected, found = f"{expected} in a file of {num_bytes:,} bytes", f"{found} in {size:,}"
+    if rows != task.num_rows or num_bytes not in (None, size):
         raise DataError(
-            f"{task.path}: expected {task.num_rows:,} rows in {_groups(task)} as at the start of "
-            f"the run, got {rows:,}; do not change files during a run"
+            f"{task.path}, {_groups(task)}: expected {expected} as at the start of the run, got "
+            f"{found}; leave files unchanged during a run, and run again in a new folder"
         )
 
 
