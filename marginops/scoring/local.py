@@ -133,15 +133,27 @@ def _hand_out(job: Job, tasks: Sequence[Task], count: int, progress: Progress | 
         raise failure
 
 
+def _pickled(job: Job) -> bytes:
+    try:
+        return pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            "scorer: expected functions that other processes can import, got an error: "
+            f"{error}; use functions of a module, or workers=1"
+        ) from error
+
+
 class _Workers:
     """Worker processes, seen from the process that hands out tasks."""
 
     def __init__(self, job: Job, count: int) -> None:
-        pickled = pickle.dumps(job)
+        pickled = _pickled(job)
         setup = spawn.get_preparation_data("marginops-worker")
         if b"__main__" not in pickled:
             # The job has nothing of the user's script, so the workers need not import it.
             setup = {name: value for name, value in setup.items() if "init_main" not in name}
+        setup["authkey"] = bytes(setup["authkey"])
+        content = pickle.dumps((setup, _first_gpu(count), pickled))
         pairs = [multiprocessing.Pipe() for _ in range(count + 1)]
         self._control, *self.connections = [ours for ours, _ in pairs]
         ends = [theirs.fileno() for _, theirs in pairs]
@@ -154,8 +166,9 @@ class _Workers:
         )
         for _, theirs in pairs:
             theirs.close()
+        assert self._server.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._server.stdin as stdin:
-            stdin.write(pickle.dumps((setup, _first_gpu(count), pickled)))
+            stdin.write(content)
 
     def receive(self, connection: Connection, task: Task | None) -> tuple[str, Any]:
         """The next message of a worker: its kind, and its content."""
