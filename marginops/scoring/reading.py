@@ -15,7 +15,7 @@ from .storage import open_input
 if TYPE_CHECKING:
     from .plan import Task
 
-# Each column is read through a buffer of this size. Otherwise pyarrow loads the whole column of a row
+# Columns are read through buffers of this size. Otherwise pyarrow loads the whole column of a row
 # group, which may be larger than the memory.
 _BUFFER_BYTES = 1 << 20
 
@@ -73,8 +73,8 @@ def _check_unchanged(
         expected, found = f"{expected} in a file of {num_bytes:,} bytes", f"{found} in {size:,}"
     if rows != task.num_rows or num_bytes not in (None, size):
         raise DataError(
-            f"{task.path}, {row_groups_text(task)}: expected {expected} as at the start of the run, "
-            f"got {found}; leave files unchanged during a run, and run again in a new folder"
+            f"{task.path}, {row_groups_text(task)}: expected {expected} as at the start of the "
+            f"run, got {found}; leave files unchanged during a run, and run again in a new folder"
         )
 
 
