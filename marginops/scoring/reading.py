@@ -119,15 +119,16 @@ def rebatch(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordB
         yield _join(held)
 
 
-def row_group_of(task: Task, row: int) -> int:
-    """The row group in which row ``row`` of all files lies. It opens the file."""
-    first_row = task.first_row
+def row_group_of(task: Task, row: int) -> tuple[int, int]:
+    """The row group of row ``row`` of all files, and its first row. It opens the file."""
     with _open(task) as file:
+        first_row = task.first_row
         for group in task.row_groups:
-            first_row += file.metadata.row_group(group).num_rows
-            if row < first_row:
+            end = first_row + file.metadata.row_group(group).num_rows
+            if row < end:
                 break
-    return group
+            first_row = end
+    return group, first_row
 
 
 def _join(batches: list[pa.RecordBatch]) -> pa.RecordBatch:

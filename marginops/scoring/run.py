@@ -121,20 +121,25 @@ def make_job(
     task_rows: int = 262144,
 ) -> Job:
     """Plan a run and open its folder. Arguments and errors are those of :func:`score_files`."""
+    has_target = scorer.target is not None
+    names = [getattr(reduction, "name", None) for reduction in reductions]
     for reduction in reductions:
         if not isinstance(reduction, Reduction):
             raise TypeError(
                 f"reductions: expected a list of reductions, got {type(reduction).__name__} in it; "
                 "pass objects such as Smallest(1000)"
             )
-    names = [reduction.name for reduction in reductions]
-    for name in names:
-        if names.count(name) > 1:
+        name = type(reduction).__name__
+        if names.count(reduction.name) > 1:
             raise ValueError(
-                f'reductions: expected each kind once, got "{name}" {names.count(name)} times; '
-                "make another run into another folder for the other one"
+                f"reductions: expected each kind once, got {name} {names.count(reduction.name)} "
+                "times; make another run into another folder for the other one"
             )
-    has_target = scorer.target is not None
+        if reduction.needs_target and not has_target:
+            raise ValueError(
+                f"reductions: expected a scorer with labels for {name}, got one without; pass the "
+                "name of their column as target"
+            )
     reductions = [item.resolved(scorer.statistics[0], has_target=has_target) for item in reductions]
     wanted = [name for reduction in reductions for name in reduction.statistics]
     scorer = scorer.with_statistics(wanted)
