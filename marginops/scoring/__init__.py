@@ -19,7 +19,9 @@ from .reductions.moments import Moments
 from .reductions.per_class import SmallestPerClass
 from .reductions.smallest import Smallest
 from .result import ScoringResult, read_result
+from .run import score_files
 from .scored import ScoredBatch
+from .scorer import Scorer
 
 __all__ = [
     "DataError",
@@ -30,6 +32,7 @@ __all__ = [
     "Reduction",
     "RunFolder",
     "ScoredBatch",
+    "Scorer",
     "ScoringResult",
     "Smallest",
     "SmallestPerClass",
@@ -38,4 +41,5 @@ __all__ = [
     "finish",
     "make_plan",
     "read_result",
+    "score_files",
 ]
