@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,19 +42,20 @@ def draw(summary: Mapping[str, Any], bins: pa.Table, subtitle: str) -> Figure:
     )
     panels = figure.subplots(1, 2 if pairs else 1, squeeze=False)[0]
     _draw_scores(panels[0], summary, bins)
-    if pairs:
-        _draw_pairs(panels[1], pairs, issues["misclassified"])
     for axes in panels:
         axes.grid(color="#E5E5E5")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    if pairs:
+        _draw_pairs(panels[1], pairs, issues["misclassified"])
+        panels[1].grid(visible=False, axis="y")
     return figure
 
 
 def _draw_scores(axes: Any, summary: Mapping[str, Any], bins: pa.Table) -> None:
     by = summary["margins"]["by"]
     axes.set(title=f"Distribution of {by}", xlabel=by, ylabel="share of the rows")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.xaxis.set_major_locator(MaxNLocator(7))
     if not bins.num_rows:
         axes.annotate("no row has a score", (0.5, 0.5), xycoords="axes fraction", ha="center")
@@ -66,7 +67,8 @@ def _draw_scores(axes: Any, summary: Mapping[str, Any], bins: pa.Table) -> None:
         axes.axvline(0, color="black", linewidth=1)
         axes.set_xlabel("margin (below 0: misclassified)")
     _draw_threshold(axes, summary, edges)
-    axes.set_xlim(edges[0], edges[-1])
+    # The upper part holds the legend.
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.2 * shares.max()))
 
 
 def _draw_threshold(axes: Any, summary: Mapping[str, Any], edges: _Floats) -> None:
@@ -99,6 +101,7 @@ def _draw_pairs(axes: Any, pairs: list[Mapping[str, Any]], misclassified: int) -
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set(
         title=f"Most confused classes among {misclassified:,} misclassified rows",
         xlabel="rows",
