@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,50 +23,67 @@ class Progress:
     Attributes:
         rows: The rows that this process scored, without those of earlier runs.
         bytes: The bytes of the columns that it read.
-        seconds: The seconds since the start.
     """
 
-    def __init__(self, total: int, finished: int, *, quiet: bool) -> None:
+    def __init__(self, num_processes: int, *, quiet: bool) -> None:
+        """Make a progress, whose clock does not run yet.
+
+        Args:
+            num_processes: The number of processes of torchrun, which share the rows.
+            quiet: Show nothing.
+        """
+        self.rows = self.bytes = 0
+        self._num_processes, self._quiet = num_processes, quiet
+        self._start = self._shown = time.monotonic()
+        self._total = self._finished = 0
+        self._bar: Any = None
+
+    def start(self, total: int, finished: int) -> None:
         """Start the clock.
 
         Args:
             total: The number of rows of the run.
             finished: The number of rows that earlier runs scored.
-            quiet: Show nothing.
         """
-        self.rows = self.bytes = 0
-        self._total, self._finished = total, finished
         self._start = self._shown = time.monotonic()
-        on_terminal = sys.stderr.isatty()
-        self._prints = not quiet and not on_terminal
+        # Processes take tasks in turn, so the shares are about equal.
+        self._total = finished + (total - finished) // self._num_processes
+        self._finished = finished
+        if finished and not self._quiet:
+            console.fail(f"resumed: {finished:,} of {total:,} rows are scored already")
         self._bar = tqdm(
-            total=total,
+            total=self._total,
             initial=finished,
             unit=" rows",
             unit_scale=True,
             smoothing=0,
             dynamic_ncols=True,
-            disable=quiet or not on_terminal,
+            disable=self._quiet or not sys.stderr.isatty(),
             bar_format="{percentage:3.0f}%|{bar}| " + _NUMBERS,
         )
 
     @property
     def seconds(self) -> float:
+        """The seconds since the start."""
         return time.monotonic() - self._start
 
     def __call__(self, rows: int, num_bytes: int) -> None:
         """Add rows that are scored, and the bytes that were read for them."""
         self.rows += rows
         self.bytes += num_bytes
-        self._bar.set_postfix_str(self._byte_rate(), refresh=False)
-        self._bar.update(rows)
-        if self._prints and time.monotonic() - self._shown >= _INTERVAL:
+        if self._quiet:
+            return
+        if not self._bar.disable:
+            self._bar.set_postfix_str(self._byte_rate(), refresh=False)
+            self._bar.update(rows)
+        elif time.monotonic() - self._shown >= _INTERVAL:
             self._shown = time.monotonic()
             console.fail(self._line())
 
     def close(self) -> None:
-        """Leave the bar as it is, and continue on a new line."""
-        self._bar.close()
+        """Leave the bar as it is, and go to a new line."""
+        if self._bar is not None:
+            self._bar.close()
 
     def _line(self) -> str:
         return str(
