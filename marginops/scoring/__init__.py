@@ -18,6 +18,7 @@ from .reductions.label_issues import SuspiciousLabels
 from .reductions.moments import Moments
 from .reductions.per_class import SmallestPerClass
 from .reductions.smallest import Smallest
+from .run import score_files
 from .scored import ScoredBatch
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "Task",
     "finish",
     "make_plan",
+    "score_files",
 ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
-import re
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,10 +17,10 @@ from ..options import UsageError, is_place
 from ..preparation import check_device, check_packages
 from .arguments import check
 
-if TYPE_CHECKING:
-    from ...scoring import Reduction, Scorer
-
 _PACKAGES = ("pyarrow", "torchmetrics", "matplotlib", "fsspec", "safetensors", "tqdm")
+_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"))
+# Seconds between two looks for the results of the other processes.
+_PATIENCE = 0.5
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,17 +69,20 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
 
     from ...scoring import score_files
+    from .building import make_reductions, make_scorer
     from .progress import Progress
+    from .results import tell
 
-    scorer = _scorer(options)
-    rank, num_processes = _rank(), _num_processes()
+    scorer = make_scorer(options)
+    # torchrun sets these variables.
+    rank, num_processes = (int(os.environ.get(*name)) for name in _TORCHRUN)
     progress = Progress(num_processes, quiet=options.quiet or rank != 0)
     try:
         summary = score_files(
             options.files,
             scorer,
             options.output,
-            reductions=_reductions(options, scorer),
+            reductions=make_reductions(options, scorer),
             scores=options.scores,
             workers=options.workers,
             engine=options.engine,
@@ -91,5 +94,69 @@ def _run(options: argparse.Namespace) -> int:
         progress.close()
     if rank != 0:
         return 0
-    if summary is None:
-        _wait(options)
+    return tell(options, scorer, summary or _wait_for_others(options), progress)
+
+
+def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("address", "num_gpus") if options.engine == "ray" else ()
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _wait_for_others(options: argparse.Namespace) -> dict[str, Any]:
+    """Wait until the process of torchrun that ends last has merged the results."""
+    from ...scoring.storage import Storage
+
+    if not options.quiet:
+        console.fail("waiting for the other processes")
+    storage = Storage(options.output)
+    while (content := storage.read("summary.json")) is None:
+        time.sleep(_PATIENCE)
+    return json.loads(content)
+
+
+def _check_json(options: argparse.Namespace) -> None:
+    if options.json is not None:
+        try:
+            output.check(options.json)
+        except output.OutputError as error:
+            raise UsageError(f"--json: {error}") from error
+
+
+@contextlib.contextmanager
+def _users_function(
+    options: argparse.Namespace, passing: tuple[type[Exception], ...]
+) -> Iterator[None]:
+    """Tell errors of the function that an option names."""
+    for name in ("head", "model"):
+        place = getattr(options, name)
+        if place is not None and is_place(place):
+            with functions.told(f"--{name}", place, passing):
+                yield
+            return
+    yield
+
+
+@contextlib.contextmanager
+def _arguments(options: argparse.Namespace) -> Iterator[None]:
+    """Tell errors about arguments as errors about options."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if _with_option(str(error), options) == str(error):
+            raise
+        raise UsageError(str(error)) from error
+
+
+def _with_option(message: str, options: argparse.Namespace) -> str:
+    """A message that names the option instead of the argument."""
+    name, found, rest = message.partition(": expected ")
+    if not found or name not in vars(options) or name == "files":
+        return message
+    rest = rest.replace("layer=", "--layer")
+    return f"--{name.replace('_', '-')}: expected {rest}"
+
+
+def _fail(message: str, status: int) -> int:
+    console.fail(f"marginops score: {message}")
+    return status
+

@@ -1,0 +1,148 @@
+"""The rows of a task: streamed out of its row groups, cut into batches of a fixed length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import DataError
+from .storage import open_input
+
+if TYPE_CHECKING:
+    from .plan import Task
+
+# Columns are read through buffers of this size. Otherwise pyarrow loads the whole column of a row
+# group, which may be larger than the memory.
+_BUFFER_BYTES = 1 << 20
+
+
+def read_task(
+    task: Task,
+    columns: Sequence[str],
+    batch_rows: int = 65536,
+    num_bytes: int | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a task in batches of at most ``batch_rows`` rows.
+
+    A row group is never in memory as a whole. The peak is a batch, and a page of each column.
+
+    Args:
+        task: Row groups of a file.
+        columns: The columns to read.
+        batch_rows: The rows of the longest batch.
+        num_bytes: The size that the file must have; None for any.
+
+    Raises:
+        DataError: The file cannot be read, or it is not the one that the plan saw. The message
+            names the file and the row group.
+    """
+    with _open(task, num_bytes) as file:
+        for group in task.row_groups:
+            yield from _read_group(task.path, file, group, columns, batch_rows)
+
+
+@contextmanager
+def _open(task: Task, num_bytes: int | None = None) -> Iterator[pq.ParquetFile]:
+    try:
+        source = open_input(task.path)
+        size = source.size()
+        file = pq.ParquetFile(
+            source, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+        )
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{task.path}: expected the Parquet file that was there at the start of the run, got "
+            f"an error: {_line(error)}; put it back, and run again"
+        ) from error
+    with source, file:
+        _check_unchanged(task, file.metadata, size, num_bytes)
+        yield file
+
+
+def _check_unchanged(
+    task: Task, metadata: pq.FileMetaData, size: int, num_bytes: int | None
+) -> None:
+    groups = [group for group in task.row_groups if group < metadata.num_row_groups]
+    rows = sum(metadata.row_group(group).num_rows for group in groups)
+    expected, found = f"{task.num_rows:,} rows", f"{rows:,}"
+    if num_bytes is not None:
+        expected, found = f"{expected} in a file of {num_bytes:,} bytes", f"{found} in {size:,}"
+    if rows != task.num_rows or num_bytes not in (None, size):
+        raise DataError(
+            f"{task.path}, {row_groups_text(task)}: expected {expected} as at the start of the "
+            f"run, got {found}; leave files unchanged during a run, and run again in a new folder"
+        )
+
+
+def _read_group(
+    path: str, file: pq.ParquetFile, group: int, columns: Sequence[str], batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    expected, rows = file.metadata.row_group(group).num_rows, 0
+    try:
+        for batch in file.iter_batches(batch_rows, [group], columns, use_threads=False):
+            rows += len(batch)
+            yield batch
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{path}, row group {group}: expected {expected:,} rows, got an error after row "
+            f"{rows:,}: {_line(error)}; write the file anew"
+        ) from error
+    if rows != expected:
+        raise DataError(
+            f"{path}, row group {group}: expected {expected:,} rows, got {rows:,}; "
+            "write the file anew"
+        )
+
+
+def rebatch(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield the same rows in batches of exactly ``rows`` rows; the last may be shorter.
+
+    A batch that lies within an incoming one is a slice of it. Others are copied together.
+    """
+    held: list[pa.RecordBatch] = []
+    held_rows = 0
+    for batch in batches:
+        start = 0
+        while start < len(batch):
+            piece = batch.slice(start, rows - held_rows)
+            start += len(piece)
+            held_rows += len(piece)
+            held.append(piece)
+            if held_rows == rows:
+                yield _join(held)
+                held, held_rows = [], 0
+    if held:
+        yield _join(held)
+
+
+def row_group_of(task: Task, row: int) -> tuple[int, int]:
+    """The row group of row ``row`` of all files, and its first row. It opens the file."""
+    with _open(task) as file:
+        first_row = task.first_row
+        for group in task.row_groups:
+            end = first_row + file.metadata.row_group(group).num_rows
+            if row < end:
+                break
+            first_row = end
+    return group, first_row
+
+
+def _join(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    if len(batches) == 1:
+        return batches[0]
+    (joined,) = pa.Table.from_batches(batches).combine_chunks().to_batches()
+    return joined
+
+
+def row_groups_text(task: Task) -> str:
+    """The row groups of a task, for an error."""
+    first, last = task.row_groups[0], task.row_groups[-1]
+    return f"row group {first}" if first == last else f"row groups {first} to {last}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
