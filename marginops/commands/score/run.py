@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     except UsageError as error:
         return _fail(str(error), 2)
 
-    from ...scoring import DataError, OutputError, WorkerError
+    from ...scoring import DataError, OutputError
+    from ...scoring.local import WorkerError
 
     options = argparse.Namespace(**vars(arguments))
     try:
