@@ -20,6 +20,10 @@ _BARS = 80
 _PAIRS = 12
 # The share of the rows at each end that the histogram may leave out.
 _TAIL = 0.002
+# The room beyond the score of the last selected row, as a share of the width.
+_ROOM = 0.08
+# Scores that are all equal get an axis nevertheless.
+_NARROWEST = 1e-6
 
 _Floats = npt.NDArray[np.float64]
 
@@ -32,8 +36,8 @@ def draw(summary: Mapping[str, Any], bins: pa.Table, subtitle: str) -> Figure:
         bins: The content of ``margins.parquet``.
         subtitle: The files and the head.
     """
-    issues = summary.get("label_issues")
-    pairs = issues["most_confused"][:_PAIRS] if issues else []
+    issues = summary.get("label_issues", {"most_confused": []})
+    pairs = issues["most_confused"][:_PAIRS]
     figure = Figure(figsize=(13 if pairs else 8, 5), layout="constrained")
     figure.suptitle(
         f"Scores of {summary['rows']['rows']:,} rows\n"
@@ -60,29 +64,31 @@ def _draw_scores(axes: Any, summary: Mapping[str, Any], bins: pa.Table) -> None:
     if not bins.num_rows:
         axes.annotate("no row has a score", (0.5, 0.5), xycoords="axes fraction", ha="center")
         return
-    edges, shares = _histogram(bins, summary["selection"] if "selection" in summary else None)
+    threshold = _threshold(summary)
+    edges, shares = _histogram(bins, threshold)
     axes.stairs(shares, edges, fill=True, color=_BLUE, alpha=0.35)
     axes.stairs(shares, edges, color=_BLUE, linewidth=1.5)
     if by == "margin" and edges[0] < 0 < edges[-1]:
         axes.axvline(0, color="black", linewidth=1)
         axes.set_xlabel("margin (below 0: misclassified)")
-    _draw_threshold(axes, summary, edges)
+    if threshold is not None:
+        _draw_selection(axes, summary["selection"], edges)
     # The upper part holds the legend.
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.2 * shares.max()))
 
 
-def _draw_threshold(axes: Any, summary: Mapping[str, Any], edges: _Floats) -> None:
-    """Draw the range of the selected scores, if the distribution is that of these scores."""
+def _threshold(summary: Mapping[str, Any]) -> float | None:
+    """The score of the last selected row, if the distribution is that of these scores."""
     selection = summary.get("selection")
     if selection is None or selection["by"] != summary["margins"]["by"]:
-        return
-    threshold = selection["last_score"]
-    if threshold is None or not edges[0] <= threshold <= edges[-1]:
-        return
-    is_largest = selection["largest"]
-    axes.axvspan(
-        threshold, edges[-1] if is_largest else edges[0], color=_VERMILION, alpha=0.12, linewidth=0
-    )
+        return None
+    return selection["last_score"]
+
+
+def _draw_selection(axes: Any, selection: Mapping[str, Any], edges: _Floats) -> None:
+    threshold, is_largest = selection["last_score"], selection["largest"]
+    end = edges[-1] if is_largest else edges[0]
+    axes.axvspan(threshold, end, color=_VERMILION, alpha=0.12, linewidth=0)
     axes.axvline(
         threshold,
         color=_VERMILION,
@@ -109,19 +115,26 @@ def _draw_pairs(axes: Any, pairs: list[Mapping[str, Any]], misclassified: int) -
     )
 
 
-def _histogram(bins: pa.Table, selection: Mapping[str, Any] | None) -> tuple[_Floats, _Floats]:
-    """Bars of equal width from bins of any width, whose rows spread evenly over them."""
+def _histogram(bins: pa.Table, threshold: float | None) -> tuple[_Floats, _Floats]:
+    """Bars of equal width from bins of any width, whose rows spread evenly over them.
+
+    Returns:
+        The edges ``[B + 1]`` of the bars and the share ``[B]`` of the rows in each.
+    """
     lower, upper, count = (bins[name].to_numpy() for name in ("lower", "upper", "count"))
     is_finite = np.isfinite(lower) & np.isfinite(upper)
     lower, upper, count = lower[is_finite], upper[is_finite], count[is_finite]
-    after = np.cumsum(count) / count.sum()
-    places = np.stack([lower, upper], 1).ravel()
-    below = np.stack([after - count / count.sum(), after], 1).ravel()
+    share = count / count.sum()
+    after = np.cumsum(share)
     first = lower[np.searchsorted(after, _TAIL)]
     last = upper[min(np.searchsorted(after, 1 - _TAIL), len(upper) - 1)]
-    threshold = selection["last_score"] if selection else None
     if threshold is not None:
-        # A small selection lies in the tail.
-        first, last = min(first, threshold), max(last, threshold)
+        # A small selection lies in the tail. It gets some room.
+        room = _ROOM * (last - first)
+        first = min(first, max(threshold - room, lower[0]))
+        last = max(last, min(threshold + room, upper[-1]))
+    if last - first < _NARROWEST:
+        first, last = first - _NARROWEST, last + _NARROWEST
     edges = np.linspace(first, last, _BARS + 1)
-    return edges, np.diff(np.interp(edges, places, below))
+    below = np.stack([after - share, after], 1).ravel()
+    return edges, np.diff(np.interp(edges, np.stack([lower, upper], 1).ravel(), below))

@@ -37,13 +37,13 @@ def tell(
     if progress.rows:
         console.say(f"{speed(progress.rows, progress.bytes, seconds)}\n")
     storage = Storage(options.output)
-    written = list(_written(storage, summary, options.scores))
+    written = [f"{options.output}/{name}" for name in _names(summary, options.scores)]
     failed = []
     try:
         storage.write(_FIGURE, _figure(storage, summary, options))
-        written.append(storage.full_name(_FIGURE))
+        written.append(f"{options.output}/{_FIGURE}")
     except Exception as error:
-        failed.append(f"{storage.full_name(_FIGURE)} cannot be written: {_reason(error)}")
+        failed.append(f"{options.output}/{_FIGURE} cannot be written: {_reason(error)}")
     if options.json is not None:
         report = _report(options, scorer, summary, progress, seconds)
         try:
@@ -57,12 +57,13 @@ def tell(
     return 1 if failed else 0
 
 
-def _written(storage: Storage, summary: Mapping[str, Any], scores: bool) -> Iterator[str]:
+def _names(summary: Mapping[str, Any], scores: bool) -> Iterator[str]:
+    """The files of the run, but for the figure."""
     names = ("selection", "selection_per_class", "label_issues", "moments", "margins")
-    yield from (storage.full_name(f"{name}.parquet") for name in names if name in summary)
+    yield from (f"{name}.parquet" for name in names if name in summary)
     if scores:
-        yield f"{storage.full_name('scores/part-*.parquet')} ({summary['tasks']:,} files)"
-    yield storage.full_name("summary.json")
+        yield f"scores/part-*.parquet ({summary['tasks']:,} files)"
+    yield "summary.json"
 
 
 def _figure(storage: Storage, summary: Mapping[str, Any], options: argparse.Namespace) -> bytes:

@@ -160,4 +160,3 @@ def _with_option(message: str, options: argparse.Namespace) -> str:
 def _fail(message: str, status: int) -> int:
     console.fail(f"marginops score: {message}")
     return status
-
