@@ -52,9 +52,18 @@ def read_result(
         ValueError: ``index`` or ``selection`` is none of the names.
 
     Example:
-        >>> from marginops.scoring import read_result
-        >>> result = read_result("scores")  # doctest: +SKIP
-        >>> subset = torch.utils.data.Subset(dataset, result.indices)  # doctest: +SKIP
+        >>> import tempfile
+        >>> import pyarrow as pa
+        >>> from pyarrow.parquet import write_table
+        >>> from marginops.scoring import Scorer, Smallest, read_result, score_files
+        >>> folder = tempfile.mkdtemp()
+        >>> logits = pa.array([[3.0, 0.0], [0.1, 0.0], [0.0, 2.0]], pa.list_(pa.float32(), 2))
+        >>> write_table(pa.table({"logits": logits}), f"{folder}/data.parquet")
+        >>> scorer = Scorer(column="logits")
+        >>> _ = score_files(folder, scorer, f"{folder}/run", reductions=[Smallest(2)], workers=1)
+        >>> result = read_result(f"{folder}/run")
+        >>> result.indices, result.weights()
+        (tensor([1, 2]), tensor([0., 1., 1.]))
     """
     checks.check_choice("index", index, ("row", "id"))
     if selection is not None:
