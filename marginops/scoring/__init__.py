@@ -1,5 +1,13 @@
 """Scores of data sets that do not fit into memory: rows of Parquet files, task by task."""
 
+try:
+    import pyarrow as _  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "pyarrow":
+        raise
+    hint = 'run pip install "marginops[score]"'
+    raise ImportError(f"marginops.scoring needs pyarrow; {hint}", name=error.name) from error
+
 from .errors import DataError, OutputError
 from .reductions.base import Reduction
 from .reductions.distribution import Margins
@@ -8,6 +16,7 @@ from .reductions.moments import Moments
 from .reductions.per_class import SmallestPerClass
 from .reductions.smallest import Smallest
 from .scored import ScoredBatch
+from .scorer import Scorer
 
 __all__ = [
     "DataError",
@@ -16,6 +25,7 @@ __all__ = [
     "OutputError",
     "Reduction",
     "ScoredBatch",
+    "Scorer",
     "Smallest",
     "SmallestPerClass",
     "SuspiciousLabels",

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.scored_rows import ScoredRows, arrow_bytes, merged, reduced, task_states
+from helpers.scored_rows import (
+    ScoredRows,
+    arrow_bytes,
+    merged,
+    reduced,
+    rows_of_logits,
+    task_states,
+)
 from marginops.metrics import MarginDistribution
 from marginops.scoring import Margins
 
@@ -162,8 +169,18 @@ def test_default_statistic(default, has_target, statistic):
     assert named.statistics == ("minimal_margin",)
 
 
+def test_other_scores_of_rows_without_a_label_count_as_ignored():
+    """Their loss is 0, and not infinite as their margin is."""
+    rows = rows_of_logits(torch.randn(6, 3), torch.tensor([0, -100, 2, -100, 1, 1]))
+    assert rows.values["loss"][1] == 0
+    summary = reduced(Margins("loss"), rows, [2, 3]).summary()
+    assert (summary["count"], summary["ignored"], summary["left_out"]) == (4, 2, 0)
+    loss = rows.values["loss"][rows.target != -100]
+    assert summary["minimum"] == loss.min() and summary["maximum"] == loss.max()
+
+
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r'^by: expected "margin", .*, got \'loss\'$'):
-        Margins("loss")
+    with pytest.raises(ValueError, match=r'^by: expected "margin", .*, got \'correct\'$'):
+        Margins("correct")
     with pytest.raises(TypeError, match=r"^by: expected the name of a statistic or None, got int"):
         Margins(1)
