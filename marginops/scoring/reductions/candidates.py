@@ -108,11 +108,15 @@ class Candidates:
         limits = self._limits_of(groups)
         keep = keys <= limits
         if groups is None:
-            groups = np.zeros(len(keys), dtype=np.int64)
-        count = np.bincount(groups[keep], minlength=self.num_groups)
+            count = np.array([np.count_nonzero(keep)])
+            is_tied = keys == limits
+        else:
+            count = np.bincount(groups[keep], minlength=self.num_groups)
+            is_tied = (keys == limits) & (count > self.k)[groups]
         if (count > self.k).any():
-            tied = np.flatnonzero((keys == limits) & (count > self.k)[groups])
-            keep[self._late_ties(table, tied, groups[tied], count)] = False
+            tied = np.flatnonzero(is_tied)
+            own_groups = np.zeros_like(tied) if groups is None else groups[tied]
+            keep[self._late_ties(table, tied, own_groups, count)] = False
         self._table = one_piece(table.filter(pa.array(keep)))
         self._num_compact = self._table.num_rows
 
