@@ -42,4 +42,7 @@ __all__ = [
     "make_plan",
     "read_result",
     "score_files",
+    "Smallest",
+    "SmallestPerClass",
+    "SuspiciousLabels",
 ]
