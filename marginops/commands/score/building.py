@@ -18,11 +18,13 @@ from ..options import UsageError
 
 
 def make_scorer(options: argparse.Namespace) -> Scorer:
-    """The scorer of the rows."""
+    """The scorer of the rows. Its head is loaded."""
     names = options.statistics
     if names == ["all"]:
-        names = [name for name in STATISTICS if _can_compute(name, options)]
-    return Scorer(
+        names = [name for name in STATISTICS if _missing(name, options) is None]
+    for name in names or ():
+        _check_computable("--statistics", name, options)
+    scorer = Scorer(
         options.head,
         layer=options.layer,
         model=options.model,
@@ -33,17 +35,17 @@ def make_scorer(options: argparse.Namespace) -> Scorer:
         device=options.device,
         batch_rows=options.batch_rows,
     )
+    if options.head is not None:
+        # Errors of the head come before those of the files.
+        _ = scorer.num_classes
+    return scorer
 
 
 def make_reductions(options: argparse.Namespace, scorer: Scorer) -> list[Reduction]:
     """What is kept of all rows. The distribution of a score always is."""
     by, largest = options.by, options.largest
-    if by in STATISTICS and not _can_compute(by, options):
-        needed = "--target" if by in NEED_TARGET and options.target is None else "--head"
-        raise UsageError(
-            f"--by: expected {needed} with {by}, got none; add {needed}, or select by another "
-            "statistic"
-        )
+    if by is not None:
+        _check_computable("--by", by, options)
     kept: list[Reduction] = []
     if options.select is not None:
         kept.append(Smallest(options.select, by, largest))
@@ -57,6 +59,17 @@ def make_reductions(options: argparse.Namespace, scorer: Scorer) -> list[Reducti
     return [*kept, Margins(scores[0] if scores else None)]
 
 
-def _can_compute(name: str, options: argparse.Namespace) -> bool:
-    has_target, has_head = options.target is not None, options.head is not None
-    return (has_target or name not in NEED_TARGET) and (has_head or name not in NEED_HEAD)
+def _check_computable(option: str, name: str, options: argparse.Namespace) -> None:
+    needed = _missing(name, options)
+    if needed is not None:
+        raise UsageError(
+            f"{option}: expected {needed} with {name}, got none; add {needed}, or choose another "
+            "statistic"
+        )
+
+
+def _missing(name: str, options: argparse.Namespace) -> str | None:
+    """The option that a statistic needs and that is not given."""
+    if name in NEED_TARGET and options.target is None:
+        return "--target"
+    return "--head" if name in NEED_HEAD and options.head is None else None

@@ -23,6 +23,7 @@ class Progress:
     Attributes:
         rows: The rows that this process scored, without those of earlier runs.
         bytes: The bytes of the columns that it read.
+        seconds: The time from the start to the end, or until now.
     """
 
     def __init__(self, num_processes: int, *, quiet: bool) -> None:
@@ -35,6 +36,7 @@ class Progress:
         self.rows = self.bytes = 0
         self._num_processes, self._quiet = num_processes, quiet
         self._start = self._shown = time.monotonic()
+        self._end: float | None = None
         self._total = self._finished = 0
         self._bar: Any = None
 
@@ -64,8 +66,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """The seconds since the start."""
-        return time.monotonic() - self._start
+        return (self._end or time.monotonic()) - self._start
 
     def __call__(self, rows: int, num_bytes: int) -> None:
         """Add rows that are scored, and the bytes that were read for them."""
@@ -81,7 +82,8 @@ class Progress:
             console.fail(self._line())
 
     def close(self) -> None:
-        """Leave the bar as it is, and go to a new line."""
+        """Stop the clock, leave the bar as it is, and go to a new line."""
+        self._end = time.monotonic()
         if self._bar is not None:
             self._bar.close()
 

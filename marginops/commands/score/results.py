@@ -25,17 +25,21 @@ _SETTINGS = ("files", "output", "head", "layer", "model", "column", "target", "i
 
 
 def tell(
-    options: argparse.Namespace, scorer: Scorer, summary: Mapping[str, Any], progress: Progress
+    options: argparse.Namespace,
+    scorer: Scorer,
+    summary: Mapping[str, Any],
+    progress: Progress,
+    num_processes: int,
 ) -> int:
     """Print the results, write the figure and the file of ``--json``, and return the exit status.
 
     Each is written whatever becomes of the other.
     """
-    seconds = progress.seconds
     for paragraph in sentences(summary):
         console.say(f"{paragraph}\n")
     if progress.rows:
-        console.say(f"{speed(progress.rows, progress.bytes, seconds)}\n")
+        who = f"process 0 of {num_processes}: " if num_processes > 1 else ""
+        console.say(f"{who}{speed(progress.rows, progress.bytes, progress.seconds)}\n")
     storage = Storage(options.output)
     written = [f"{options.output}/{name}" for name in _names(summary, options.scores)]
     failed = []
@@ -45,7 +49,7 @@ def tell(
     except Exception as error:
         failed.append(f"{options.output}/{_FIGURE} cannot be written: {_reason(error)}")
     if options.json is not None:
-        report = _report(options, scorer, summary, progress, seconds)
+        report = _report(options, scorer, summary, progress)
         try:
             output.write(options.json, output.json_bytes(report))
             written.append(str(options.json))
@@ -82,9 +86,9 @@ def _report(
     scorer: Scorer,
     summary: Mapping[str, Any],
     progress: Progress,
-    seconds: float,
 ) -> dict[str, Any]:
     """Settings, times and the summary, as values that JSON can hold."""
+    seconds = progress.seconds
     return {
         **{name: getattr(options, name) for name in _SETTINGS},
         "device": str(scorer.device),

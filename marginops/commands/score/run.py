@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
         progress.close()
     if rank != 0:
         return 0
-    return tell(options, scorer, summary or _wait_for_others(options), progress)
+    return tell(options, scorer, summary or _wait_for_others(options), progress, num_processes)
 
 
 def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
