@@ -13,16 +13,28 @@ from .finish import finish
 from .folder import RunFolder
 from .plan import Plan, Task, make_plan
 from .reductions.base import Reduction
+from .reductions.distribution import Margins
+from .reductions.label_issues import SuspiciousLabels
+from .reductions.moments import Moments
+from .reductions.per_class import SmallestPerClass
+from .reductions.smallest import Smallest
+from .run import score_files
 from .scored import ScoredBatch
 
 __all__ = [
     "DataError",
+    "Margins",
+    "Moments",
     "OutputError",
     "Plan",
     "Reduction",
     "RunFolder",
     "ScoredBatch",
+    "Smallest",
+    "SmallestPerClass",
+    "SuspiciousLabels",
     "Task",
     "finish",
     "make_plan",
+    "score_files",
 ]

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import spawn
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
 
-from .task import Job, Progress, run_task
-from .worker import WorkerTracebackError, start_workers
+from .reading import row_groups_text
+from .task import Job, Progress, one_gpu, run_task
 
 if TYPE_CHECKING:
     from .plan import Task
 
 
+# The main process ends the workers, also after Ctrl-C. Modules are found where it finds them.
+_SERVER = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path}; "
+    "from marginops.scoring.worker import serve; serve({ends})"
+)
+_PATIENCE = 5  # seconds until the server tells how a worker ended
+
+
 class WorkerError(RuntimeError):
     """A worker process was killed, or it crashed."""
+
+
+class WorkerTracebackError(Exception):
+    """The traceback of an error in a worker, as text."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
 
 
 def default_workers(device: torch.device) -> int:
@@ -36,6 +56,11 @@ def default_workers(device: torch.device) -> int:
     else:
         count = torch.get_device_module(device).device_count()
     return max(count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def _first_gpu(workers: int) -> int:
+    """The GPU of the first worker: each process of ``torchrun`` has others."""
+    return int(os.environ.get("LOCAL_RANK", "0")) * workers
 
 
 def run_tasks(
@@ -60,26 +85,9 @@ def run_tasks(
     if workers > 1:
         _hand_out(job, tasks, workers, progress)
         return
-    with _one_thread():
+    with _one_thread(), one_gpu(job.scorer.device, _first_gpu(1)):
         for task in tasks:
             run_task(job, task, progress)
-
-
-def _hand_out(job: Job, tasks: Sequence[Task], workers: int, progress: Progress | None) -> None:
-    server, control, connections = start_workers(job, workers)
-    waiting, at_work = deque(tasks), dict[Connection, Task]()
-    open_connections = set(connections)
-    failure: Exception | None = None
-    try:
-        while open_connections:
-            for connection in wait(open_connections):
-                try:
-                    kind, content = connection.recv()
-                except (EOFError, OSError):
-                    kind, content = "error", _death(connection)
-                ...
-    finally:
-        ...
 
 
 @contextmanager
@@ -92,3 +100,111 @@ def _one_thread() -> Iterator[None]:
     finally:
         torch.set_num_threads(torch_threads)
         pa.set_cpu_count(arrow_threads)
+
+
+def _hand_out(job: Job, tasks: Sequence[Task], count: int, progress: Progress | None) -> None:
+    workers = _Workers(job, count)
+    waiting = deque(tasks)
+    at_work: dict[Connection, Task] = {}
+    failure: Exception | None = None
+    try:
+        connections = list(workers.connections)
+        while connections:
+            for connection in wait(connections):
+                assert isinstance(connection, Connection)
+                kind, content = workers.receive(connection, at_work.get(connection))
+                if kind == "progress":
+                    if progress is not None:
+                        progress(*content)
+                    continue
+                at_work.pop(connection, None)
+                if kind == "error":
+                    failure = failure or content
+                if waiting and failure is None:
+                    at_work[connection] = waiting.popleft()
+                    with contextlib.suppress(OSError):  # If it has ended, receive() tells.
+                        connection.send(at_work[connection])
+                else:
+                    connections.remove(connection)
+                    connection.close()
+    finally:
+        workers.close()
+    if failure is not None:
+        raise failure
+
+
+def _pickled(job: Job) -> bytes:
+    try:
+        return pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            "scorer: expected functions that other processes can import, got an error: "
+            f"{error}; use functions of a module, or workers=1"
+        ) from error
+
+
+class _Workers:
+    """Worker processes, seen from the process that hands out tasks."""
+
+    def __init__(self, job: Job, count: int) -> None:
+        pickled = _pickled(job)
+        setup = spawn.get_preparation_data("marginops-worker")
+        if b"__main__" not in pickled:
+            # The job has nothing of the user's script, so the workers need not import it.
+            setup = {name: value for name, value in setup.items() if "init_main" not in name}
+        setup["authkey"] = bytes(setup["authkey"])
+        content = pickle.dumps((setup, _first_gpu(count), pickled))
+        pairs = [multiprocessing.Pipe() for _ in range(count + 1)]
+        self._control, *self.connections = [ours for ours, _ in pairs]
+        ends = [theirs.fileno() for _, theirs in pairs]
+        path = [str(folder) for folder in setup["sys_path"]]
+        self._exit_codes: dict[int, int] = {}
+        self._server = subprocess.Popen(
+            [spawn.get_executable(), "-c", _SERVER.format(path=path, ends=ends)],
+            stdin=subprocess.PIPE,
+            pass_fds=ends,
+        )
+        for _, theirs in pairs:
+            theirs.close()
+        assert self._server.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._server.stdin as stdin:
+            stdin.write(content)
+
+    def receive(self, connection: Connection, task: Task | None) -> tuple[str, Any]:
+        """The next message of a worker: its kind, and its content."""
+        try:
+            kind, content = connection.recv()
+        except (EOFError, OSError):
+            return "error", self._death(connection, task)
+        if kind == "error":
+            error, text = content
+            error.__cause__ = WorkerTracebackError(text)
+            return kind, error
+        return kind, content
+
+    def close(self) -> None:
+        """End the workers, whatever they are at."""
+        for connection in (self._control, *self.connections):
+            connection.close()
+        self._server.wait()
+
+    def _death(self, connection: Connection, task: Task | None) -> WorkerError:
+        code = self._exit_code(self.connections.index(connection))
+        cause = "ended" if code is None else f"ended with exit code {code}"
+        if code is not None and code < 0:
+            cause = f"was ended by {signal.Signals(-code).name}"
+        at_work = "before its first task"
+        if task is not None:
+            at_work = f"in task {task.index} ({task.path}, {row_groups_text(task)})"
+        return WorkerError(
+            f"workers: expected {len(self.connections)} processes that work, got one that {cause} "
+            f"{at_work}; if memory is short, take fewer workers; run again to do what is missing"
+        )
+
+    def _exit_code(self, index: int) -> int | None:
+        """How a worker ended; None if the server has ended too."""
+        with contextlib.suppress(EOFError, OSError):
+            while index not in self._exit_codes and self._control.poll(_PATIENCE):
+                ended, code = self._control.recv()
+                self._exit_codes[ended] = code
+        return self._exit_codes.get(index)

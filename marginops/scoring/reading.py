@@ -15,8 +15,8 @@ from .storage import open_input
 if TYPE_CHECKING:
     from .plan import Task
 
-# A column of a row group is read through a buffer of this size. Otherwise pyarrow loads whole column
-# chunks, which may be larger than the memory.
+# Each column is read through a buffer of this size. Otherwise pyarrow loads the whole column of a row
+# group, which may be larger than the memory.
 _BUFFER_BYTES = 1 << 20
 
 
@@ -73,8 +73,8 @@ def _check_unchanged(
         expected, found = f"{expected} in a file of {num_bytes:,} bytes", f"{found} in {size:,}"
     if rows != task.num_rows or num_bytes not in (None, size):
         raise DataError(
-            f"{task.path}, {_groups(task)}: expected {expected} as at the start of the run, got "
-            f"{found}; leave files unchanged during a run, and run again in a new folder"
+            f"{task.path}, {row_groups_text(task)}: expected {expected} as at the start of the run, "
+            f"got {found}; leave files unchanged during a run, and run again in a new folder"
         )
 
 
@@ -137,7 +137,8 @@ def _join(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
     return joined
 
 
-def _groups(task: Task) -> str:
+def row_groups_text(task: Task) -> str:
+    """The row groups of a task, for an error."""
     first, last = task.row_groups[0], task.row_groups[-1]
     return f"row group {first}" if first == last else f"row groups {first} to {last}"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
+import torch
 
 from .errors import DataError
 from .reading import read_task, rebatch, row_group_of
@@ -131,6 +132,16 @@ def _columns(scored: ScoredBatch) -> pa.RecordBatch:
         columns["target"] = pa.array(target, mask=target == scored.ignore_index)
     columns.update((name, pa.array(values.numpy())) for name, values in scored.values.items())
     return pa.RecordBatch.from_pydict(columns)
+
+
+@contextmanager
+def one_gpu(device: torch.device, index: int) -> Iterator[None]:
+    """Let ``cuda`` without a number be the GPU ``index``, counted around, inside the context."""
+    if device.type == "cuda" and device.index is None:
+        with torch.cuda.device(index % torch.cuda.device_count()):
+            yield
+    else:
+        yield
 
 
 @contextmanager

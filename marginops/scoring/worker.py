@@ -6,6 +6,7 @@ workers share its memory. The user's script is not run again, unless the job has
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -37,9 +38,9 @@ def serve(ends: Sequence[int]) -> None:
     """
     global is_worker
     is_worker = True
-    control, *connections = map(Connection, ends)
+    control, *connections = [Connection(end) for end in ends]
     try:
-        setup, job = pickle.load(sys.stdin.buffer)
+        setup, gpu, job = pickle.load(sys.stdin.buffer)
         torch.set_num_threads(1)
         pa.set_cpu_count(1)
         spawn.prepare(setup)
@@ -49,29 +50,34 @@ def serve(ends: Sequence[int]) -> None:
     context = multiprocessing.get_context("fork")
     processes: list[BaseProcess] = []
     for index in range(len(connections)):
-        arguments = [control, *connections], index + 1, job
+        arguments = control, connections, index, gpu + index, job
         processes.append(context.Process(target=_work, args=arguments))
         processes[-1].start()
     for connection in connections:
         connection.close()
-    running = {process.sentinel: index for index, process in enumerate(processes)}
+    running = dict(enumerate(processes))
     while running:
-        for sentinel in wait(list(running)):
-            index = running.pop(int(sentinel))
-            processes[index].join()
-            _send(control, (index, processes[index].exitcode))
+        wait([process.sentinel for process in running.values()])
+        for index, process in list(running.items()):
+            if not process.is_alive():
+                _send(control, (index, process.exitcode))
+                del running[index]
 
 
-def _work(connections: Sequence[Connection], index: int, job: bytes) -> None:
+def _work(
+    control: Connection, connections: Sequence[Connection], index: int, gpu: int, pickled: bytes
+) -> None:
     """Be a worker: run the tasks that arrive, and answer each."""
-    for other in {*connections} - {connections[index]}:
-        other.close()
     connection = connections[index]
+    for other in (control, *connections):
+        # An end of file comes when nobody holds an end.
+        if other is not connection:
+            other.close()
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
     try:
-        job = pickle.loads(job)
-        with one_gpu(job.scorer, index - 1):
+        job = pickle.loads(pickled)
+        with one_gpu(job.scorer.device, gpu):
             connection.send(("ready", None))
             while True:
                 run_task(job, tasks.get(), lambda *done: connection.send(("progress", done)))
@@ -90,10 +96,8 @@ def _receive(connection: Connection, tasks: queue.SimpleQueue[Any]) -> None:
 
 
 def _send(connection: Connection, message: object) -> None:
-    try:
+    with contextlib.suppress(OSError):  # The main process may have ended.
         connection.send(message)
-    except OSError:
-        pass  # The main process has ended.
 
 
 def _failure(error: BaseException) -> tuple[str, tuple[Exception, str]]:

@@ -31,13 +31,18 @@ class Reduction(ABC):
     def statistics(self) -> tuple[str, ...]:
         """The statistics that it reads."""
 
-    def resolved(self, default: str) -> Reduction:
-        """An empty copy that reads the statistic ``default`` where the user named none."""
+    def resolved(self, default: str, *, has_target: bool = False) -> Reduction:
+        """An empty copy that reads a default statistic where the user named none.
+
+        Args:
+            default: The first statistic of the scorer.
+            has_target: The rows have labels.
+        """
         return self
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Its arguments, as JSON. Parts of runs with different arguments cannot be merged."""
+        """Its class and arguments, as JSON. Parts with different ones cannot be merged."""
 
     @abstractmethod
     def update(self, scored: ScoredBatch) -> None:
@@ -45,11 +50,18 @@ class Reduction(ABC):
 
     @abstractmethod
     def state(self) -> pa.Table:
-        """Everything so far. What is no column stands in the metadata of the schema, as JSON."""
+        """Everything so far. What is no column stands in the metadata of the schema, as JSON.
+
+        The same content gives the same bytes in Arrow's file format.
+        """
 
     @abstractmethod
     def merge(self, state: pa.Table) -> None:
-        """Add the state of later rows."""
+        """Add the state of later rows.
+
+        Raises:
+            ValueError: It is the state of another reduction, or of one with other arguments.
+        """
 
     @abstractmethod
     def result(self) -> pa.Table:
@@ -57,4 +69,4 @@ class Reduction(ABC):
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """The numbers for the user, as JSON."""
+        """The numbers for the user, as JSON. What is no finite number is None."""

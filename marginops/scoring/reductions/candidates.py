@@ -1,0 +1,203 @@
+"""Candidates: the rows that may still be among the k first of their group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch import Tensor
+
+from ..scored import ScoredBatch
+from .states import one_piece
+
+Array = npt.NDArray[Any]
+
+
+class Candidates:
+    """The k rows of each group that come first, by score, then by id, then by row.
+
+    Scores ascend, with ``largest`` they descend. NaN comes last. Integers as ids have the order of
+    their values, strings that of their UTF-8 bytes. A row without id comes after those with ids.
+
+    The object holds at most about 2 k rows of each group, and a batch. Only when there are more,
+    it leaves out those that cannot be selected. From then on it knows the k-th score of each group,
+    and takes no rows behind it.
+
+    Args:
+        k: The number of rows of each group.
+        score: The name of the column with the scores, float32 or float64.
+        largest: Descending scores.
+    """
+
+    def __init__(self, k: int, score: str, largest: bool = False) -> None:
+        self.k = k
+        self.score = score
+        self.largest = largest
+        self._table: pa.Table | None = None
+        self._compact_rows = 0
+        # The largest key that may still be selected: of each group, then of groups not seen yet.
+        self._limits: Array | None = None
+
+    def may_select(self, scores: Array, group: Array | None = None) -> Array:
+        """Which rows may still be selected, ``[B]`` bool."""
+        if self._limits is None:
+            return np.ones(len(scores), dtype=bool)
+        keys = _sort_keys(scores, self.largest)
+        limits = self._limits[0] if group is None else self._limits.take(group, mode="clip")
+        return keys <= limits
+
+    def add(self, rows: pa.Table, group: str | None = None, num_groups: int = 1) -> None:
+        """Add rows. All calls must have the same columns.
+
+        Args:
+            rows: The columns ``row``, ``id`` if there are ids, the score, and others.
+            group: The name of the column with the groups, integers in [0, ``num_groups``). By
+                default all rows are one group.
+            num_groups: The number of groups.
+        """
+        if self._table is None:
+            self._table = one_piece(rows)
+        elif rows.schema != self._table.schema:
+            raise ValueError(
+                f"rows: expected the columns {_listed(self._table.schema)}, "
+                f"got {_listed(rows.schema)}"
+            )
+        elif rows.num_rows:
+            self._table = pa.concat_tables([self._table, rows])
+        if self._table.num_rows > 2 * self.k * num_groups:
+            self._compact(group, num_groups)
+
+    def rows(self, group: str | None = None, num_groups: int = 1) -> pa.Table | None:
+        """The selected rows in ascending order of ``row``; None before the first rows."""
+        if self._table is None:
+            return None
+        self._compact(group, num_groups)
+        row = self._table["row"].to_numpy()
+        if (row[1:] < row[:-1]).any():
+            self._table = self._table.take(pa.array(np.argsort(row)))
+        return one_piece(self._table)
+
+    def ordered(self, group: str | None = None, num_groups: int = 1) -> pa.Table | None:
+        """The selected rows, group by group, the first one first; None before the first rows."""
+        table = self.rows(group, num_groups)
+        if table is None:
+            return None
+        keys = _sort_keys(table[self.score].to_numpy(), self.largest)
+        groups = [group] if group else []
+        order = _order(table.append_column("key", pa.array(keys)), [*groups, "key"])
+        return one_piece(table.take(order))
+
+    def _compact(self, group: str | None, num_groups: int) -> None:
+        """Leave out the rows that cannot be selected."""
+        assert self._table is not None
+        if self._table.num_rows == self._compact_rows:
+            return
+        table = one_piece(self._table)
+        keys = _sort_keys(table[self.score].to_numpy(), self.largest)
+        groups = table[group].to_numpy() if group else None
+        self._limits = _last_keys(keys, groups, self.k, num_groups)
+        limits = self._limits[0] if groups is None else self._limits[groups]
+        keep = keys <= limits
+        self._leave_out_ties(keep, keys, limits, table, groups, num_groups)
+        self._table = table.filter(pa.array(keep))
+        self._compact_rows = self._table.num_rows
+
+    def _leave_out_ties(
+        self,
+        keep: Array,
+        keys: Array,
+        limits: Array,
+        table: pa.Table,
+        groups: Array | None,
+        num_groups: int,
+    ) -> None:
+        """Of the rows with the k-th score of their group, keep those with the first ids."""
+        if groups is None:
+            groups = np.zeros(len(keys), dtype=np.int64)
+        count = np.bincount(groups[keep], minlength=num_groups)
+        is_tied = keep & (keys == limits) & (count > self.k)[groups]
+        if not is_tied.any():
+            return
+        tied = np.flatnonzero(is_tied)
+        in_group = groups[tied]
+        columns = [name for name in ("id", "row") if name in table.column_names]
+        some = table.select(columns).take(pa.array(tied))
+        order = _order(some.append_column("group", pa.array(in_group)), ["group"]).to_numpy()
+        in_group = in_group[order]
+        starts = np.searchsorted(in_group, np.arange(num_groups))
+        tie = np.arange(len(order)) - starts[in_group]
+        free = self.k - (count - np.bincount(in_group, minlength=num_groups))
+        keep[tied[order[tie >= free[in_group]]]] = False
+
+
+def candidate_rows(
+    scored: ScoredBatch, chosen: Array, columns: Mapping[str, Tensor | None]
+) -> pa.Table:
+    """A table of some rows of a batch: ``id`` if there are ids, ``row``, and other columns.
+
+    Args:
+        scored: The batch.
+        chosen: ``[n]`` int64, rows of the batch.
+        columns: ``[B]`` each, by name; None for a column that is left out.
+    """
+    table: dict[str, Any] = {}
+    if scored.ids is not None:
+        table["id"] = _plain_ids(scored.ids).take(pa.array(chosen))
+    table["row"] = scored.first_row + chosen
+    for name, values in columns.items():
+        if values is not None:
+            table[name] = values.numpy()[chosen]
+    return pa.table(table)
+
+
+def _plain_ids(ids: pa.Array) -> pa.Array:
+    """Ids of one of three types, so that files with ids of several types can be merged."""
+    type = ids.type
+    if pa.types.is_dictionary(type):
+        return _plain_ids(ids.dictionary_decode())
+    if pa.types.is_signed_integer(type):
+        return ids.cast(pa.int64())
+    if pa.types.is_unsigned_integer(type):
+        return ids.cast(pa.uint64())
+    if pa.types.is_string(type) or pa.types.is_large_string(type):
+        return ids.cast(pa.large_string())
+    raise TypeError(f"ids: expected integers or strings, got {type}")
+
+
+def _order(table: pa.Table, first: list[str]) -> pa.Array:
+    """The order of rows by the columns ``first``, then ``id`` if there are ids, then ``row``."""
+    names = [*first, *(name for name in ("id", "row") if name in table.column_names)]
+    return pc.sort_indices(table, sort_keys=[(name, "ascending") for name in names])
+
+
+def _sort_keys(scores: Array, largest: bool) -> Array:
+    """Integers in the order of the scores: equal for 0 and -0, and the largest one for NaN."""
+    integer = np.dtype(f"i{scores.itemsize}")
+    keys = ((-scores if largest else scores) + 0.0).view(integer)  # -0.0 + 0.0 is 0.0
+    top = np.iinfo(integer).max
+    keys ^= (keys >> (8 * scores.itemsize - 1)) & top
+    keys[np.isnan(scores)] = top
+    return keys
+
+
+def _last_keys(keys: Array, groups: Array | None, k: int, num_groups: int) -> Array:
+    """The k-th key of each group, or the largest integer where it has fewer, and this integer."""
+    last = np.full(num_groups + 1, np.iinfo(keys.dtype).max, dtype=keys.dtype)
+    if groups is None:
+        if len(keys) >= k:
+            last[0] = np.partition(keys, k - 1)[k - 1]
+        return last
+    order = np.lexsort((keys, groups))
+    ends = np.cumsum(np.bincount(groups, minlength=num_groups))
+    places = np.concatenate(([0], ends[:-1])) + k - 1
+    is_full = places < ends
+    last[:-1][is_full] = keys[order[places[is_full]]]
+    return last
+
+
+def _listed(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
