@@ -41,11 +41,13 @@ from .task import Job, Progress, run_task, score_batches
 # A task that begins once more after so many times ends the run. Otherwise a task that needs more
 # memory than there is would kill actors for ever.
 _STARTS = 4
+# The bits of a matrix product depend on where in the memory its values begin.
+_ALIGNED = pa.ipc.IpcReadOptions(ensure_alignment=pa.ipc.Alignment.At64Byte)
 # Where actors read the files themselves, the object store holds little more than Ray's own objects.
 _SMALL_STORE = 256 << 20
 
 
-def run_tasks(
+def run_on_ray(
     job: Job,
     tasks: Sequence[Task],
     workers: int | None = None,
@@ -91,7 +93,9 @@ def run_tasks(
     with _cluster(address, None if num_gpus else _SMALL_STORE), _own_context():
         workers = _number_of_actors(workers, num_cpus, num_gpus)
         try:
-            with closing(_results(job, tasks, min(workers, len(tasks)), num_cpus, num_gpus)) as done:
+            with closing(
+                _results(job, tasks, min(workers, len(tasks)), num_cpus, num_gpus)
+            ) as done:
                 for result in done:
                     if result["error"]:
                         error, text = pickle.loads(result["error"])
@@ -156,7 +160,7 @@ class _Actor:
         def run() -> None:
             _count_start(self._starts, task, "score")
             if "rows" in row.column_names:
-                batches = pa.ipc.open_stream(row["rows"][0].as_buffer())
+                batches = pa.ipc.open_stream(row["rows"][0].as_buffer(), options=_ALIGNED)
                 job = self._job
                 score_batches(
                     task, batches, job.scorer, job.reductions, job.folder, count, scores=job.scores
@@ -165,7 +169,9 @@ class _Actor:
                 run_task(self._job, task, count)
 
         error = error or _error_of(run)
-        return pa.table({"task": [task.index], **{k: [v] for k, v in done.items()}, "error": [error]})
+        return pa.table(
+            {"task": [task.index], **{k: [v] for k, v in done.items()}, "error": [error]}
+        )
 
 
 class _Reading(ray.data.Datasource):  # type: ignore[misc]
@@ -263,7 +269,9 @@ def _number_of_actors(workers: int | None, num_cpus: float, num_gpus: float) -> 
     if workers is None:
         workers = int(there / needed)
         if workers < 1:
-            raise ValueError(f"{name}: expected at most the {there:g} of the cluster, got {needed:g}")
+            raise ValueError(
+                f"{name}: expected at most the {there:g} of the cluster, got {needed:g}"
+            )
     if num_gpus and num_cpus and workers * num_cpus > cpus - 1:
         raise ValueError(
             f"num_cpus: expected {workers} actors to leave a CPU for reading, got {num_cpus:g} of "
