@@ -48,7 +48,8 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     if files:
         # Numbers of rows and lengths of batches follow from the files.
         for name in ("rows", "batch_rows"):
-            there.pop(name, None), here.pop(name, None)
+            there.pop(name, None)
+            here.pop(name, None)
     return files + list(_differences("", there, here))
 
 

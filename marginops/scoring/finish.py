@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def finish(folder: RunFolder, plan: Plan, reductions: Sequence[Reduction]) -> dict[str, Any]:
     """Merge the states of all tasks in their order and write the results.
 
-    Any process may call it, and several may at once: all write the same bytes. It holds the state
-    of one task at a time.
+    Any process may call it, and several may at once: all write the same bytes. It holds the
+    states of few tasks at a time.
 
     Args:
         folder: The folder of the run. Its tasks are finished.
@@ -34,7 +34,8 @@ def finish(folder: RunFolder, plan: Plan, reductions: Sequence[Reduction]) -> di
         DataError: A task is not finished, or a file of it is damaged.
         OutputError: A file cannot be written.
     """
-    missing = len(plan.tasks) - len(folder.finished())
+    markers = folder.markers()
+    missing = sum(task.index not in markers for task in plan.tasks)
     if missing:
         raise DataError(
             f"output: expected {len(plan.tasks):,} finished tasks, got "
@@ -42,7 +43,7 @@ def finish(folder: RunFolder, plan: Plan, reductions: Sequence[Reduction]) -> di
         )
     rows: Counter[str] = Counter()
     for task in plan.tasks:
-        rows.update(folder.counts(task))
+        rows.update(markers[task.index]["counts"])
     summary: dict[str, Any] = {
         "files": len(plan.files),
         "tasks": len(plan.tasks),
@@ -50,7 +51,9 @@ def finish(folder: RunFolder, plan: Plan, reductions: Sequence[Reduction]) -> di
         "statistics": folder.description["scorer"]["statistics"],
     }
     for reduction in reductions:
-        merged = _merged(folder, plan, reduction)
+        merged = copy.deepcopy(reduction)
+        for state in folder.states(plan.tasks, reduction.name):
+            merged.merge(state)
         folder.write_table(f"{reduction.name}.parquet", merged.result())
         summary[reduction.name] = merged.summary()
     content = json_bytes(summary)
@@ -58,10 +61,3 @@ def finish(folder: RunFolder, plan: Plan, reductions: Sequence[Reduction]) -> di
     # All results are there, so whoever still writes one of them writes bytes that exist.
     folder.storage.delete_temporary_files()
     return json.loads(content)
-
-
-def _merged(folder: RunFolder, plan: Plan, reduction: Reduction) -> Reduction:
-    merged = copy.deepcopy(reduction)
-    for task in plan.tasks:
-        merged.merge(folder.state(task, reduction.name))
-    return merged

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import DataError
-from .storage import open_input
+from .inputs import InputFile
 
 _TAIL_BYTES = 64 << 10  # most footers fit, so that one read is enough
 _MAGIC = b"PAR1"
@@ -34,20 +34,20 @@ class Footer:
     column_bytes: int
 
 
-def read_footer(location: str, column: str) -> Footer:
+def read_footer(file: InputFile, column: str) -> Footer:
     """Read the footer of a file.
 
     Args:
-        location: A path or URL.
+        file: The file.
         column: The column of which ``column_bytes`` tells.
 
     Raises:
         DataError: The file cannot be read, or is no complete Parquet file.
     """
     try:
-        with open_input(location) as file:
-            num_bytes = file.size()
-            footer = _footer_bytes(location, file, num_bytes)
+        with file.filesystem.open_input_file(file.path) as opened:
+            num_bytes = opened.size()
+            footer = _footer_bytes(file.location, opened, num_bytes)
         metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer))
         schema = metadata.schema.to_arrow_schema()
     except DataError:
@@ -55,8 +55,8 @@ def read_footer(location: str, column: str) -> Footer:
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{location}: expected a Parquet file, got an error: {reason}; write the file anew, or "
-            "leave it out"
+            f"{file.location}: expected a Parquet file, got an error: {reason}; write the "
+            "file anew, or leave it out"
         ) from error
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     return Footer(

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from .. import _checks as checks
 from .errors import DataError
-from .files import common_names, find_files
-from .footers import Footer, read_footer
+from .footers import read_footer
+from .inputs import common_names, find_files
 
 if TYPE_CHECKING:
     from .scorer import Scorer
@@ -123,28 +123,26 @@ def make_plan(
             columns are not those that the scorer reads or not those of the first file.
     """
     checks.check_int("task_rows", task_rows, 1)
-    locations = find_files(files)
+    inputs = find_files(files)
+    names = common_names([file.location for file in inputs])
     data_files: list[DataFile] = []
     tasks: list[Task] = []
     first_row = column_bytes = 0
     schema: pa.Schema | None = None
     with ThreadPoolExecutor(_READERS) as threads:
-        footers = threads.map(lambda location: read_footer(location, scorer.column), locations)
-        for location, name, footer in zip(locations, common_names(locations), footers, strict=True):
-            schema = _checked_schema(location, footer.schema, scorer, schema, locations[0])
+        footers = threads.map(lambda file: read_footer(file, scorer.column), inputs)
+        for file, name, footer in zip(inputs, names, footers, strict=True):
+            location = file.location
+            schema = _checked_schema(location, footer.schema, scorer, schema, inputs[0].location)
             for row_groups, num_rows in _divide(footer.row_groups, task_rows):
                 tasks.append(Task(len(tasks), location, row_groups, first_row, num_rows))
                 first_row += num_rows
             column_bytes += footer.column_bytes
-            data_files.append(_data_file(location, name, footer))
+            rows = sum(footer.row_groups)
+            data_files.append(DataFile(location, name, footer.num_bytes, rows, footer.sha256))
     assert schema is not None
     batch_rows = scorer.batch_rows or _rows_of_batch(schema, scorer.column, column_bytes, first_row)
     return Plan(tuple(data_files), tuple(tasks), first_row, batch_rows, task_rows, schema)
-
-
-def _data_file(location: str, name: str, footer: Footer) -> DataFile:
-    rows = sum(footer.row_groups)
-    return DataFile(location, name, footer.num_bytes, rows, footer.sha256)
 
 
 def _checked_schema(
@@ -192,7 +190,7 @@ def _divide(row_groups: Sequence[int], task_rows: int) -> list[tuple[tuple[int, 
 
 def _rows_of_batch(schema: pa.Schema, column: str, column_bytes: int, num_rows: int) -> int:
     """The largest power of two of rows whose values have at most 16 MiB, within limits."""
-    row_bytes = _bytes_of_value(schema.field(column).type)
+    row_bytes: float | None = _bytes_of_value(schema.field(column).type)
     if row_bytes is None:
         row_bytes = column_bytes / max(num_rows, 1)
     rows = _MOST_ROWS

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -16,14 +17,16 @@ import pyarrow.fs as pafs
 from .errors import DataError, OutputError
 
 _TEMPORARY = ".marginops-"
+_WRITABLE = "make it writable"
 _REASONS = {
-    errno.ENOSPC: "a full disk",
-    errno.EDQUOT: "an exhausted quota",
-    errno.EACCES: "no permission",
-    errno.EPERM: "no permission",
-    errno.EROFS: "a read-only file system",
+    errno.ENOSPC: ("a full disk", "free space"),
+    errno.EDQUOT: ("an exhausted quota", "free space"),
+    errno.EACCES: ("no permission", _WRITABLE),
+    errno.EPERM: ("no permission", _WRITABLE),
+    errno.EROFS: ("a read-only file system", _WRITABLE),
 }
-_REMEDIES = {errno.ENOSPC: "free space", errno.EDQUOT: "free space"}
+# These create what leads to an object by themselves.
+_OBJECT_STORES = ("s3", "gcs", "abfs")
 
 
 def resolve(location: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -87,7 +90,17 @@ class Storage:
 
     def full_name(self, name: str) -> str:
         """The name of a file as the user would write it."""
-        return f"{self.path if self.is_local else self.location.rstrip('/')}/{name}"
+        folder = self.path if self.is_local else self.location.rstrip("/")
+        return f"{folder}/{name}" if name else folder
+
+    def is_file(self) -> bool:
+        """Whether there is a file in place of the folder.
+
+        Raises:
+            OutputError: The place cannot be read.
+        """
+        with self._output_errors(""):
+            return self.filesystem.get_file_info(self.path).is_file
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """The sizes of all files in a folder and below, by their names.
@@ -106,17 +119,26 @@ class Storage:
         }
 
     def size(self, name: str) -> int:
-        """The size of a file that is there."""
+        """The size of a file that is there.
+
+        Raises:
+            OutputError: The folder cannot be read.
+        """
         with self._output_errors(name):
             return self.filesystem.get_file_info(f"{self.path}/{name}").size
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file; None if there is no such file."""
-        try:
-            with self.open_input(name) as file:
-                return file.read()
-        except FileNotFoundError:
-            return None
+        """The content of a file; None if there is no such file.
+
+        Raises:
+            OutputError: The file cannot be read.
+        """
+        with self._output_errors(name):
+            try:
+                with self.open_input(name) as file:
+                    return file.read()
+            except FileNotFoundError:
+                return None
 
     def open_input(self, name: str) -> pa.NativeFile:
         """Open a file for reading at any place."""
@@ -137,25 +159,29 @@ class Storage:
         Raises:
             OutputError: The file cannot be written.
         """
-        if not self.is_local:
-            if self.read(name) is None:
-                self.write(name, content)
-            return
-        with self._open_local(name, _link) as file:
-            file.write(content)
+        if self.is_local:
+            with self._open_local(name, _link) as file:
+                file.write(content)
+        elif self.read(name) is None:
+            self.write(name, content)
 
     @contextlib.contextmanager
-    def open_output(self, name: str) -> Iterator[IO[bytes] | pa.NativeFile]:
+    def open_output(self, name: str) -> Iterator[OutputFile]:
         """Open a file for writing. It is there after the block, unless the block raises.
 
         Raises:
-            OutputError: The file cannot be written.
+            OutputError: The file cannot be written. Other errors of the block pass as they are.
         """
-        with self._open_local(name, os.replace) if self.is_local else self._open(name) as file:
+        opened = self._open_local(name, os.replace) if self.is_local else self._open_object(name)
+        with opened as file:
             yield file
 
     def delete(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file, if it is there.
+
+        Raises:
+            OutputError: The file cannot be deleted.
+        """
         with self._output_errors(name), contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.path}/{name}")
 
@@ -166,62 +192,92 @@ class Storage:
                 self.delete(name)
 
     @contextlib.contextmanager
-    def _open_local(self, name: str, publish: Callable[[str, str], None]) -> Iterator[IO[bytes]]:
+    def _open_local(self, name: str, publish: Callable[[str, str], None]) -> Iterator[OutputFile]:
         target = f"{self.path}/{name}"
         folder = os.path.dirname(target)
         temporary = f"{folder}/{_TEMPORARY}{secrets.token_hex(8)}"
-        with self._output_errors(name):
-            os.makedirs(folder, exist_ok=True)
-            try:
-                with open(temporary, "xb") as file:
-                    yield file
-                    file.flush()
-                    os.fsync(file.fileno())
+        with contextlib.ExitStack() as stack:
+            with self._output_errors(name):
+                os.makedirs(folder, exist_ok=True)
+                stack.callback(_delete_if_there, temporary)
+                file = stack.enter_context(open(temporary, "xb"))
+            yield OutputFile(file, lambda: self._output_errors(name))
+            with self._output_errors(name):
+                file.flush()
+                os.fsync(file.fileno())
                 _publish(publish, temporary, target)
                 _sync_folder(folder)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
 
     @contextlib.contextmanager
-    def _open(self, name: str) -> Iterator[pa.NativeFile]:
+    def _open_object(self, name: str) -> Iterator[OutputFile]:
         target = f"{self.path}/{name}"
         with self._output_errors(name):
-            # Object stores have no folders. Others need them.
-            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+            if self.filesystem.type_name not in _OBJECT_STORES:
+                self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             file = self.filesystem.open_output_stream(target)
-            try:
-                yield file
+        try:
+            yield OutputFile(file, lambda: self._output_errors(name))
+            with self._output_errors(name):
                 file.close()
-            except BaseException:
-                # Closing shows what was written so far, so it goes.
-                with contextlib.suppress(Exception):
-                    file.close()
-                with contextlib.suppress(Exception):
-                    self.filesystem.delete_file(target)
-                raise
+        except BaseException:
+            # Closing shows what was written so far, so it goes.
+            with contextlib.suppress(Exception):
+                file.close()
+            with contextlib.suppress(Exception):
+                self.filesystem.delete_file(target)
+            raise
 
     @contextlib.contextmanager
     def _output_errors(self, name: str) -> Iterator[None]:
-        """Turn errors of the file system into a sentence. Errors of marginops pass."""
         try:
             yield
-        except OutputError:
-            raise
         except OSError as error:
-            reason = _REASONS.get(error.errno or 0) or " ".join(str(error).split())
-            remedy = _REMEDIES.get(error.errno or 0, "make the folder writable")
+            text = " ".join(str(error).split())
+            reason, remedy = _REASONS.get(error.errno or 0, (text, "remove the cause"))
             raise OutputError(
-                f"output: expected a folder that takes new files, got {reason} for "
-                f"{self.full_name(name)}; what is finished stays, so {remedy} and run the same "
+                f"output: expected a folder that can be read and written, got {reason} for "
+                f"{self.full_name(name)}; finished tasks stay, so {remedy} and run the same "
                 "command again"
             ) from error
+
+
+class OutputFile(io.RawIOBase):
+    """A file that is being written. An error of the file system says which file and what to do."""
+
+    def __init__(
+        self,
+        file: IO[bytes] | pa.NativeFile,
+        output_errors: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self._file = file
+        self._output_errors = output_errors
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """The number of bytes so far."""
+        return self._file.tell()
+
+    def write(self, content: Any) -> int:
+        """Append bytes.
+
+        Raises:
+            OutputError: The bytes cannot be written.
+        """
+        with self._output_errors():
+            return self._file.write(content)
 
 
 def is_temporary(name: str) -> bool:
     """Whether a file has a temporary name of :class:`Storage`."""
     return name.rpartition("/")[2].startswith(_TEMPORARY)
+
+
+def _delete_if_there(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 def _publish(publish: Callable[[str, str], None], temporary: str, target: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,8 +14,23 @@ from .errors import DataError
 from .storage import resolve
 
 
-def find_files(files: str | Path | Sequence[str | Path]) -> list[str]:
-    """The files behind the given names, in their order; local ones as absolute paths.
+@dataclass(frozen=True)
+class InputFile:
+    """A file and how to open it.
+
+    Attributes:
+        location: An absolute path or a URL.
+        filesystem: Its file system.
+        path: Its path there.
+    """
+
+    location: str
+    filesystem: pafs.FileSystem
+    path: str
+
+
+def find_files(files: str | Path | Sequence[str | Path]) -> list[InputFile]:
+    """The files behind the given names, in their order.
 
     A folder stands for all ``*.parquet`` files directly in it, a pattern with ``*``, ``?``, ``[``
     or ``**`` for the files and folders that match. Both are sorted by their names. Hidden files are
@@ -24,14 +40,16 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[str]:
         DataError: A name stands for no file, or a file comes twice.
     """
     names = [files] if isinstance(files, str | Path) else list(files)
-    found: dict[tuple[str, str], str] = {}
+    found: dict[tuple[str, str], InputFile] = {}
     for name in names:
-        for path, location in _expand(os.fspath(name)):
-            if path in found:
+        for file in _expand(os.fspath(name)):
+            path = os.path.realpath(file.path) if _is_local(file.filesystem) else file.path
+            identity = file.filesystem.type_name, path
+            if identity in found:
                 raise DataError(
-                    f"files: expected each file once, got {location} twice; remove one of them"
+                    f"files: expected each file once, got {file.location} twice; remove one of them"
                 )
-            found[path] = location
+            found[identity] = file
     if not found:
         raise DataError("files: expected at least one Parquet file, got none; name a file")
     return list(found.values())
@@ -39,8 +57,10 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[str]:
 
 def common_names(locations: Sequence[str]) -> list[str]:
     """The names relative to the folder that holds all files, which do not change when it moves."""
-    paths = [location.partition("?")[0] for location in locations]
-    folders = [path.rpartition("/")[0].split("/") for path in paths]
+    paths = [
+        location.partition("?")[0] if "://" in location else location for location in locations
+    ]
+    folders = [path.split("/")[:-1] for path in paths]
     common = 0
     for parts in zip(*folders, strict=False):
         if len({*parts}) > 1:
@@ -49,31 +69,37 @@ def common_names(locations: Sequence[str]) -> list[str]:
     return ["/".join(path.split("/")[common:]) for path in paths]
 
 
-def _expand(name: str) -> Iterator[tuple[tuple[str, str], str]]:
-    """Yield for each file what it is known by and its location."""
+def _expand(name: str) -> Iterator[InputFile]:
     filesystem, path = resolve(name)
-    kind = filesystem.get_file_info(path).type
-    if kind == pafs.FileType.Directory:
-        paths = _in_folder(filesystem, path)
-        if not paths:
+    try:
+        kind = filesystem.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            paths, folder, folder_path = _in_folder(filesystem, path), name, path
+        elif kind == pafs.FileType.NotFound and _has_wildcard(path):
+            paths, folder = _matches(filesystem, path), _without_wildcard(name)
+            folder_path = resolve(folder)[1]
+        elif kind == pafs.FileType.NotFound:
             raise DataError(
-                f"{name}: expected a folder with *.parquet files, got none; pass "
-                f'"{name.rstrip("/")}/**/*.parquet" for the files in its folders'
+                f"{name}: expected a file, a folder or a pattern, got nothing there; check the path"
             )
-        folder, folder_path = name, path
-    elif kind == pafs.FileType.NotFound and _has_wildcard(path):
-        paths = list(_matches(filesystem, path))
-        if not paths:
-            raise DataError(f"{name}: expected a pattern that matches files, got no match")
-        folder = _without_wildcard(name)
-        folder_path = resolve(folder)[1]
-    elif kind == pafs.FileType.NotFound:
-        raise DataError(f"{name}: expected a file or a folder, got nothing there; check the path")
-    else:
-        yield _identity(filesystem, path), path if _is_local(filesystem) else name
-        return
+        else:
+            yield InputFile(path if _is_local(filesystem) else name, filesystem, path)
+            return
+    except OSError as error:
+        raise DataError(
+            f"{name}: expected a file that can be read, got an error: "
+            f"{' '.join(str(error).split())}; check the path and its permissions"
+        ) from error
+    if not paths:
+        raise DataError(
+            f"{name}: expected *.parquet files directly in this folder, got none; pass a pattern "
+            'such as "FOLDER/**/*.parquet" for those in its folders'
+            if kind == pafs.FileType.Directory
+            else f"{name}: expected a pattern that matches files, got no match; check the path"
+        )
     for found in paths:
-        yield _identity(filesystem, found), _location(filesystem, folder, folder_path, found)
+        location = _location(filesystem, folder, folder_path, found)
+        yield InputFile(location, filesystem, found)
 
 
 def _in_folder(filesystem: pafs.FileSystem, path: str) -> list[str]:
@@ -81,17 +107,18 @@ def _in_folder(filesystem: pafs.FileSystem, path: str) -> list[str]:
     return _visible(info.path for info in infos if info.path.endswith(".parquet") and info.is_file)
 
 
-def _matches(filesystem: pafs.FileSystem, pattern: str) -> Iterator[str]:
+def _matches(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
     # fsspec knows patterns, and takes any file system of pyarrow.
     from fsspec.implementations.arrow import ArrowFSWrapper
 
     found = ArrowFSWrapper(filesystem).glob(pattern, detail=True)
+    files: list[str] = []
     for path in _visible(found):
-        if found[path]["type"] == "directory":
-            if not pattern.endswith("**"):
-                yield from _in_folder(filesystem, path)
-        else:
-            yield path
+        if found[path]["type"] == "file":
+            files.append(path)
+        elif not pattern.endswith("**"):
+            files += _in_folder(filesystem, path)
+    return files
 
 
 def _visible(paths: Iterable[str]) -> list[str]:
@@ -121,10 +148,6 @@ def _location(filesystem: pafs.FileSystem, folder: str, folder_path: str, path: 
     # pyarrow decodes URIs.
     folder, _, options = folder.partition("?")
     return f"{folder.rstrip('/')}/{quote(rest)}{'?' if options else ''}{options}"
-
-
-def _identity(filesystem: pafs.FileSystem, path: str) -> tuple[str, str]:
-    return filesystem.type_name, os.path.realpath(path) if _is_local(filesystem) else path
 
 
 def _is_local(filesystem: pafs.FileSystem) -> bool:

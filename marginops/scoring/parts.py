@@ -1,0 +1,82 @@
+"""The Parquet files that a run writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .storage import OutputFile
+
+# The rows of a row group. So the memory of a writer is bounded, and the bytes of a file do not
+# depend on the batches in which the rows came.
+_GROUP_ROWS = 131072
+# Integers of few values. Ids and floats hardly repeat, so a dictionary costs them time and space.
+_REPEATED = ("target", "prediction", "rival")
+
+
+class TaskWriter:
+    """Takes what belongs to one task: first its scores, batch by batch, then the rest.
+
+    :meth:`RunFolder.open_task` makes one.
+    """
+
+    def __init__(self, open_scores: Callable[[], OutputFile]) -> None:
+        self.num_rows = 0
+        self.states: Mapping[str, pa.Table] | None = None
+        self.counts: Mapping[str, int] = {}
+        self._open_scores = open_scores
+        self._parquet: pq.ParquetWriter | None = None
+        self._held: list[pa.RecordBatch] = []
+        self._num_held = 0
+
+    def write(self, scores: pa.RecordBatch) -> None:
+        """Write the scores of the next rows.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        self.num_rows += len(scores)
+        self._num_held += len(scores)
+        self._held.append(scores)
+        if self._num_held >= _GROUP_ROWS:
+            self._write_groups(self._num_held - self._num_held % _GROUP_ROWS)
+
+    def finish(self, states: Mapping[str, pa.Table], counts: Mapping[str, int]) -> None:
+        """Say what else belongs to the task. It is written after the scores.
+
+        Args:
+            states: What each reduction keeps, by its name.
+            counts: The rows by kind.
+        """
+        self.states, self.counts = states, counts
+
+    def close(self) -> None:
+        """Write the scores that are left, and the footer."""
+        if self._num_held:
+            self._write_groups(self._num_held)
+        if self._parquet is not None:
+            self._parquet.close()
+
+    def _write_groups(self, rows: int) -> None:
+        held = pa.Table.from_batches(self._held)
+        if self._parquet is None:
+            self._parquet = _parquet_writer(self._open_scores(), held.schema)
+        # Pages end where chunks end.
+        self._parquet.write_table(held.slice(0, rows).combine_chunks(), _GROUP_ROWS)
+        self._held = held.slice(rows).to_batches()
+        self._num_held -= rows
+
+
+def write_table(file: OutputFile, table: pa.Table) -> None:
+    """Write a table as a Parquet file, whose bytes follow from the rows."""
+    with _parquet_writer(file, table.schema) as writer:
+        writer.write_table(table.combine_chunks(), _GROUP_ROWS)
+
+
+def _parquet_writer(file: OutputFile, schema: pa.Schema) -> pq.ParquetWriter:
+    repeated = [name for name in schema.names if name in _REPEATED]
+    return pq.ParquetWriter(
+        file, schema, compression="zstd", compression_level=1, use_dictionary=repeated
+    )
