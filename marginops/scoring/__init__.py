@@ -20,6 +20,7 @@ from .reductions.per_class import SmallestPerClass
 from .reductions.smallest import Smallest
 from .run import score_files
 from .scored import ScoredBatch
+from .scorer import Scorer
 
 __all__ = [
     "DataError",
@@ -30,6 +31,7 @@ __all__ = [
     "Reduction",
     "RunFolder",
     "ScoredBatch",
+    "Scorer",
     "Smallest",
     "SmallestPerClass",
     "SuspiciousLabels",

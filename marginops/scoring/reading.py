@@ -15,7 +15,7 @@ from .storage import open_input
 if TYPE_CHECKING:
     from .plan import Task
 
-# Each column is read through a buffer of this size. Otherwise pyarrow loads the whole column of a row
+# Columns are read through buffers of this size. Otherwise pyarrow loads the whole column of a row
 # group, which may be larger than the memory.
 _BUFFER_BYTES = 1 << 20
 
@@ -73,8 +73,8 @@ def _check_unchanged(
         expected, found = f"{expected} in a file of {num_bytes:,} bytes", f"{found} in {size:,}"
     if rows != task.num_rows or num_bytes not in (None, size):
         raise DataError(
-            f"{task.path}, {row_groups_text(task)}: expected {expected} as at the start of the run, "
-            f"got {found}; leave files unchanged during a run, and run again in a new folder"
+            f"{task.path}, {row_groups_text(task)}: expected {expected} as at the start of the "
+            f"run, got {found}; leave files unchanged during a run, and run again in a new folder"
         )
 
 
@@ -119,15 +119,16 @@ def rebatch(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordB
         yield _join(held)
 
 
-def row_group_of(task: Task, row: int) -> int:
-    """The row group in which row ``row`` of all files lies. It opens the file."""
-    first_row = task.first_row
+def row_group_of(task: Task, row: int) -> tuple[int, int]:
+    """The row group of row ``row`` of all files, and its first row. It opens the file."""
     with _open(task) as file:
+        first_row = task.first_row
         for group in task.row_groups:
-            first_row += file.metadata.row_group(group).num_rows
-            if row < first_row:
+            end = first_row + file.metadata.row_group(group).num_rows
+            if row < end:
                 break
-    return group
+            first_row = end
+    return group, first_row
 
 
 def _join(batches: list[pa.RecordBatch]) -> pa.RecordBatch:

@@ -1,4 +1,4 @@
-"""score_files: scores all rows of Parquet files, and keeps what the reductions keep."""
+"""score_files: scores all rows of Parquet files, and keeps what its reductions keep."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import _checks as checks
 from . import worker
 from .description import describe_run
 from .finish import finish
@@ -33,12 +34,78 @@ def score_files(
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any] | None:
-    job = make_job(files, scorer, output, reductions=reductions, scores=scores, task_rows=task_rows)
+    """Score all rows of Parquet files, and write scores and reductions into a folder.
+
+    The rows are divided into tasks, consecutive row groups of one file. Each finished task leaves
+    its files and a marker in the folder. So a run that was ended, even by ``kill -9``, goes on
+    where it was if the same call is made again. The files of the folder have the same bytes then.
+    They do not depend on the number of workers either.
+
+    With ``workers=1`` the work is done in this process. Otherwise new processes do it, each with
+    one thread that computes. They do not run the script that calls this function, unless the scorer
+    has a function of this script. Then the call must stand under ``if __name__ == "__main__":``.
+
+    Processes of ``torchrun``, on one machine or on many, share the tasks if all see the folder:
+    process ``RANK`` of ``WORLD_SIZE`` takes every ``WORLD_SIZE``-th task. The last one that is done
+    merges the results.
+
+    Each row is read once. The memory holds a few batches for each worker and what the reductions
+    keep, whatever the number of rows.
+
+    Args:
+        files: Paths, folders (all ``*.parquet`` files in them), patterns, and URLs of any of these.
+        scorer: What computes the statistics of the rows.
+        output: The folder of the run, a path or a URL: a new or empty one, or that of the same run.
+        reductions: What to keep of all rows.
+        scores: Whether to write the statistics of all rows.
+        workers: The number of processes. By default one for each usable CPU core, or for each GPU
+            if the scorer's device is ``cuda``.
+        engine: ``"local"`` for processes of this machine, ``"ray"`` for a Ray cluster.
+        task_rows: The rows of a task, at least. Only the last task of a file may have fewer.
+        progress: It is called in this process with the rows and the bytes of each scored batch. If
+            it has a method ``start``, that is called first, with the number of all rows and of the
+            rows that earlier calls finished.
+        options: Arguments for the engine.
+
+    Returns:
+        The content of ``summary.json``; None if other processes of ``torchrun`` are still at work.
+
+    Raises:
+        DataError: A file cannot be read or its rows cannot be scored (the message names the file
+            and the row group), or the folder is that of another run.
+        OutputError: The folder cannot be written, for example because the disk is full.
+        WorkerError: A worker was killed. The message names its task.
+        TypeError, ValueError: An argument has the wrong type or value.
+
+    What is finished stays after any of these errors.
+    """
+    checks.check_choice("engine", engine, ("local", "ray"))
+    if workers is not None:
+        checks.check_int("workers", workers, 1)
+    if engine == "local" and options:
+        raise TypeError(
+            f'{min(options)}: expected an argument for engine="local", got one for another engine; '
+            "leave it out"
+        )
+    if worker.is_worker:
+        raise RuntimeError(
+            "score_files: expected a call in the main process, got one while a worker imports the "
+            'script; put the call under if __name__ == "__main__":, or take workers=1'
+        )
+    job = make_job(files, scorer, output, reductions, scores=scores, task_rows=task_rows)
     finished = job.folder.finished()
-    tasks = [task for task in job.plan.tasks if task.index not in finished]
-    rank, world_size = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    tasks = [task for task in tasks if task.index % world_size == rank]
-    run_tasks(job, tasks, workers or default_workers(scorer.device), progress)
+    start = getattr(progress, "start", None)
+    if start is not None:
+        rows = sum(task.num_rows for task in job.plan.tasks if task.index in finished)
+        start(job.plan.num_rows, rows)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    tasks = [task for task in job.plan.tasks[rank::world_size] if task.index not in finished]
+    if engine == "ray":
+        from .ray import run_on_ray
+
+        run_on_ray(job, tasks, workers, progress, **options)
+    else:
+        run_tasks(job, tasks, workers or default_workers(job.scorer.device), progress)
     if len(job.folder.finished()) < len(job.plan.tasks):
         return None
     return finish(job.folder, job.plan, job.reductions)
@@ -48,12 +115,32 @@ def make_job(
     files: str | Path | Sequence[str | Path],
     scorer: Scorer,
     output: str | Path,
+    reductions: Sequence[Reduction] = (),
     *,
-    reductions: Sequence[Reduction],
-    scores: bool,
-    task_rows: int,
+    scores: bool = True,
+    task_rows: int = 262144,
 ) -> Job:
-    reductions = [reduction.resolved(scorer.statistics[0]) for reduction in reductions]
+    """Plan a run and open its folder. Arguments and errors are those of :func:`score_files`."""
+    has_target = scorer.target is not None
+    names = [getattr(reduction, "name", None) for reduction in reductions]
+    for reduction in reductions:
+        if not isinstance(reduction, Reduction):
+            raise TypeError(
+                f"reductions: expected a list of reductions, got {type(reduction).__name__} in it; "
+                "pass objects such as Smallest(1000)"
+            )
+        name = type(reduction).__name__
+        if names.count(reduction.name) > 1:
+            raise ValueError(
+                f"reductions: expected each kind once, got {name} {names.count(reduction.name)} "
+                "times; make another run into another folder for the other one"
+            )
+        if reduction.needs_target and not has_target:
+            raise ValueError(
+                f"reductions: expected a scorer with labels for {name}, got one without; pass the "
+                "name of their column as target"
+            )
+    reductions = [item.resolved(scorer.statistics[0], has_target=has_target) for item in reductions]
     wanted = [name for reduction in reductions for name in reduction.statistics]
     scorer = scorer.with_statistics(wanted)
     plan = make_plan(files, scorer, task_rows)

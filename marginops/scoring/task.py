@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,8 @@ _Item = TypeVar("_Item")
 # Batches that wait for the thread that scores, and for the thread that writes.
 _DEPTH = 2
 _END: Any = object()
+# What an error of the scorer says of a row.
+_ROW = re.compile(r"row (\d+) of the batch")
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,15 @@ def score_batches(
     """
     reductions = copy.deepcopy(list(reductions))
     counts: Counter[str] = Counter()
+    features = any(reduction.needs_features for reduction in reductions)
     first_row = task.first_row
     with folder.open_task(task) as output, _thread("write") as writer:
         pending: deque[Future[None]] = deque()
         for batch in batches:
-            scored = _score(task, batch, scorer, first_row)
+            try:
+                scored = scorer.score(batch, first_row, features=features)
+            except DataError as error:
+                raise _located(error, task, first_row) from error
             first_row += len(batch)
             if scores:
                 pending.append(writer.submit(output.write, _columns(scored)))
@@ -114,13 +121,13 @@ def score_batches(
         output.finish({item.name: item.state() for item in reductions}, dict(counts))
 
 
-def _score(task: Task, batch: pa.RecordBatch, scorer: Scorer, first_row: int) -> ScoredBatch:
-    try:
-        return scorer.score(batch, first_row)
-    except DataError as error:
-        row = first_row + getattr(error, "row", 0)
-        place = f"{task.path}, row group {row_group_of(task, row)}"
-        raise DataError(f"{place}: {error}") from error
+def _located(error: DataError, task: Task, first_row: int) -> DataError:
+    """The error of a batch that begins with row ``first_row``, with the place in the file."""
+    found = _ROW.search(str(error))
+    row = first_row + (int(found[1]) if found else 0)
+    group, first_of_group = row_group_of(task, row)
+    text = _ROW.sub(f"row {row - first_of_group} of the row group", str(error))
+    return DataError(f"{task.path}, row group {group}: {text}")
 
 
 def _columns(scored: ScoredBatch) -> pa.RecordBatch:

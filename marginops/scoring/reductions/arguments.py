@@ -39,7 +39,7 @@ def values_of(scored: ScoredBatch, name: str | None) -> Tensor:
             f"scored: expected the statistic {name}, got {known}; "
             "make the scorer with its with_statistics()"
         )
-    return scored.values[name]
+    return scored.values[name].detach()
 
 
 def target_of(scored: ScoredBatch) -> Tensor:

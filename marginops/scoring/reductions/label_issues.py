@@ -118,8 +118,7 @@ class SuspiciousLabels(Reduction):
             state = state.replace_schema_metadata(None)
             is_row = state["row"].is_valid()
             rows = state.filter(is_row).drop_columns("count")
-            may_select = self._candidates.may_select(rows["margin"].to_numpy())
-            self._candidates.add(rows.filter(pa.array(may_select)))
+            self._candidates.add_state(rows)
             label, prediction, count = (
                 state.filter(state["count"].is_valid())[name].to_numpy()
                 for name in ("target", "suggested", "count")
@@ -170,8 +169,11 @@ class SuspiciousLabels(Reduction):
             self._labels = self._labels + counts
 
     def _count_pairs(self, pairs: _Integers, counts: _Integers) -> None:
-        """Add counts of pairs. Both lists of pairs are in ascending order."""
-        together, index = np.unique(np.concatenate((self._pairs, pairs)), return_inverse=True)
-        total = np.zeros(len(together), dtype=np.int64)
-        np.add.at(total, index, np.concatenate((self._pair_counts, counts)))
-        self._pairs, self._pair_counts = together, total
+        """Add the counts of pairs, which are in ascending order, as the object's own are."""
+        if not len(pairs):
+            return
+        pairs = np.concatenate((self._pairs, pairs))
+        order = np.argsort(pairs, kind="stable")  # merges what is in order already
+        pairs, counts = pairs[order], np.concatenate((self._pair_counts, counts))[order]
+        first = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1]))
+        self._pairs, self._pair_counts = pairs[first], np.add.reduceat(counts, first)

@@ -65,7 +65,8 @@ class Moments(Reduction):
         if self._moments is None:
             self._moments = _empty(scored.num_classes, scored.features.shape[1])
         if len(classes):
-            self._merge(classes, class_moments(scored.features, dense, len(classes)))
+            features = scored.features.detach()
+            self._merge(classes, class_moments(features, dense, len(classes)))
         self._counts["rows"] += len(scored)
         self._counts["left_out"] += len(scored) - len(label)
 
@@ -115,6 +116,7 @@ class Moments(Reduction):
             field[classes] = value
 
 
+@torch.inference_mode(False)  # the tensors change later, in any mode
 def _empty(num_classes: int, num_features: int) -> ClassMoments:
     count = torch.zeros(num_classes, dtype=torch.int64)
     mean = torch.full((num_classes, num_features), torch.nan, dtype=torch.float64)

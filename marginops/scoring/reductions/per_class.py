@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
 from ..scored import ScoredBatch
-from .arguments import check_selection, values_of
-from .base import Reduction
-from .candidates import Candidates, candidate_rows
-from .states import pack, unpack
+from .arguments import values_of
+from .candidates import Array
+from .selection import RowSelection
 
 
-class SmallestPerClass(Reduction):
+class SmallestPerClass(RowSelection):
     """The k rows with the smallest scores of each class, in a fixed order.
 
     The class of a row is its target. Rows without a label are left out. If the data have no labels
@@ -45,79 +42,22 @@ class SmallestPerClass(Reduction):
 
     name = "selection_per_class"
 
-    def __init__(self, k: int, by: str | None = None, largest: bool = False) -> None:
-        check_selection(k, by, largest)
-        self.k, self.by, self.largest = k, by, largest
-        self._candidates = Candidates(k, str(by), largest)
-        self._class = "target"
-        self._num_classes = 0
-        self._counts = {"rows": 0, "left_out": 0}
-
     @property
     def statistics(self) -> tuple[str, ...]:
         """The statistic of the scores, and the prediction."""
-        return ("prediction",) if self.by is None else (self.by, "prediction")
+        return (*super().statistics, "prediction")
 
-    def resolved(self, default: str, *, has_target: bool = False) -> SmallestPerClass:
-        """An empty copy that selects by a default statistic where the user named none."""
-        return type(self)(self.k, self.by or default, self.largest)
-
-    def describe(self) -> dict[str, Any]:
-        """The class and its arguments."""
-        return {"class": type(self).__name__, "k": self.k, "by": self.by, "largest": self.largest}
-
-    def update(self, scored: ScoredBatch) -> None:
-        """Add a batch."""
-        scores, prediction = values_of(scored, self.by), values_of(scored, "prediction")
+    def _eligible(self, scored: ScoredBatch) -> tuple[Array | None, Array | None]:
+        self._candidates.num_groups = scored.num_classes
         if scored.target is None:
-            self._class, classes, has_class = "prediction", prediction, scored.is_finite
-        else:
-            classes, has_class = scored.target, scored.target != scored.ignore_index
-        self._num_classes = scored.num_classes
-        known = np.flatnonzero(has_class.numpy())
-        may_select = self._candidates.may_select(scores.numpy()[known], classes.numpy()[known])
-        columns = {str(self.by): scores, "target": scored.target, "prediction": prediction}
-        rows = candidate_rows(scored, known[may_select], columns)
-        self._candidates.add(rows, self._class, self._num_classes)
-        self._counts["rows"] += len(scored)
-        self._counts["left_out"] += len(scored) - len(known)
-
-    def state(self) -> pa.Table:
-        """The selected rows, in the order of the files."""
-        rows = self._candidates.rows(self._class, self._num_classes)
-        numbers = {**self._counts, "class": self._class, "num_classes": self._num_classes}
-        return pack(self, pa.table({}) if rows is None else rows, numbers)
-
-    def merge(self, state: pa.Table) -> None:
-        """Add a state."""
-        numbers = unpack(self, state)
-        if state.num_columns:
-            self._class, self._num_classes = numbers["class"], numbers["num_classes"]
-            rows = state.replace_schema_metadata(None)
-            scores, classes = rows[self.by].to_numpy(), rows[self._class].to_numpy()
-            may_select = self._candidates.may_select(scores, classes)
-            rows = rows.filter(pa.array(may_select))
-            self._candidates.add(rows, self._class, self._num_classes)
-        for name in self._counts:
-            self._counts[name] += numbers[name]
-
-    def result(self) -> pa.Table:
-        """The selected rows, class by class, the first one first."""
-        rows = self._candidates.ordered(self._class, self._num_classes)
-        if rows is None:
-            integers, floats = pa.array([], pa.int64()), pa.array([], pa.float32())
-            rows = pa.table({"row": integers, self.by: floats, self._class: integers})
-        return rows
+            self._candidates.group = "prediction"
+            return scored.is_finite.numpy(), values_of(scored, "prediction").numpy()
+        self._candidates.group = "target"
+        return (scored.target != scored.ignore_index).numpy(), scored.target.numpy()
 
     def summary(self) -> dict[str, Any]:
-        """The number of rows, of rows without a class, and of selected rows of each class."""
-        classes: npt.NDArray[np.int64] = self.result()[self._class].to_numpy()
-        return {
-            "by": self.by,
-            "largest": self.largest,
-            "k": self.k,
-            "class": self._class,
-            **self._counts,
-            "selected": len(classes),
-            "selected_per_class": np.bincount(classes, minlength=self._num_classes).tolist(),
-        }
+        """The numbers of rows, of those without a class, and of selected rows of each class."""
+        group, num_classes = self._candidates.group, self._candidates.num_groups
+        classes = self.result()[group].to_numpy() if group else np.zeros(0, dtype=np.int64)
+        selected = np.bincount(classes, minlength=num_classes if group else 0).tolist()
+        return {**super().summary(), "class": group, "selected_per_class": selected}

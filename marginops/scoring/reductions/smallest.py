@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
+from ..names import NEED_TARGET
 from ..scored import ScoredBatch
-from .arguments import check_selection, values_of
-from .base import Reduction
-from .candidates import Candidates, candidate_rows
-from .states import json_number, pack, unpack
+from .arguments import target_of
+from .candidates import Array
+from .selection import RowSelection
+from .states import json_number
 
 
-class Smallest(Reduction):
+class Smallest(RowSelection):
     """The k rows with the smallest scores, in a fixed order.
 
     The order is by score, ascending, with ``+inf`` before NaN. Among equal scores the row with the
     smallest id comes first: integers by value, strings by their UTF-8 bytes. Rows with equal ids
     or without ids follow by their number. So the result depends on the rows alone: not on batches,
-    tasks or workers.
+    tasks or workers. Rows without a label are left out if the score needs one.
 
     The result is a table with a line for each selected row, the first one first: ``id`` if there
     are ids (int64, uint64 or string), ``row`` (int64, the number of the row in all files), the
@@ -48,64 +46,14 @@ class Smallest(Reduction):
 
     name = "selection"
 
-    def __init__(self, k: int, by: str | None = None, largest: bool = False) -> None:
-        check_selection(k, by, largest)
-        self.k, self.by, self.largest = k, by, largest
-        self._candidates = Candidates(k, str(by), largest)
-        self._num_rows = 0
-
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """The statistic of the scores."""
-        return () if self.by is None else (self.by,)
-
-    def resolved(self, default: str, *, has_target: bool = False) -> Smallest:
-        """An empty copy that selects by a default statistic where the user named none."""
-        return type(self)(self.k, self.by or default, self.largest)
-
-    def describe(self) -> dict[str, Any]:
-        """The class and its arguments."""
-        return {"class": type(self).__name__, "k": self.k, "by": self.by, "largest": self.largest}
-
-    def update(self, scored: ScoredBatch) -> None:
-        """Add a batch."""
-        scores = values_of(scored, self.by)
-        chosen = np.flatnonzero(self._candidates.may_select(scores.numpy()))
-        columns = {"target": scored.target, "prediction": scored.values.get("prediction")}
-        rows = candidate_rows(scored, chosen, {str(self.by): scores, **columns})
-        self._candidates.add(rows)
-        self._num_rows += len(scored)
-
-    def state(self) -> pa.Table:
-        """The selected rows, in the order of the files."""
-        rows = self._candidates.rows()
-        return pack(self, pa.table({}) if rows is None else rows, {"rows": self._num_rows})
-
-    def merge(self, state: pa.Table) -> None:
-        """Add a state."""
-        numbers = unpack(self, state)
-        if state.num_columns:
-            rows = state.replace_schema_metadata(None)
-            may_select = self._candidates.may_select(rows[self.by].to_numpy())
-            self._candidates.add(rows.filter(pa.array(may_select)))
-        self._num_rows += numbers["rows"]
-
-    def result(self) -> pa.Table:
-        """The selected rows, the first one first."""
-        rows = self._candidates.ordered()
-        if rows is None:
-            rows = pa.table({"row": pa.array([], pa.int64()), self.by: pa.array([], pa.float32())})
-        return rows
+    def _eligible(self, scored: ScoredBatch) -> tuple[Array | None, Array | None]:
+        """Rows without a label have no score that needs one."""
+        if self.by not in NEED_TARGET:
+            return None, None
+        return (target_of(scored) != scored.ignore_index).numpy(), None
 
     def summary(self) -> dict[str, Any]:
-        """The number of rows and of selected rows, and the scores of the first and the last."""
+        """The numbers of rows, and the scores of the first and the last selected one."""
         scores = self.result()[self.by].to_numpy()
-        return {
-            "by": self.by,
-            "largest": self.largest,
-            "k": self.k,
-            "rows": self._num_rows,
-            "selected": len(scores),
-            "first_score": json_number(scores[0]) if len(scores) else None,
-            "last_score": json_number(scores[-1]) if len(scores) else None,
-        }
+        first, last = (json_number(scores[place]) if len(scores) else None for place in (0, -1))
+        return {**super().summary(), "first_score": first, "last_score": last}

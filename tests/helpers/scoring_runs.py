@@ -1,0 +1,48 @@
+"""Parquet files to score, and what a run left in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def rows_of_logits(count: int, classes: int = 5, seed: int = 0, *, ties: bool = True) -> pa.Table:
+    """Ids in no order, labels of which some are null, and float16 logits with equal values."""
+    generator = np.random.default_rng(seed)
+    logits = generator.standard_normal((count, classes)).astype(np.float16)
+    if ties:
+        logits = np.round(logits * 4) / 4
+    label = generator.integers(0, classes, count)
+    return pa.table(
+        {
+            "id": generator.permutation(count),
+            "label": pa.array(label, mask=label == generator.integers(0, 9, count)),
+            "logits": pa.FixedSizeListArray.from_arrays(pa.array(logits.reshape(-1)), classes),
+        }
+    )
+
+
+def write_parquet(path: Path, rows: pa.Table, row_group_size: int) -> Path:
+    """Write rows without compression or dictionary, in small pages."""
+    pq.write_table(
+        rows,
+        path,
+        row_group_size=row_group_size,
+        compression="none",
+        use_dictionary=False,
+        data_page_size=4096,
+    )
+    return path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in a folder, by its name relative to it."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
