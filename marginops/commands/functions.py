@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
-import os
-import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._functions import FunctionNotFoundError, find_function
 from .options import UsageError
 
 _LONGEST_MESSAGE = 200
@@ -28,31 +26,11 @@ def find(option: str, place: str) -> Callable[..., Any]:
     Raises:
         UsageError: There is no such module or function, or the import raised an error.
     """
-    module_name, _, name = place.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    with told(option, f"the import of {module_name}"):
+    with told(option, f"the import of {place.partition(':')[0]}"):
         try:
-            value = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            # Not a module that this one imports.
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise
-            raise UsageError(
-                f"{option}: expected MODULE:FUNCTION with a module that Python finds, got {place} "
-                f"({error}); run the command in the folder of the module, or install it"
-            ) from error
-    for part in name.split("."):
-        try:
-            value = getattr(value, part)
-        except AttributeError as error:
-            raise UsageError(
-                f"{option}: expected MODULE:FUNCTION with a function of the module, got {place} "
-                f"({error})"
-            ) from error
-    if not callable(value):
-        raise UsageError(f"{option}: expected a function, got {place}, a {type(value).__name__}")
-    return value
+            return find_function(option, place)
+        except FunctionNotFoundError as error:
+            raise UsageError(str(error)) from error
 
 
 def call(option: str, place: str, **arguments: Any) -> Any:

@@ -14,6 +14,7 @@ from .folder import RunFolder
 from .plan import Plan, Task, make_plan
 from .reductions.base import Reduction
 from .scored import ScoredBatch
+from .scorer import Scorer
 
 __all__ = [
     "DataError",
@@ -22,6 +23,7 @@ __all__ = [
     "Reduction",
     "RunFolder",
     "ScoredBatch",
+    "Scorer",
     "Task",
     "finish",
     "make_plan",

@@ -50,12 +50,14 @@ def open_local(
         with output_errors(full_name):
             os.makedirs(folder, exist_ok=True)
             stack.callback(_delete_if_there, temporary)
-            file = stack.enter_context(open(temporary, "xb"))
+            file = open(temporary, "xb")  # noqa: SIM115
+            stack.callback(_close_quietly, file)
         yield OutputFile(file, full_name)
         with output_errors(full_name):
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+            file.close()
             _publish(temporary, path, replace)
             if not replace:
                 _sync_folder(folder)
@@ -127,6 +129,12 @@ class OutputFile(io.RawIOBase):
 def is_temporary(name: str) -> bool:
     """Whether a file has a temporary name of :class:`Storage`."""
     return name.rpartition("/")[2].startswith(_TEMPORARY)
+
+
+def _close_quietly(file: IO[bytes]) -> None:
+    """Close a file. What it holds back is lost, because a full disk does not take it."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def _delete_if_there(path: str) -> None:

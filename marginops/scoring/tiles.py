@@ -1,0 +1,232 @@
+"""Scores rows tile by tile: the values of a tile stay in the cache until its statistics are known.
+
+The tiles are cut from the first row of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._checks import result_dtype
+from ..ops.tiles import default_chunk_bytes, logit_tiles, tile_shape
+from .head import Head
+from .statistics import (
+    mark_not_finite,
+    mark_unlabelled,
+    result_type,
+    statistics_of_features,
+    statistics_of_logits,
+)
+
+# Tiles of 1,024 to 8,192 rows measured equally fast on the CPU.
+_CPU_ROWS = 2048
+_CUDA_ROWS = 65536
+# Below this number of rows a product spends its time on reading the weight.
+_ENOUGH_ROWS = 1024
+
+KINDS = ("finite", "missing", "nan", "infinite", "overflow")
+MISSING, NAN, INFINITE, OVERFLOW = range(1, 5)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of N rows, on the CPU.
+
+    Attributes:
+        values: Each statistic, ``[N]``.
+        kinds: ``[N]`` uint8, positions in KINDS.
+        features: ``[N, D]``, the converted values, where they are kept.
+    """
+
+    values: dict[str, Tensor]
+    kinds: Tensor
+    features: Tensor | None
+
+
+class PlacedHead:
+    """A head on a device, in each dtype that a batch needs."""
+
+    def __init__(self, head: Head, device: torch.device) -> None:
+        self.head = head
+        self.dtype = head.weight.dtype
+        self.num_classes, self.width = head.weight.shape
+        self._device = device
+        self._copies: dict[torch.dtype, tuple[Tensor, Tensor | None, float]] = {}
+
+    def parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, float]:
+        """Weight, bias, and a limit: features with a smaller sum of squares have finite logits."""
+        if dtype not in self._copies:
+            weight = self.head.weight.to(self._device, dtype)
+            bias = self.head.bias
+            bias = None if bias is None else bias.to(self._device, dtype)
+            # |w . h + b| <= |w| |h| + |b|, also for every partial sum.
+            norm = float(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).max())
+            offset = 0.0 if bias is None else float(bias.abs().max())
+            root = max(torch.finfo(dtype).max / 4 - offset, 0.0) / max(norm, 1e-30)
+            self._copies[dtype] = weight, bias, root * root
+        return self._copies[dtype]
+
+
+@torch.no_grad()
+def score_rows(
+    values: Tensor,
+    label: Tensor | None,
+    unlabelled: Tensor | None,
+    statistics: Sequence[str],
+    head: PlacedHead | None,
+    device: torch.device,
+    log_norm: float | None,
+    keep_features: bool = False,
+) -> Scores:
+    """Compute statistics of features ``[N, D]``, or of logits ``[N, C]`` without a head.
+
+    Args:
+        values: Any floating-point dtype, on any device.
+        label: ``[N]`` int64, all in [0, C).
+        unlabelled: ``[N]`` bool, the rows whose label does not count; None if all count.
+        statistics: Names of statistics.
+        head: The head whose input the values are.
+        device: Where to compute.
+        log_norm: See :func:`marginops.classification_margin`.
+        keep_features: Whether to return the converted values.
+    """
+    values = values.to(device)
+    label = None if label is None else label.to(device)
+    dtype = result_dtype(values.dtype)
+    if head is not None:
+        dtype = torch.promote_types(dtype, head.dtype)
+    rows, width = values.shape
+    is_ready = values.dtype == dtype and values.is_contiguous()
+    converted = values if is_ready else None
+    if keep_features and converted is None:
+        converted = values.new_empty(values.shape, dtype=dtype)
+    tile_rows, streams = _tile_rows(values, dtype, head)
+    buffer = None
+    if converted is None:
+        buffer = values.new_empty((min(tile_rows, rows), width), dtype=dtype)
+    product = None
+    if head is not None and not streams:
+        product = values.new_empty((min(tile_rows, rows), head.num_classes), dtype=dtype)
+    kinds = torch.zeros(rows, dtype=torch.uint8, device=device)
+    results = {
+        name: torch.empty(rows, dtype=result_type(name, dtype), device=device)
+        for name in statistics
+    }
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, rows, tile_rows):
+            piece = slice(start, min(start + tile_rows, rows))
+            size = piece.stop - start
+            tile = converted[piece] if converted is not None else buffer[:size]  # type: ignore[index]
+            if not is_ready:
+                tile.copy_(values[piece])
+            found = _score_tile(
+                tile,
+                None if label is None else label[piece],
+                statistics,
+                head,
+                None if product is None else product[:size],
+                log_norm,
+                kinds[piece],
+            )
+            for name, result in results.items():
+                result[piece] = found[name]
+    if unlabelled is not None:
+        mark_unlabelled(results, unlabelled.to(device))
+    kept = converted.cpu() if keep_features and converted is not None else None
+    return Scores(*_on_cpu(results, kinds), kept)
+
+
+def _tile_rows(values: Tensor, dtype: torch.dtype, head: PlacedHead | None) -> tuple[int, bool]:
+    """The number of rows of a tile, and whether it has too many classes for a buffer of logits."""
+    most = _CUDA_ROWS if values.is_cuda else _CPU_ROWS
+    capacity = default_chunk_bytes(values) // dtype.itemsize
+    most = max(min(most, capacity // max(values.shape[1], 1)), 1)
+    if head is None:
+        return most, False
+    fitting = min(most, capacity // head.num_classes)
+    return (most, True) if fitting < min(most, _ENOUGH_ROWS) else (fitting, False)
+
+
+def _score_tile(
+    tile: Tensor,
+    label: Tensor | None,
+    statistics: Sequence[str],
+    head: PlacedHead | None,
+    product: Tensor | None,
+    log_norm: float | None,
+    kinds: Tensor,
+) -> dict[str, Tensor]:
+    """The statistics of a tile. Writes the kinds of its rows."""
+    if head is None:
+        if not _is_finite(tile, torch.inf):
+            kinds.copy_(_kinds(tile, []))
+        return statistics_of_logits(statistics, tile, label, None, None, log_norm)
+    weight, bias, limit = head.parameters(tile.dtype)
+    is_finite = _is_finite(tile, limit)
+    if product is None:
+        if not is_finite:
+            shape = tile_shape(tile, weight, None, None)
+            pieces = logit_tiles(tile, weight, bias, None, shape)
+            kinds.copy_(_kinds(tile, ((rows, logits) for rows, _, logits in pieces)))
+        return statistics_of_features(statistics, tile, label, (weight, bias), log_norm)
+    if bias is None:
+        torch.mm(tile, weight.t(), out=product)
+    else:
+        torch.addmm(bias, tile, weight.t(), out=product)
+    if not is_finite:
+        kinds.copy_(_kinds(tile, [(slice(None), product)]))
+    return statistics_of_logits(statistics, product, label, tile, (weight, bias), log_norm)
+
+
+def _is_finite(tile: Tensor, limit: float) -> bool:
+    """Whether one sum shows that all values and their logits are finite.
+
+    On a GPU the sum would wait for the device, and a look at each value costs little.
+    """
+    if tile.is_cuda:
+        return False
+    flat = tile.view(-1)
+    return float(torch.dot(flat, flat)) < limit
+
+
+def _kinds(tile: Tensor, logits: Iterable[tuple[slice, Tensor]]) -> Tensor:
+    """The kind of each row, from all of its values and logits."""
+    overflow = torch.zeros(len(tile), dtype=torch.bool, device=tile.device)
+    for rows, part in logits:
+        overflow[rows] |= ~part.isfinite().all(1)
+    return kinds_of_values(tile, torch.where(overflow, OVERFLOW, 0))
+
+
+def kinds_of_values(values: Tensor, otherwise: Tensor | int) -> Tensor:
+    """NAN or INFINITE for each row with such a value, else another kind."""
+    kinds = torch.where(values.isfinite().all(1), otherwise, INFINITE)
+    return torch.where(values.isnan().any(1), NAN, kinds).to(torch.uint8)
+
+
+def _on_cpu(results: dict[str, Tensor], kinds: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The results, which come from a GPU in one copy. float64 holds all of them exactly."""
+    if not kinds.is_cuda:
+        return results, kinds
+    columns = [*results.values(), kinds]
+    whole = torch.stack([column.double() for column in columns]).cpu()
+    *values, kinds = (row.to(column.dtype) for row, column in zip(whole, columns, strict=True))
+    return dict(zip(results, values, strict=True)), kinds
+
+
+def finish(scores: Scores, missing: Tensor | None) -> tuple[Tensor, dict[str, int]]:
+    """Mark missing rows and rows that are not finite.
+
+    Returns:
+        ``[N]`` bool, whether each row is finite, and the number of rows of each other kind.
+    """
+    if missing is not None:
+        scores.kinds.masked_fill_(missing, MISSING)
+    wrong = scores.kinds != 0
+    counts = torch.bincount(scores.kinds, minlength=len(KINDS)).tolist()
+    if counts[0] < len(wrong):
+        mark_not_finite(scores.values, wrong)
+    return ~wrong, dict(zip(KINDS[1:], counts[1:], strict=True))
