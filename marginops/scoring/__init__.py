@@ -32,6 +32,7 @@ __all__ = [
     "RunFolder",
     "ScoredBatch",
     "Scorer",
+<<<<<<< HEAD
     "Smallest",
     "SmallestPerClass",
     "SuspiciousLabels",
@@ -39,4 +40,9 @@ __all__ = [
     "finish",
     "make_plan",
     "score_files",
+=======
+    "Task",
+    "finish",
+    "make_plan",
+>>>>>>> i-folder
 ]
