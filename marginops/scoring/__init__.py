@@ -34,6 +34,7 @@ __all__ = [
     "ScoredBatch",
     "Scorer",
     "ScoringResult",
+<<<<<<< HEAD
     "Smallest",
     "SmallestPerClass",
     "SuspiciousLabels",
@@ -45,4 +46,9 @@ __all__ = [
     "Smallest",
     "SmallestPerClass",
     "SuspiciousLabels",
+=======
+    "Task",
+    "finish",
+    "make_plan",
+>>>>>>> i-ray
 ]
