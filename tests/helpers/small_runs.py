@@ -23,9 +23,7 @@ from marginops.scoring.description import describe_run
 class SmallScorer:
     """What plans and folders ask a scorer for. The score of a row is its number."""
 
-    def __init__(
-        self, column: str = "row", target: str | None = None, batch_rows: int | None = None
-    ):
+    def __init__(self, column: str = "row", target: str | None = None, batch_rows: int | None = None):
         self.column, self.target, self.batch_rows = column, target, batch_rows
 
     @property
@@ -74,9 +72,7 @@ def write_rows(path: Path, row_groups: Sequence[int], first_row: int = 0) -> int
     schema = pa.schema({"row": pa.int64()})
     with pq.ParquetWriter(path, schema) as writer:
         for rows in row_groups:
-            writer.write_table(
-                pa.table({"row": range(first_row, first_row + rows)}, schema), rows or 1
-            )
+            writer.write_table(pa.table({"row": range(first_row, first_row + rows)}, schema), rows or 1)
             first_row += rows
     return first_row
 
