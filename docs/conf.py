@@ -7,7 +7,8 @@ import sys
 import typing
 from pathlib import Path
 
-import torch.distributed  # noqa: F401 (it must not see the flag below)
+import pyarrow  # noqa: F401 (it must not see the flag below)
+import torch.distributed  # noqa: F401 (likewise)
 import torchmetrics  # noqa: F401 (likewise)
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -59,7 +60,7 @@ python_maximum_signature_line_length = 88
 nitpicky = True
 # Neither need the bases that our samplers share.
 nitpick_ignore_regex = [
-    ("py:.*", r"(os|ignite|torch|torchmetrics|numpy|collections|typing)\..*"),
+    ("py:.*", r"(os|ignite|torch|torchmetrics|numpy|pyarrow|collections|typing)\..*"),
     ("py:class", r"marginops\.training\.samplers\..*"),
 ]
 

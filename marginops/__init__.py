@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import homogeneity as homogeneity
     from . import metrics as metrics
     from . import networks as networks
+    from . import scoring as scoring
     from . import training as training
 
 __all__ = [
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 # They are imported at their first use, because some need further packages.
-_LAZY = ("homogeneity", "metrics", "networks", "training")
+_LAZY = ("homogeneity", "metrics", "networks", "scoring", "training")
 
 
 def __getattr__(name: str) -> Any:

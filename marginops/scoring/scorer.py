@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from . import columns, tiles
+from . import columns, labels, tiles
 from .errors import DataError
 from .head import Source, checked_source, load_head, place_of
 from .model import PlacedModel, judge_inputs
@@ -28,22 +28,19 @@ class Scorer:
     pickles to its arguments, and each process reads the head or makes the model at its first batch.
     So it fits ``ray.data.Dataset.map_batches`` and engines like it as it is.
 
-    The statistics of a row with features h, logits :math:`f = W h + b` and label y:
+    ``margin``, ``rival``, ``loss``, ``confidence``, ``correct``, ``el2n`` and ``gradient_norm`` are
+    those of :func:`marginops.sample_statistics`. They need ``target``, and ``gradient_norm`` also
+    needs ``head``. The others need no label. Let :math:`i_1, i_2` be the classes of the two largest
+    logits:
 
     ====================== =====================================================================
-    ``margin``, ``rival``, see :func:`marginops.sample_statistics`; these need ``target``, and
-    ``loss``,              ``gradient_norm`` also needs ``head``
-    ``confidence``,
-    ``correct``, ``el2n``,
-    ``gradient_norm``
+    ``top2_margin``        :math:`(f_{i_1} - f_{i_2}) \, e^{-\mathrm{log\_norm}}`
+    ``minimal_margin``     the distance of the features to the boundary between the two classes,
+                           :math:`(f_{i_1} - f_{i_2}) / \lVert w_{i_1} - w_{i_2} \rVert_2`
+                           (Weinstein et al. 2020); needs ``head``
+    ``probability_margin`` :math:`p_{i_1} - p_{i_2}` of the softmax (Scheffer et al. 2001)
     ``entropy``            the entropy of the softmax, in nats
-    ``top2_margin``        the largest minus the second largest logit, times
-                           :math:`e^{-\mathrm{log\_norm}}`
-    ``prediction``         the class of the largest logit, the lowest one among equals; int64
-    ``minimal_margin``     the distance of the features to the nearest class boundary of the two
-                           largest logits, :math:`(f_{i_1} - f_{i_2}) / \lVert w_{i_1} -
-                           w_{i_2} \rVert_2` (Weinstein et al. 2020); needs ``head``
-    ``probability_margin`` the largest minus the second largest probability (Scheffer et al. 2001)
+    ``prediction``         :math:`i_1`, the lowest class among equals, int64
     ====================== =====================================================================
 
     Args:
@@ -235,9 +232,9 @@ class Scorer:
             if width is not None:
                 self._check_width(width)
         if self.target is not None:
-            columns.check_target_type(self.target, schema.field(self.target).type)
+            labels.check_target_type(self.target, schema.field(self.target).type)
         if self.id is not None:
-            columns.check_id_type(self.id, schema.field(self.id).type)
+            labels.check_id_type(self.id, schema.field(self.id).type)
 
     def __call__(self, batch: Any) -> dict[str, np.ndarray[Any, Any]]:
         """Score a batch.
@@ -283,7 +280,7 @@ class Scorer:
         target, label, unlabelled = self._labels(batch, rows, classes)
         ids = None
         if self.id is not None:
-            ids = columns.read_ids(columns.column(batch, self.id), self.id)
+            ids = labels.read_ids(columns.column(batch, self.id), self.id)
             self._check_rows("id", self.id, len(ids), rows)
         head = None if self.head is None else self._loaded_head()
         scores = tiles.score_rows(
@@ -323,10 +320,10 @@ class Scorer:
         if self.target is None:
             return None, None, None
         column = columns.column(batch, self.target)
-        target = columns.read_target(column, self.target, self.ignore_index)
+        target = labels.read_target(column, self.target, self.ignore_index)
         self._check_rows("target", self.target, len(target), rows)
         unlabelled = target == self.ignore_index
-        columns.check_classes(target, unlabelled, self.target, classes, self.ignore_index)
+        labels.check_classes(target, unlabelled, self.target, classes, self.ignore_index)
         if not unlabelled.any():
             return target, target, None
         return target, target.masked_fill(unlabelled, 0), unlabelled

@@ -19,7 +19,7 @@ README = ROOT / "README.md"
 DOCS = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md"))]
 MODULES = ["marginops"] + [
     f"marginops.{name}"
-    for name in ("homogeneity", "metrics", "networks", "nn", "norms", "training")
+    for name in ("homogeneity", "metrics", "networks", "nn", "norms", "scoring", "training")
 ]
 HOSTS = "composer", "ignite", "lightning", "transformers"
 MODULES += [f"marginops.integrations.{name}" for name in HOSTS]
