@@ -34,7 +34,6 @@ __all__ = [
     "ScoredBatch",
     "Scorer",
     "ScoringResult",
-<<<<<<< HEAD
     "Smallest",
     "SmallestPerClass",
     "SuspiciousLabels",
@@ -43,12 +42,4 @@ __all__ = [
     "make_plan",
     "read_result",
     "score_files",
-    "Smallest",
-    "SmallestPerClass",
-    "SuspiciousLabels",
-=======
-    "Task",
-    "finish",
-    "make_plan",
->>>>>>> i-ray
 ]
