@@ -42,7 +42,7 @@ def costs(path: Path) -> str:
         f"{results['torch']}, pyarrow {results['pyarrow']}. Seconds are those of {times} "
         'without the imports, and GiB the peak of all processes. "Warm" files are in the page '
         'cache, "cold" ones are not. Times with ~ are extrapolated from the rate at '
-        f" {base[0]:,} rows, {base[1]}; they were not measured."
+        f"{base[0]:,} rows, {base[1]}; they were not measured."
     )
     return "\n".join(lines) + f"\n\n{about}"
 
