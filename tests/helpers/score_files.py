@@ -1,4 +1,4 @@
-"""Files of embeddings and a head, for the tests of ``marginops score``, and what NumPy makes of them."""
+"""Files of embeddings and a head, for the tests of ``marginops score``, and their margins."""
 
 from __future__ import annotations
 

@@ -23,7 +23,6 @@ class Progress:
     Attributes:
         rows: The rows that this process scored, without those of earlier runs.
         bytes: The bytes of the columns that it read.
-        seconds: The time from the start to the end, or until now.
     """
 
     def __init__(self, num_processes: int, *, quiet: bool) -> None:
@@ -66,6 +65,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
+        """The seconds from the start to the end, or until now."""
         return (self._end or time.monotonic()) - self._start
 
     def __call__(self, rows: int, num_bytes: int) -> None:

@@ -79,7 +79,10 @@ def _selection(selection: Numbers) -> str:
     order = "largest" if selection["largest"] else "smallest"
     selected, by = selection["selected"], selection["by"]
     if selected < selection["k"]:
-        return f"selected: all {selected:,} rows, fewer than the {selection['k']:,} asked for"
+        return (
+            f"selected: all {selected:,} rows that have a {by}, fewer than the "
+            f"{selection['k']:,} asked for"
+        )
     return (
         f"selected: the {selected:,} rows with the {order} {by}, from "
         f"{_number(selection['first_score'])} to {_number(selection['last_score'])}"
