@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from helpers.small_runs import SmallScorer, write_rows
 from marginops.scoring import DataError, Plan, Task, make_plan
-from marginops.scoring.inputs import common_names, find_files
+from marginops.scoring.inputs import InputFile, common_names, find_files
 
 
 def locations(files):
@@ -175,13 +175,13 @@ def test_another_content_has_another_digest(tmp_path):
 
 
 def test_common_names():
-    assert common_names(["/a/b/c"]) == ["c"]
-    assert common_names(["/a/b/c", "/a/d"]) == ["b/c", "d"]
-    assert common_names(["/ab/c", "/ad/c"]) == ["ab/c", "ad/c"]
-    assert common_names(["s3://key:secret@bucket/x?region=a", "s3://other/y"]) == [
-        "bucket/x",
-        "other/y",
-    ]
+    def names(*paths):
+        return common_names([InputFile("", None, path) for path in paths])
+
+    assert names("/a/b/c") == ["c"]
+    assert names("/a/b/c", "/a/d") == ["b/c", "d"]
+    assert names("/ab/c", "/ad/c") == ["ab/c", "ad/c"]
+    assert names("bucket/x", "other/y") == ["bucket/x", "other/y"]
 
 
 def test_folders_are_sorted_and_not_entered(tmp_path):
