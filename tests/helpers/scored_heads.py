@@ -96,9 +96,10 @@ def expected(
     rival = others.argmax(1)
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    one_hot = np.eye(logits.shape[1])[label]
+    residual = p.copy()
+    residual[rows, label] -= 1
     top2 = logits[rows, first] - logits[rows, second]
-    el2n = np.linalg.norm(p - one_hot, axis=1)
+    el2n = np.linalg.norm(residual, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = -np.where(p > 0, p * np.log(p), 0).sum(1)
         distance = top2 / np.linalg.norm(weight[first] - weight[second], axis=1)
