@@ -122,7 +122,7 @@ def read_matrix(values: Any, name: str, dtype: str | None, width: int | None) ->
     ``width`` is the D of missing rows where no row tells it. Rows of one other width are no error.
     """
     if isinstance(values, list | tuple):
-        values = _from_list(values)
+        values = _from_list(values, name)
     if isinstance(values, pa.Array):
         check_type(name, values.type, dtype)
         matrix = _matrix(values, name, width)
@@ -266,14 +266,17 @@ def as_tensor(values: np.ndarray[Any, Any]) -> Tensor:
     return from_dlpack(pa.array(flat)).view(values.shape)
 
 
-def _from_list(values: Sequence[Any]) -> Any:
+def _from_list(values: Sequence[Any], name: str) -> Any:
     if values and all(isinstance(row, Tensor) for row in values):
         return torch.stack([*values])
     if any(isinstance(row, np.ndarray) for row in values):
         rows = np.empty(len(values), dtype=object)
         rows[:] = values
         return rows
-    return pa.array(values, type=pa.list_(pa.float64()) if not values else None)
+    try:
+        return pa.array(values, type=pa.list_(pa.float64()) if not values else None)
+    except pa.ArrowException as error:
+        raise DataError(f"column: expected rows of one form in {name!r}, got {error}") from error
 
 
 def _stack(

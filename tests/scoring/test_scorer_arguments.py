@@ -58,10 +58,10 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
     ("batch", "message"),
     [
         ({"features": FEATURES}, "column: expected one column 'embedding', got columns features"),
-        ({"embedding": FEATURES[:, 1:]}, "column: expected rows of 8 values in 'embedding', the wi"),
-        ({"embedding": FEATURES.astype(int)}, "column: expected [N, D] of float16, bfloat16, float"),
+        ({"embedding": FEATURES[:, 1:]}, "column: expected rows of 8 values in 'embedding', the w"),
+        ({"embedding": FEATURES.astype(int)}, "column: expected [N, D] of float16, bfloat16, floa"),
         ({"embedding": FEATURES[0]}, "in 'embedding', got [8] of torch.float32"),
-        ({"embedding": FEATURES, "y": [0, 1]}, "target: expected 3 values in 'y', one for each row"),
+        ({"embedding": FEATURES, "y": [0, 1]}, "target: expected 3 values in 'y', one for each ro"),
         ({"embedding": FEATURES, "y": [0, 5, 1]}, "target: expected classes in [0, 5), null or ign"
                                                   "ore_index -100 in 'y', got 5 in row 1 of the b"),
         ({"embedding": FEATURES, "y": [0, -1, 1]}, "got -1 in row 1 of the batch"),
@@ -69,12 +69,12 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
                                                         "asses), got double in 'y'"),
         ({"embedding": FEATURES, "y": np.array([0, 2**63, 1], np.uint64)}, "target: expected class"
                                                                           "es in int64 in 'y'"),
-        ({"embedding": FEATURES, "y": FEATURES}, "target: expected one value a row in 'y', got sha"),
+        ({"embedding": FEATURES, "y": FEATURES}, "target: expected one value a row in 'y', got sh"),
         ({"embedding": FEATURES, "y": ["a", 1, 2]}, "target: expected values of one type in 'y'"),
         ({"embedding": FEATURES, "y": [0, 1, 2], "key": ["a", None, "b"]}, "id: expected an id in "
                                                     "every row of 'key', got null in row 1 of the"),
         ({"embedding": FEATURES, "y": [0, 1, 2], "key": [1.5, 2.5, 3.5]}, "id: expected a column o"
-                                                          "f integers or strings, got double in 'k"),
+                                                          "f integers or strings, got double in '"),
         ({"embedding": FEATURES, "y": [0, 1, 2], "key": [1, 2]}, "id: expected 3 values in 'key'"),
     ],
 )  # fmt: skip
