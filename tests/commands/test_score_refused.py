@@ -2,9 +2,9 @@
 
 import os
 import re
-import sys
+import shutil
+import subprocess
 
-import numpy as np
 import pytest
 
 pytest.importorskip("pyarrow")
@@ -21,7 +21,7 @@ import torch
 import marginops
 from helpers.score_files import ROWS, WIDTH, Embeddings, score
 from helpers.user_modules import user_modules
-from marginops.commands import preparation
+from marginops.commands import figures, preparation
 
 MODULE = """
 import torch
@@ -149,7 +149,9 @@ def test_a_missing_package(files, refused, monkeypatch):
     monkeypatch.setattr(
         preparation, "find_spec", lambda name: None if name == "fsspec" else found(name)
     )
-    refused(files.run(), r'missing packages: fsspec; install them with: pip install "marginops\[score]"')
+    refused(
+        files.run(), r'missing packages: fsspec; install them with: pip install "marginops\[score]"'
+    )
 
 
 def test_a_missing_package_of_the_engine(files, refused, monkeypatch):
@@ -161,22 +163,18 @@ def test_a_missing_package_of_the_engine(files, refused, monkeypatch):
     refused(files.run("--engine", "ray"), message)
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--column", "column: expected one column 'nothing', got columns id, label, embedding"),
-        ("--target", "target: expected one column 'nothing', got columns id, label, embedding"),
-        ("--id", "id: expected one column 'nothing', got columns id, label, embedding"),
-    ],
-)
-def test_a_missing_column(files, refused, option, message):
+@pytest.mark.parametrize("option", ["--column", "--target", "--id"])
+def test_a_missing_column(files, refused, option):
+    message = "[a-z]+: expected one column 'nothing', got columns id, label, embedding"
     refused(files.run(option, "nothing"), f".*/data/a.parquet: {message}")
     assert not (files.folder / "out").exists()
 
 
 def test_columns_of_other_types(files, refused):
     refused(files.run("--column", "id"), ".*/data/a.parquet: column: expected .*, got int64")
-    refused(files.run("--target", "embedding"), ".*/data/a.parquet: target: expected .*, got fixed.*")
+    refused(
+        files.run("--target", "embedding"), ".*/data/a.parquet: target: expected .*, got fixed.*"
+    )
 
 
 def test_a_head_of_another_width(files, refused):
@@ -246,8 +244,8 @@ def test_rows_of_several_lengths(files, refused):
     rows[433] = rows[433][:-1]
     files.write(embedding=pa.array(rows, pa.list_(pa.float16())))
     message = (
-        r".*/data/b.parquet, row group 0: column: expected rows of 6 values in 'embedding', the "
-        r"width of the head .*/head.pt, got 5 in row 83"
+        ".*/data/b.parquet, row group 0: column: expected rows of 6 values in 'embedding', got 5 "
+        "in row 83 of the row group"
     )
     refused(files.run(), message)
     assert len(list((files.folder / "out/done").iterdir())) == 4  # the tasks before
@@ -263,15 +261,19 @@ def test_a_label_out_of_range(files, refused):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"id,label\n1,2\n", ".*/data/b.parquet: expected a Parquet file, got .*"),
-        (b"", ".*/data/b.parquet: expected a Parquet file, got .*"),
-        ("half", ".*/data/b.parquet: expected a Parquet file, got .*"),
+        (b"id,label\n1,2\n", "13 bytes that do not end as a Parquet file does"),
+        (b"", "an empty file"),
+        ("half", "[0-9,]+ bytes that do not end as a Parquet file does"),
     ],
 )
 def test_a_file_that_is_no_parquet_file(files, refused, content, message):
     path = files.data / "b.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    message = (
+        f".*/data/b.parquet: expected a complete Parquet file, got {message}; write the file anew, "
+        "or leave it out"
+    )
     refused(files.run(), message)
     assert not (files.folder / "out").exists()
 
@@ -284,7 +286,6 @@ def test_a_corrupt_page(files, refused):
     whole[start : start + part.total_compressed_size] = b"\xff" * part.total_compressed_size
     path.write_bytes(whole)
     refused(files.run(), r".*/data/b.parquet, row group 2: expected 100 rows, got an error .*")
-    path.write_bytes(path.read_bytes())
     assert len(list((files.folder / "out/done").iterdir())) == 6  # the tasks before
 
 
@@ -292,14 +293,17 @@ def test_no_such_file(refused, files):
     status = score(
         files.folder / "nowhere", "--logits", "--column", "x", "--output", files.folder / "out"
     )
-    refused(status, ".*/nowhere: expected a file or a folder, got nothing there; check the path")
+    message = "expected a file, a folder or a pattern, got nothing there; check the path"
+    refused(status, f".*/nowhere: {message}")
 
 
 def test_the_folder_of_another_run(files, refused, capsys):
     assert files.run("--select", 5) == 0
     capsys.readouterr()
     before = (files.folder / "out/selection.parquet").read_bytes()
-    refused(files.run("--select", 6), r"--output: expected .* another run .*k: 5 there and 6 here.*")
+    refused(
+        files.run("--select", 6), r"--output: expected .* another run .*k: 5 there and 6 here.*"
+    )
     torch.save({"weight": torch.ones(4, WIDTH)}, files.folder / "head.pt")
     refused(files.run("--select", 5), "--output: expected .* another run .*head sha256.*")
     assert (files.folder / "out/selection.parquet").read_bytes() == before
@@ -316,33 +320,65 @@ def test_a_folder_with_other_files(files, refused):
     assert os.listdir(files.folder / "out") == ["notes.txt"]
 
 
-def test_a_full_disk(files, refused, capsys, monkeypatch):
-    """The disk is full at the third task. The same command goes on where there is space."""
-    from marginops.scoring import storage
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 300 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
-    write = storage.OutputFile.write
-    written = []
 
-    def full(file, content):
-        written.append(len(memoryview(content)))
-        if sum(written) > 20_000:
-            raise storage.OutputError(28, "No space left on device") if False else OSError(
-                28, "No space left on device"
-            )
-        return write(file, content)
+def test_a_full_disk(files, refused, disk, capsys):
+    (disk / "other").write_bytes(bytes(236 << 10))
+    message = (
+        "--output: expected a folder that can be read and written, got a full disk for "
+        ".*/disk/out/.*; finished tasks stay, so free space and run the same command again"
+    )
+    refused(files.run(output="disk/out"), message, expected=1)
+    finished = len(list((disk / "out/done").glob("0*")))
+    assert 0 < finished < 8
+    (disk / "other").unlink()
+    subprocess.run(["mount", "-o", "remount,size=3m", str(disk)], check=True)
+    assert files.run(output="disk/out") == 0
+    error = capsys.readouterr().err
+    resumed = re.fullmatch(r"resumed: (\d+) of 700 rows are scored already\n", error)
+    assert resumed and int(resumed[1]) > 0
+    assert files.run() == 0
+    for name in ("summary.json", "margins.parquet", "scores/part-000007.parquet"):
+        assert (disk / "out" / name).read_bytes() == (files.folder / "out" / name).read_bytes()
 
 
 def test_an_output_that_is_a_file(files, refused):
     (files.folder / "out").write_text("mine")
-    refused(files.run(), "--output: expected .*", expected=1)
+    message = "--output: expected a folder, got the file .*/out; choose another name"
+    refused(files.run(), message)
     assert (files.folder / "out").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(files, refused):
     files.folder.joinpath("locked").mkdir(mode=0o500)
-    message = "--output: expected a folder that takes new files, got no permission for .*"
+    message = "--output: expected a folder that can be read and written, got no permission for .*"
     refused(files.run(output="locked/out"), message, expected=1)
+
+
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(files, capsys, monkeypatch):
+    def render(*arguments):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(figures, "render", render)
+    assert files.run("--json", files.folder / "report.json") == 1
+    printed = capsys.readouterr()
+    output = files.folder / "out"
+    assert printed.err == (
+        f"marginops score: {output}/figure.png cannot be written: RuntimeError: no font\n"
+    )
+    assert f"wrote {files.folder}/report.json" in printed.out.splitlines()
+    assert "figure.png" not in printed.out and (files.folder / "report.json").exists()
 
 
 def test_more_rows_than_there_are(files, capsys):
