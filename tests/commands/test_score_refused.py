@@ -384,4 +384,7 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(files, capsys, monkeyp
 def test_more_rows_than_there_are(files, capsys):
     assert files.run("--select", 10 * ROWS) == 0
     line = "selected: all 700 rows that have a minimal_margin, fewer than the 7,000 asked for"
-    assert line in capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert line in printed.out.splitlines()
+    # Told before the run.
+    assert printed.err == "--select 7000 asks for more than the 700 rows; all are selected\n"

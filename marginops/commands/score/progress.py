@@ -25,15 +25,16 @@ class Progress:
         bytes: The bytes of the columns that it read.
     """
 
-    def __init__(self, num_processes: int, *, quiet: bool) -> None:
+    def __init__(self, num_processes: int, select: int | None = None, *, quiet: bool) -> None:
         """Make a progress, whose clock does not run yet.
 
         Args:
             num_processes: The number of processes of torchrun, which share the rows.
+            select: The number of rows to select, if rows are selected.
             quiet: Show nothing.
         """
         self.rows = self.bytes = 0
-        self._num_processes, self._quiet = num_processes, quiet
+        self._num_processes, self._select, self._quiet = num_processes, select or 0, quiet
         self._start = self._shown = time.monotonic()
         self._end: float | None = None
         self._total = self._finished = 0
@@ -50,6 +51,10 @@ class Progress:
         # Processes take tasks in turn, so the shares are about equal.
         self._total = finished + (total - finished) // self._num_processes
         self._finished = finished
+        if self._select > total and not self._quiet:
+            console.fail(
+                f"--select {self._select} asks for more than the {total:,} rows; all are selected"
+            )
         if finished and not self._quiet:
             console.fail(f"resumed: {finished:,} of {total:,} rows are scored already")
         self._bar = tqdm(
