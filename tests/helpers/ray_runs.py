@@ -66,7 +66,7 @@ def parent(process: int) -> int:
 
 
 class WaitingScorer(Scorer):
-    """Waits for a gate, and notes its process there, before it scores row ``first_row`` or later."""
+    """Notes its process at a gate and waits there, before it scores row ``first_row`` or later."""
 
     gate: Path
     first_row: int

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers.processes import alive, python, wait_until
+from helpers.processes import alive, wait_until
 from helpers.scoring_runs import digests
 from marginops.scoring import (
     DataError,
