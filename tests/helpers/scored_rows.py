@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -49,7 +50,7 @@ def reduced(reduction: Reduction, rows: ScoredRows, cuts: Sequence[int] = ()) ->
     """A copy of an empty reduction that has seen the rows in batches between the cuts."""
     filled = copy.deepcopy(reduction)
     places = [0, *sorted(cuts), rows.num_rows]
-    for start, stop in zip(places, places[1:], strict=False):
+    for start, stop in itertools.pairwise(places):
         filled.update(rows.batch(start, stop))
     return filled
 
@@ -60,10 +61,10 @@ def task_states(
     """The states of tasks between the places ``tasks``, each with batches between the cuts."""
     states = []
     places = [0, *sorted(tasks), rows.num_rows]
-    for start, stop in zip(places, places[1:], strict=False):
+    for start, stop in itertools.pairwise(places):
         task = copy.deepcopy(reduction)
         edges = [start, *sorted(cut for cut in cuts if start < cut < stop), stop]
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             task.update(rows.batch(first, last))
         states.append(task.state())
     return states

@@ -46,3 +46,17 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process started and that have not been waited for."""
+    try:
+        text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in text.split()]
+
+
+def workers_of(process: int) -> list[int]:
+    """The worker processes of a run: the children of its server."""
+    return [worker for server in children(process) for worker in children(server)]

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.scoring_runs import rows_of_logits, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.scoring_runs import rows_of_logits, write_parquet
 from marginops.scoring import DataError, Task
 from marginops.scoring.reading import read_task, rebatch, row_group_of
 
@@ -148,7 +148,7 @@ def test_a_wrong_checksum_is_an_error(tmp_path: Path) -> None:
     )
     column = pq.read_metadata(file).row_group(3).column(2)
     change(file, column.data_page_offset + column.total_compressed_size - 2, b"\x12\x34")
-    with pytest.raises(DataError, match="row group 3: .*CRC"):
+    with pytest.raises(DataError, match=r"row group 3: .*CRC"):
         list(read_task(task_of(file, 2, 3), COLUMNS, 64))
 
 

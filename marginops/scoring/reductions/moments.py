@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -26,9 +27,9 @@ class Moments(Reduction):
     (a list of D float64) and ``radius`` (float64). A class without rows has count 0, and NaN as
     mean and radius.
 
-    The moments of each batch are rounded to float32 once, or not at all if the values are float64.
-    Batches and tasks are merged in float64, in their order. Counts are exact. The object takes
-    8 C D bytes, and so does each state. A batch is merged into the classes that occur in it.
+    All arithmetic is float64. Batches and tasks are merged in their order. Counts are exact. The
+    object takes 8 C D bytes, and so does the state of a task in which all classes occur. A batch
+    costs one pass over its values, and a few more over the moments of the classes in it.
 
     Example:
         >>> from marginops.scoring import Moments
@@ -58,42 +59,50 @@ class Moments(Reduction):
         target = target_of(scored)
         if scored.features is None:
             raise ValueError("scored: expected features, got None; let the scorer keep them")
-        is_counted = scored.is_finite & (target != scored.ignore_index)
-        classes, label = target[is_counted].unique(return_inverse=True)
-        dense = torch.full_like(target, -100)
-        dense[is_counted] = label
+        num_classes, features = scored.num_classes, scored.features.detach()
         if self._moments is None:
-            self._moments = _empty(scored.num_classes, scored.features.shape[1])
-        if len(classes):
-            features = scored.features.detach()
-            self._merge(classes, class_moments(features, dense, len(classes)))
+            self._moments = _empty(num_classes, features.shape[1])
+        is_counted = scored.is_finite & (target != scored.ignore_index)
+        target = torch.where(is_counted, target, -1)
+        # Tiles of 4 MiB in float64 stay in the cache. Tiles of few rows would mostly merge.
+        num_rows = max(2**19 // features.shape[1], 4 * num_classes)
+        for tile, label in zip(features.split(num_rows), target.split(num_rows), strict=True):
+            classes = label.unique()
+            classes = classes[classes >= 0]
+            dense = torch.where(label < 0, -1, torch.searchsorted(classes, label))
+            part = class_moments(tile.double(), dense, max(len(classes), 1), ignore_index=-1)
+            self._merge(classes, ClassMoments._make(field[: len(classes)] for field in part))
         self._counts["rows"] += len(scored)
-        self._counts["left_out"] += len(scored) - len(label)
+        self._counts["left_out"] += len(scored) - int(is_counted.sum())
 
     def state(self) -> pa.Table:
         """The moments of the classes that have rows."""
-        moments = self._moments or _empty(0, 0)
-        numbers = {**self._counts, "num_classes": len(moments.count)}
-        classes = moments.count.nonzero().squeeze(1)
-        return pack(self, _table(classes, moments), numbers)
+        if self._moments is None:
+            return pack(self, pa.table({}), {**self._counts, "num_classes": 0})
+        classes = self._moments.count.nonzero().squeeze(1)
+        numbers = {**self._counts, "num_classes": len(self._moments.count)}
+        return pack(self, _table(classes, self._moments), numbers)
 
     def merge(self, state: pa.Table) -> None:
         """Add a state."""
         numbers = unpack(self, state)
-        num_features = state.schema.field("mean").type.list_size
-        if self._moments is None and numbers["num_classes"]:
-            self._moments = _empty(numbers["num_classes"], num_features)
-        if state.num_rows:
+        if state.num_columns:
+            num_features = state.schema.field("mean").type.list_size
+            if self._moments is None:
+                self._moments = _empty(numbers["num_classes"], num_features)
             classes, count, radius = (_tensor(state[name]) for name in ("class", "count", "radius"))
-            mean = _tensor(state["mean"].combine_chunks().flatten()).reshape(-1, num_features)
+            mean = _tensor(pc.list_flatten(state["mean"])).reshape(-1, num_features)
             self._merge(classes, ClassMoments(count, mean, radius))
         for name in self._counts:
             self._counts[name] += numbers[name]
 
     def result(self) -> pa.Table:
         """One line for each class."""
-        moments = self._moments or _empty(0, 0)
-        return _table(torch.arange(len(moments.count)), moments)
+        if self._moments is None:
+            integers, floats = pa.array([], pa.int64()), pa.array([], pa.float64())
+            lists = pa.array([], pa.list_(pa.float64()))
+            return pa.table({"class": integers, "count": integers, "mean": lists, "radius": floats})
+        return _table(torch.arange(len(self._moments.count)), self._moments)
 
     def summary(self) -> dict[str, Any]:
         """The number of rows, of classes without rows, and the mean radius of the others."""
@@ -111,8 +120,7 @@ class Moments(Reduction):
         """Merge moments of some classes, in place."""
         assert self._moments is not None
         own = ClassMoments._make(field[classes] for field in self._moments)
-        merged = own.merge(ClassMoments(part.count, part.mean.double(), part.radius.double()))
-        for field, value in zip(self._moments, merged, strict=True):
+        for field, value in zip(self._moments, own.merge(part), strict=True):
             field[classes] = value
 
 
