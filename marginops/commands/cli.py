@@ -1,4 +1,4 @@
-"""The command line: ``marginops doctor``, ``demo``, ``observe`` and ``report``."""
+"""The command line: ``marginops doctor``, ``demo``, ``observe``, ``report``, ``score``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from . import console, doctor
 from .demo import run as demo
 from .observe import run as observe
 from .report import run as report
+from .score import arguments as score_arguments
+from .score import run as score
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 def _main(arguments: Sequence[str] | None) -> int:
     parser = _Parser(
         prog="marginops",
-        description="The command line: marginops doctor, demo, observe and report.",
+        description="The command line: marginops doctor, demo, observe, report and score.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -64,6 +66,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     command = commands.add_parser("report", help=described, description=described)
     report.add_arguments(command)
     command.set_defaults(run=report.run)
+
+    described = "score the rows of Parquet files, and select the rows to label or to train on"
+    command = commands.add_parser("score", help=described, description=described)
+    score_arguments.add_arguments(command)
+    command.set_defaults(run=score.run)
 
     options = parser.parse_args(arguments)
     status: int = options.run(options)

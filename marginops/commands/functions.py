@@ -56,12 +56,15 @@ def call(option: str, place: str, **arguments: Any) -> Any:
 
 
 @contextlib.contextmanager
-def told(option: str, who: str) -> Iterator[None]:
-    """Tell an error of the user's code as a UsageError, with the file and line of its origin."""
+def told(option: str, who: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Tell an error of the user's code as a UsageError, with the file and line of its origin.
+
+    Errors of the types ``passing`` stay as they are.
+    """
     try:
         yield
     except (Exception, SystemExit) as error:
-        if isinstance(error, UsageError) or is_out_of_memory(error):
+        if isinstance(error, (UsageError, *passing)) or is_out_of_memory(error):
             raise
         lines = str(error).strip().splitlines() or [""]
         text = f"{type(error).__name__}: {lines[0][:_LONGEST_MESSAGE]}".removesuffix(": ")

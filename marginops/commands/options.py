@@ -82,7 +82,7 @@ def add_run_arguments(
     """
     parser.add_argument(
         "--model",
-        type=_place,
+        type=place,
         metavar="MODULE:FUNCTION",
         help="a function of yours that returns the network, called with num_classes=C (default: "
         "an MLP)",
@@ -102,7 +102,7 @@ def add_run_arguments(
     )
     parser.add_argument(
         "--device",
-        type=_device,
+        type=device,
         default=None,
         help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
     )
@@ -163,6 +163,13 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def text(text: str) -> str:
+    """An argparse type for a text that is not empty."""
+    if not text or "\0" in text:
+        raise _refusal("a text", text)
+    return text
+
+
 def share(text: str) -> float:
     """An argparse type for a share that leaves something: at least 0, below 1."""
     try:
@@ -180,7 +187,8 @@ def _data(text: str) -> str:
     return text
 
 
-def _place(text: str) -> str:
+def place(text: str) -> str:
+    """An argparse type for a function as ``package.module:function``."""
     if not is_place(text):
         raise _refusal("a function as MODULE:FUNCTION", text)
     return text
@@ -196,7 +204,8 @@ def _learning_rate(text: str) -> float:
     return value
 
 
-def _device(text: str) -> torch.device:
+def device(text: str) -> torch.device:
+    """An argparse type for a device."""
     try:
         device = torch.device(text)
     except RuntimeError:

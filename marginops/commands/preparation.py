@@ -57,10 +57,10 @@ def prepare(
     Whatever can be noticed before the training is noticed here.
     """
     digits = ["sklearn"] if arguments.data == "digits" else []
-    _check_packages(list(dict.fromkeys([*packages, *digits])))
+    check_packages(list(dict.fromkeys([*packages, *digits])), "demo")
     _check_files(arguments)
     options = with_defaults(arguments, defaults)
-    _check_device(options.device)
+    check_device(options.device)
     torch.set_num_threads(options.threads)
     if arguments.model is not None and arguments.hidden is not None:
         raise UsageError(
@@ -128,12 +128,13 @@ def _load(options: argparse.Namespace) -> ClassificationData:
     return load_own(options.data)
 
 
-def _check_packages(names: Sequence[str]) -> None:
+def check_packages(names: Sequence[str], extra: str) -> None:
+    """Check that packages are installed, which the extra ``extra`` of marginops brings."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise UsageError(
             f"missing packages: {', '.join(missing)}; install them with: "
-            'pip install "marginops[demo]"'
+            f'pip install "marginops[{extra}]"'
         )
 
 
@@ -173,7 +174,8 @@ def _format(path: Any) -> str:
     return "png" if not ending and output.is_special(path) else ending
 
 
-def _check_device(device: torch.device) -> None:
+def check_device(device: torch.device) -> None:
+    """Check that ``--device`` names a device that PyTorch can use."""
     if device.type == "cpu":
         return
     count = torch.cuda.device_count()

@@ -15,15 +15,16 @@ import pyarrow as pa
 
 from .description import differences
 from .errors import DataError
+from .outputs import is_temporary
 from .parts import TaskWriter, write_table
-from .storage import Storage, is_temporary
+from .storage import Storage
 
 if TYPE_CHECKING:
     from .plan import Task
 
 _RUN = "run.json"
-# Threads that read small files; on an object store each read takes a while.
-_READERS = 16
+# Threads for small files; on an object store each takes a while.
+_THREADS = 16
 _AHEAD_BYTES = 64 << 20
 
 
@@ -66,7 +67,8 @@ class RunFolder:
         storage = Storage(location)
         if storage.is_file():
             raise DataError(
-                f"output: expected a folder, got the file {location}; choose another name"
+                f"output: expected a folder, got the file {storage.full_name()}; "
+                "choose another name"
             )
         described = json_bytes(description)
         if _parse(storage.read(_RUN)) is None:
@@ -75,8 +77,9 @@ class RunFolder:
         found = differences(there, here) if there is not None else [f"{_RUN} is damaged"]
         if found:
             raise DataError(
-                f"output: expected a new folder or the one of this run, got {location} of another "
-                f"run ({'; '.join(found)}); choose another folder, or go on with that run"
+                "output: expected a new folder or the one of this run, got "
+                f"{storage.full_name()} of another run ({'; '.join(found)}); choose another "
+                "folder, or go on with that run"
             )
         return cls(storage, here)
 
@@ -95,7 +98,7 @@ class RunFolder:
         """
         sizes = self.storage.sizes()
         names = [name for name in sizes if name.startswith("done/") and not is_temporary(name)]
-        with ThreadPoolExecutor(_READERS) as threads:
+        with ThreadPoolExecutor(_THREADS) as threads:
             markers = [_parse(content) for content in threads.map(self.storage.read, names)]
         return {
             marker["task"]: marker
@@ -131,12 +134,12 @@ class RunFolder:
             DataError: A file is damaged or missing.
         """
         sizes = self.storage.sizes(f"states/{name}")
-        with ThreadPoolExecutor(_READERS) as threads:
+        with ThreadPoolExecutor(_THREADS) as threads:
             ahead: deque[tuple[int, Future[pa.Table]]] = deque()
             for task in tasks:
                 size = sizes.get(_state_name(task.index, name), 0)
                 while ahead and (
-                    len(ahead) == _READERS or sum(part for part, _ in ahead) + size > _AHEAD_BYTES
+                    len(ahead) == _THREADS or sum(part for part, _ in ahead) + size > _AHEAD_BYTES
                 ):
                     yield ahead.popleft()[1].result()
                 ahead.append((size, threads.submit(self.state, task, name)))
@@ -155,7 +158,6 @@ class RunFolder:
             ValueError: The block did not write all rows, or did not call ``finish``.
         """
         part = part_name(task.index)
-        names = []
         with contextlib.ExitStack() as files:
             writer = TaskWriter(lambda: files.enter_context(self.storage.open_output(part)))
             yield writer
@@ -165,21 +167,22 @@ class RunFolder:
                     f"{writer.num_rows:,} rows; write all rows of the task"
                 )
             writer.close()
-        if writer.num_rows:
-            names.append(part)
-        for name, state in writer.states.items():
-            names.append(_state_name(task.index, name))
-            with (
-                self.storage.open_output(names[-1]) as file,
-                pa.ipc.new_file(file, state.schema) as arrow,
-            ):
-                arrow.write_table(state)
+        states = {_state_name(task.index, name): state for name, state in writer.states.items()}
+        # Each file takes its time to reach the disk or the store, and little of the processor.
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(self._write_state, states, states.values()))
+        names = [part, *states] if writer.num_rows else [*states]
         marker = {
             "task": task.index,
             "counts": {kind: int(rows) for kind, rows in writer.counts.items()},
             "files": {name: self.storage.size(name) for name in names},
         }
-        self.storage.write(_marker_name(task.index), json_bytes(marker))
+        # A damaged marker is none.
+        self.storage.write(_marker_name(task.index), json_bytes(marker), durable=False)
+
+    def _write_state(self, name: str, state: pa.Table) -> None:
+        with self.storage.open_output(name) as file, pa.ipc.new_file(file, state.schema) as arrow:
+            arrow.write_table(state)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file of the whole run, or replace it.
@@ -225,7 +228,7 @@ def _begin(storage: Storage, described: bytes) -> None:
         storage.delete(_RUN)
     elif others and _RUN not in others:
         raise DataError(
-            f"output: expected a new or empty folder, got {storage.location} with "
+            f"output: expected a new or empty folder, got {storage.full_name()} with "
             f"{len(others):,} files, such as {others[0]}; choose another folder"
         )
     storage.create(_RUN, described)

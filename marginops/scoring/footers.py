@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from .errors import DataError
 from .inputs import InputFile
+from .storage import shown
 
 _TAIL_BYTES = 64 << 10  # most footers fit, so that one read is enough
 _MAGIC = b"PAR1"
@@ -55,7 +56,7 @@ def read_footer(file: InputFile, column: str) -> Footer:
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{file.location}: expected a Parquet file, got an error: {reason}; write the "
+            f"{shown(file.location)}: expected a Parquet file, got an error: {reason}; write the "
             "file anew, or leave it out"
         ) from error
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -84,8 +85,8 @@ def _footer_bytes(location: str, file: pa.NativeFile, num_bytes: int) -> bytes:
             return tail[-length:] if length <= len(tail) else _read_end(file, num_bytes, length)
         problem = f"a footer of {length:,} bytes in a file of {num_bytes:,}"
     raise DataError(
-        f"{location}: expected a complete Parquet file, got {problem}; write the file anew, or "
-        "leave it out"
+        f"{shown(location)}: expected a complete Parquet file, got {problem}; write the "
+        "file anew, or leave it out"
     )
 
 

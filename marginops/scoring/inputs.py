@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pyarrow.fs as pafs
 
 from .errors import DataError
-from .storage import resolve
+from .storage import resolve, shown
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[InputFile]:
             identity = file.filesystem.type_name, path
             if identity in found:
                 raise DataError(
-                    f"files: expected each file once, got {file.location} twice; remove one of them"
+                    f"files: expected each file once, got {shown(file.location)} twice; "
+                    "remove one of them"
                 )
             found[identity] = file
     if not found:
@@ -57,9 +58,7 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[InputFile]:
 
 def common_names(locations: Sequence[str]) -> list[str]:
     """The names relative to the folder that holds all files, which do not change when it moves."""
-    paths = [
-        location.partition("?")[0] if "://" in location else location for location in locations
-    ]
+    paths = [shown(location) for location in locations]
     folders = [path.split("/")[:-1] for path in paths]
     common = 0
     for parts in zip(*folders, strict=False):
@@ -71,32 +70,33 @@ def common_names(locations: Sequence[str]) -> list[str]:
 
 def _expand(name: str) -> Iterator[InputFile]:
     filesystem, path = resolve(name)
+    if _is_local(filesystem):
+        name = path
     try:
         kind = filesystem.get_file_info(path).type
+        if kind == pafs.FileType.File:
+            yield InputFile(name, filesystem, path)
+            return
         if kind == pafs.FileType.Directory:
             paths, folder, folder_path = _in_folder(filesystem, path), name, path
-        elif kind == pafs.FileType.NotFound and _has_wildcard(path):
-            paths, folder = _matches(filesystem, path), _without_wildcard(name)
-            folder_path = resolve(folder)[1]
-        elif kind == pafs.FileType.NotFound:
-            raise DataError(
-                f"{name}: expected a file, a folder or a pattern, got nothing there; check the path"
+            expected = (
+                "*.parquet files directly in this folder, got none; pass a pattern such as "
+                '"FOLDER/**/*.parquet" for those in its folders'
             )
+        elif _has_wildcard(path):
+            paths, folder = _matches(filesystem, path), _folder_of_pattern(filesystem, name)
+            folder_path = resolve(folder)[1]
+            expected = "a pattern that matches files, got no match; check the path"
         else:
-            yield InputFile(path if _is_local(filesystem) else name, filesystem, path)
-            return
+            paths = []
+            expected = "a file, a folder or a pattern, got nothing there; check the path"
     except OSError as error:
         raise DataError(
-            f"{name}: expected a file that can be read, got an error: "
+            f"{shown(name)}: expected a file that can be read, got an error: "
             f"{' '.join(str(error).split())}; check the path and its permissions"
         ) from error
     if not paths:
-        raise DataError(
-            f"{name}: expected *.parquet files directly in this folder, got none; pass a pattern "
-            'such as "FOLDER/**/*.parquet" for those in its folders'
-            if kind == pafs.FileType.Directory
-            else f"{name}: expected a pattern that matches files, got no match; check the path"
-        )
+        raise DataError(f"{shown(name)}: expected {expected}")
     for found in paths:
         location = _location(filesystem, folder, folder_path, found)
         yield InputFile(location, filesystem, found)
@@ -129,25 +129,31 @@ def _has_wildcard(path: str) -> bool:
     return any(sign in path for sign in "*?[")
 
 
-def _without_wildcard(name: str) -> str:
-    """The folder before the first part with a wildcard. A URI keeps its options."""
-    name, _, options = name.partition("?") if "://" in name else (name, "", "")
+def _folder_of_pattern(filesystem: pafs.FileSystem, name: str) -> str:
+    """The location of the folder before the first part with a wildcard."""
+    name, options = _split_options(filesystem, name)
     parts = name.split("/")
     first = next(index for index, part in enumerate(parts) if _has_wildcard(part))
-    folder = "/".join(parts[:first]) or ("/" if first else ".")
-    return f"{folder}?{options}" if options else folder
+    return "/".join([*parts[:first], ""]) + options
 
 
 def _location(filesystem: pafs.FileSystem, folder: str, folder_path: str, path: str) -> str:
-    """The text by which ``resolve`` finds a path in a folder."""
+    """The location of a path in a folder."""
     if _is_local(filesystem):
         return path
+    folder, options = _split_options(filesystem, folder)
     rest = path[len(folder_path.rstrip("/")) + 1 :]
-    if isinstance(filesystem, pafs.PyFileSystem):
-        return f"{folder.rstrip('/')}/{rest}"
-    # pyarrow decodes URIs.
-    folder, _, options = folder.partition("?")
-    return f"{folder.rstrip('/')}/{quote(rest)}{'?' if options else ''}{options}"
+    # pyarrow decodes what a URI encodes.
+    rest = rest if isinstance(filesystem, pafs.PyFileSystem) else quote(rest)
+    return f"{folder}{'' if folder.endswith('/') else '/'}{rest}{options}"
+
+
+def _split_options(filesystem: pafs.FileSystem, name: str) -> tuple[str, str]:
+    """A location and the options behind it, which the URIs of pyarrow have."""
+    if _is_local(filesystem) or isinstance(filesystem, pafs.PyFileSystem):
+        return name, ""
+    name, mark, options = name.partition("?")
+    return name, mark + options
 
 
 def _is_local(filesystem: pafs.FileSystem) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .storage import OutputFile
+from .outputs import OutputFile
 
 # The rows of a row group. So the memory of a writer is bounded, and the bytes of a file do not
 # depend on the batches in which the rows came.

@@ -14,6 +14,7 @@ from .. import _checks as checks
 from .errors import DataError
 from .footers import read_footer
 from .inputs import common_names, find_files
+from .storage import shown
 
 if TYPE_CHECKING:
     from .scorer import Scorer
@@ -157,15 +158,15 @@ def _checked_schema(
     try:
         scorer.check_schema(found)
     except DataError as error:
-        raise DataError(f"{location}: {error}") from error
+        raise DataError(f"{shown(location)}: {error}") from error
     if first is None:
         return schema
     for column in first:
         kind = schema.field(column.name).type
         if kind != column.type:
             raise DataError(
-                f'{location}: expected column "{column.name}" of type {column.type} as in '
-                f"{first_location}, got {kind}; write all files with the same types"
+                f'{shown(location)}: expected column "{column.name}" of type {column.type} as in '
+                f"{shown(first_location)}, got {kind}; write all files with the same types"
             )
     return first
 

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import io
 import os
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from .errors import DataError, OutputError
+from .errors import DataError
+from .outputs import OutputFile, is_temporary, open_local, open_object, output_errors
 
-_TEMPORARY = ".marginops-"
-_WRITABLE = "make it writable"
-_REASONS = {
-    errno.ENOSPC: ("a full disk", "free space"),
-    errno.EDQUOT: ("an exhausted quota", "free space"),
-    errno.EACCES: ("no permission", _WRITABLE),
-    errno.EPERM: ("no permission", _WRITABLE),
-    errno.EROFS: ("a read-only file system", _WRITABLE),
-}
-# These create what leads to an object by themselves.
-_OBJECT_STORES = ("s3", "gcs", "abfs")
+_ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 
 
 def resolve(location: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -34,7 +21,7 @@ def resolve(location: str | Path) -> tuple[pafs.FileSystem, str]:
 
     Args:
         location: A local path; a URI that pyarrow knows, such as ``file://``, ``s3://`` or
-            ``gs://``; or any other URL that fsspec knows, such as ``memory://`` or ``abfs://``.
+            ``gs://``; or any other URL that fsspec knows, such as ``memory://`` or ``sftp://``.
 
     Raises:
         DataError: Neither pyarrow nor fsspec knows the file system, or it cannot be reached.
@@ -44,12 +31,11 @@ def resolve(location: str | Path) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
     try:
         return pafs.FileSystem.from_uri(text)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        # A pyarrow that was built without a file system raises ArrowNotImplementedError.
-        if "Unrecognized filesystem" not in str(error) and isinstance(error, pa.ArrowInvalid):
+    except pa.ArrowNotImplementedError:
+        pass  # a pyarrow that was built without this file system
+    except (OSError, pa.ArrowInvalid) as error:
+        if text.partition("://")[0] in _ARROW_SCHEMES:
             raise _unreachable(text, error) from error
-    except OSError as error:
-        raise _unreachable(text, error) from error
     try:
         import fsspec.core
 
@@ -57,6 +43,15 @@ def resolve(location: str | Path) -> tuple[pafs.FileSystem, str]:
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise _unreachable(text, error) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def shown(location: str) -> str:
+    """A location without the keys and options that a URL may hold."""
+    scheme, mark, rest = location.rpartition("://")
+    if not mark:
+        return location
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def open_input(location: str | Path) -> pa.NativeFile:
@@ -88,9 +83,9 @@ class Storage:
         self.path = self.path.rstrip("/")
         self.is_local = isinstance(self.filesystem, pafs.LocalFileSystem)
 
-    def full_name(self, name: str) -> str:
+    def full_name(self, name: str = "") -> str:
         """The name of a file as the user would write it."""
-        folder = self.path if self.is_local else self.location.rstrip("/")
+        folder = self.path if self.is_local else shown(self.location).rstrip("/")
         return f"{folder}/{name}" if name else folder
 
     def is_file(self) -> bool:
@@ -99,7 +94,7 @@ class Storage:
         Raises:
             OutputError: The place cannot be read.
         """
-        with self._output_errors(""):
+        with output_errors(self.full_name()):
             return self.filesystem.get_file_info(self.path).is_file
 
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -110,7 +105,7 @@ class Storage:
         """
         root = f"{self.path}/{folder}".rstrip("/")
         selector = pafs.FileSelector(root, allow_not_found=True, recursive=True)
-        with self._output_errors(folder):
+        with output_errors(self.full_name(folder)):
             found = self.filesystem.get_file_info(selector)
         return {
             info.path[len(self.path) + 1 :]: info.size
@@ -124,7 +119,7 @@ class Storage:
         Raises:
             OutputError: The folder cannot be read.
         """
-        with self._output_errors(name):
+        with output_errors(self.full_name(name)):
             return self.filesystem.get_file_info(f"{self.path}/{name}").size
 
     def read(self, name: str) -> bytes | None:
@@ -133,7 +128,7 @@ class Storage:
         Raises:
             OutputError: The file cannot be read.
         """
-        with self._output_errors(name):
+        with output_errors(self.full_name(name)):
             try:
                 with self.open_input(name) as file:
                     return file.read()
@@ -144,13 +139,19 @@ class Storage:
         """Open a file for reading at any place."""
         return self.filesystem.open_input_file(f"{self.path}/{name}")
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes, durable: bool = True) -> None:
         """Write a file, or replace it.
+
+        Args:
+            name: The file.
+            content: Its bytes.
+            durable: Whether the bytes are on the disk when the file is there. Without it a machine
+                that loses its power may leave a damaged file, which the reader must notice.
 
         Raises:
             OutputError: The file cannot be written.
         """
-        with self.open_output(name) as file:
+        with self.open_output(name, durable) as file:
             file.write(content)
 
     def create(self, name: str, content: bytes) -> None:
@@ -160,19 +161,27 @@ class Storage:
             OutputError: The file cannot be written.
         """
         if self.is_local:
-            with self._open_local(name, _link) as file:
+            with open_local(f"{self.path}/{name}", self.full_name(name), replace=False) as file:
                 file.write(content)
         elif self.read(name) is None:
             self.write(name, content)
 
     @contextlib.contextmanager
-    def open_output(self, name: str) -> Iterator[OutputFile]:
+    def open_output(self, name: str, durable: bool = True) -> Iterator[OutputFile]:
         """Open a file for writing. It is there after the block, unless the block raises.
+
+        Args:
+            name: The file.
+            durable: As for :meth:`write`.
 
         Raises:
             OutputError: The file cannot be written. Other errors of the block pass as they are.
         """
-        opened = self._open_local(name, os.replace) if self.is_local else self._open_object(name)
+        target, full_name = f"{self.path}/{name}", self.full_name(name)
+        if self.is_local:
+            opened = open_local(target, full_name, durable=durable)
+        else:
+            opened = open_object(self.filesystem, target, full_name)
         with opened as file:
             yield file
 
@@ -182,7 +191,7 @@ class Storage:
         Raises:
             OutputError: The file cannot be deleted.
         """
-        with self._output_errors(name), contextlib.suppress(FileNotFoundError):
+        with output_errors(self.full_name(name)), contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.path}/{name}")
 
     def delete_temporary_files(self) -> None:
@@ -191,134 +200,10 @@ class Storage:
             if is_temporary(name):
                 self.delete(name)
 
-    @contextlib.contextmanager
-    def _open_local(self, name: str, publish: Callable[[str, str], None]) -> Iterator[OutputFile]:
-        target = f"{self.path}/{name}"
-        folder = os.path.dirname(target)
-        temporary = f"{folder}/{_TEMPORARY}{secrets.token_hex(8)}"
-        with contextlib.ExitStack() as stack:
-            with self._output_errors(name):
-                os.makedirs(folder, exist_ok=True)
-                stack.callback(_delete_if_there, temporary)
-                file = stack.enter_context(open(temporary, "xb"))
-            yield OutputFile(file, lambda: self._output_errors(name))
-            with self._output_errors(name):
-                file.flush()
-                os.fsync(file.fileno())
-                _publish(publish, temporary, target)
-                _sync_folder(folder)
-
-    @contextlib.contextmanager
-    def _open_object(self, name: str) -> Iterator[OutputFile]:
-        target = f"{self.path}/{name}"
-        with self._output_errors(name):
-            if self.filesystem.type_name not in _OBJECT_STORES:
-                self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-            file = self.filesystem.open_output_stream(target)
-        try:
-            yield OutputFile(file, lambda: self._output_errors(name))
-            with self._output_errors(name):
-                file.close()
-        except BaseException:
-            # Closing shows what was written so far, so it goes.
-            with contextlib.suppress(Exception):
-                file.close()
-            with contextlib.suppress(Exception):
-                self.filesystem.delete_file(target)
-            raise
-
-    @contextlib.contextmanager
-    def _output_errors(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            text = " ".join(str(error).split())
-            reason, remedy = _REASONS.get(error.errno or 0, (text, "remove the cause"))
-            raise OutputError(
-                f"output: expected a folder that can be read and written, got {reason} for "
-                f"{self.full_name(name)}; finished tasks stay, so {remedy} and run the same "
-                "command again"
-            ) from error
-
-
-class OutputFile(io.RawIOBase):
-    """A file that is being written. An error of the file system says which file and what to do."""
-
-    def __init__(
-        self,
-        file: IO[bytes] | pa.NativeFile,
-        output_errors: Callable[[], contextlib.AbstractContextManager[None]],
-    ) -> None:
-        self._file = file
-        self._output_errors = output_errors
-
-    def writable(self) -> bool:
-        """True."""
-        return True
-
-    def tell(self) -> int:
-        """The number of bytes so far."""
-        return self._file.tell()
-
-    def write(self, content: Any) -> int:
-        """Append bytes.
-
-        Raises:
-            OutputError: The bytes cannot be written.
-        """
-        with self._output_errors():
-            return self._file.write(content)
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file has a temporary name of :class:`Storage`."""
-    return name.rpartition("/")[2].startswith(_TEMPORARY)
-
-
-def _delete_if_there(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
-def _publish(publish: Callable[[str, str], None], temporary: str, target: str) -> None:
-    try:
-        publish(temporary, target)
-    except FileNotFoundError:
-        # Another process finished the run and took the file for a left-over. It has seen the
-        # complete target, whose bytes are the same whoever writes them.
-        if not os.path.exists(target):
-            raise
-
-
-def _link(temporary: str, target: str) -> None:
-    """Rename a file unless the new name exists."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        # File systems without hard links.
-        if not os.path.exists(target):
-            os.replace(temporary, target)
-        return
-    os.unlink(temporary)
-
-
-def _sync_folder(folder: str) -> None:
-    """Bring a new name to the disk. Some file systems cannot, and lose nothing else by it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
 
 def _unreachable(location: str, error: Exception) -> DataError:
     reason = " ".join(str(error).split())
     return DataError(
-        f"{location}: expected a path, or a URL that pyarrow or fsspec knows, got an error: "
+        f"{shown(location)}: expected a path, or a URL that pyarrow or fsspec knows, got an error: "
         f"{reason}; check the URL, or install the package of its file system"
     )

@@ -136,6 +136,14 @@ def test_a_margin_beyond_float32_has_a_bin():
     assert bins["lower"].to_pylist()[1] < 3.4e38 < bins["upper"].to_pylist()[1] == most
 
 
+def test_another_score_counts_no_rows_without_a_label():
+    values = {"loss": torch.tensor([0.0, 0.5, 2.0]), "entropy": torch.tensor([1.0, 2.0, 3.0])}
+    rows = ScoredRows(values, target=torch.tensor([-100, 0, 1]))
+    loss, entropy = (reduced(Margins(name), rows).summary() for name in ("loss", "entropy"))
+    assert (loss["count"], loss["ignored"], loss["mean"]) == (2, 1, 1.25)
+    assert (entropy["count"], entropy["ignored"], entropy["mean"]) == (3, 0, 2.0)
+
+
 def test_merging_in_the_same_order_gives_the_same_bits():
     random = torch.Generator().manual_seed(6)
     rows = ScoredRows({"margin": torch.randn(5000, generator=random)})
@@ -163,7 +171,7 @@ def test_default_statistic(default, has_target, statistic):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r'^by: expected "margin", .*, got \'loss\'$'):
-        Margins("loss")
+    with pytest.raises(ValueError, match=r'^by: expected "margin", .*, got \'rival\'$'):
+        Margins("rival")
     with pytest.raises(TypeError, match=r"^by: expected the name of a statistic or None, got int"):
         Margins(1)

@@ -74,7 +74,7 @@ class Candidates:
         """Add the rows of another object."""
         groups = None if self.group is None else rows[self.group].to_numpy()
         may_select = self.may_select(rows[self.score].to_numpy(), groups)
-        self.add(rows.filter(pa.array(may_select)))
+        self.add(rows if may_select.all() else rows.filter(pa.array(may_select)))
 
     def rows(self) -> pa.Table | None:
         """The selected rows in ascending order of ``row``; None before the first rows."""
@@ -98,22 +98,26 @@ class Candidates:
 
     def _compact(self) -> None:
         """Leave out the rows that cannot be selected."""
-        assert self._table is not None
-        if self._table.num_rows == self._num_compact:
+        table = self._table
+        assert table is not None
+        if table.num_rows == self._num_compact:
             return
-        table = one_piece(self._table)
         keys = _sort_keys(table[self.score].to_numpy(), self.largest)
         groups = None if self.group is None else table[self.group].to_numpy()
         self._limits = _last_keys(keys, groups, self.k, self.num_groups)
         limits = self._limits_of(groups)
         keep = keys <= limits
         if groups is None:
-            groups = np.zeros(len(keys), dtype=np.int64)
-        count = np.bincount(groups[keep], minlength=self.num_groups)
+            count = np.array([np.count_nonzero(keep)])
+            is_tied = keys == limits
+        else:
+            count = np.bincount(groups[keep], minlength=self.num_groups)
+            is_tied = (keys == limits) & (count > self.k)[groups]
         if (count > self.k).any():
-            tied = np.flatnonzero((keys == limits) & (count > self.k)[groups])
-            keep[self._late_ties(table, tied, groups[tied], count)] = False
-        self._table = table.filter(pa.array(keep))
+            tied = np.flatnonzero(is_tied)
+            own_groups = np.zeros_like(tied) if groups is None else groups[tied]
+            keep[self._late_ties(table, tied, own_groups, count)] = False
+        self._table = one_piece(table.filter(pa.array(keep)))
         self._num_compact = self._table.num_rows
 
     def _limits_of(self, groups: Array | None) -> Array:

@@ -1,4 +1,4 @@
-"""Margins: the distribution of the margins of all rows."""
+"""Margins: the distribution of the margins, or of another score, of all rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from ...ops.distribution import BINS, INFINITE_BIN
-from ..names import NEED_TARGET
+from ..names import NEED_TARGET, SCORES
 from ..scored import ScoredBatch
 from .arguments import check_by, values_of
 from .base import Reduction
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ...metrics import MarginDistribution
 
 _NUMBERS = ("counts", "sums", "minimum", "maximum")
-_MARGINS = ("margin", "top2_margin", "minimal_margin", "probability_margin")
 
 
 class Margins(Reduction):
@@ -39,8 +38,8 @@ class Margins(Reduction):
     on batches and tasks. The sums of margins are float64, and are added in the order of the tasks.
 
     Args:
-        by: ``"margin"``, ``"top2_margin"``, ``"minimal_margin"`` or ``"probability_margin"``. By
-            default the margin if the rows have labels, else ``"top2_margin"``.
+        by: The name of the margin, or of another score that :class:`marginops.scoring.Smallest`
+            takes. By default ``"margin"`` if the rows have labels, else ``"top2_margin"``.
 
     Raises:
         TypeError, ValueError: ``by`` has the wrong type or value.
@@ -57,7 +56,7 @@ class Margins(Reduction):
         # torchmetrics takes seconds to import.
         from ...metrics import MarginDistribution
 
-        check_by(by, _MARGINS)
+        check_by(by, SCORES)
         self.by = by
         self._metric: MarginDistribution = MarginDistribution()
         self._metric.update(torch.empty(0))  # the metric warns if there was no update
@@ -80,6 +79,9 @@ class Margins(Reduction):
     def update(self, scored: ScoredBatch) -> None:
         """Add a batch."""
         margins = values_of(scored, self.by)
+        if self.by in NEED_TARGET and scored.target is not None:
+            # The margin of a row without a label is infinite already. Other scores are not.
+            margins = margins.masked_fill(scored.target == scored.ignore_index, torch.inf)
         margins = margins[scored.is_finite & (margins > -torch.inf)]  # false for NaN
         self._metric.update(margins)
         self._counts["rows"] += len(scored)

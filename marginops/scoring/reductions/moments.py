@@ -67,9 +67,10 @@ class Moments(Reduction):
         # Tiles of 4 MiB in float64 stay in the cache. Tiles of few rows would mostly merge.
         num_rows = max(2**19 // features.shape[1], 4 * num_classes)
         for tile, label in zip(features.split(num_rows), target.split(num_rows), strict=True):
-            classes = label.unique()
-            classes = classes[classes >= 0]
-            dense = torch.where(label < 0, -1, torch.searchsorted(classes, label))
+            occurs = torch.zeros(num_classes, dtype=torch.bool)
+            occurs[label[label >= 0]] = True
+            classes = occurs.nonzero().squeeze(1)
+            dense = torch.where(label < 0, -1, (occurs.cumsum(0) - 1)[label])
             part = class_moments(tile.double(), dense, max(len(classes), 1), ignore_index=-1)
             self._merge(classes, ClassMoments._make(field[: len(classes)] for field in part))
         self._counts["rows"] += len(scored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..scored import ScoredBatch
 from .arguments import values_of
@@ -47,13 +48,15 @@ class SmallestPerClass(RowSelection):
         """The statistic of the scores, and the prediction."""
         return (*super().statistics, "prediction")
 
-    def _eligible(self, scored: ScoredBatch) -> tuple[Array | None, Array | None]:
+    def _eligible(self, scored: ScoredBatch) -> tuple[Array, Array | None]:
         self._candidates.num_groups = scored.num_classes
         if scored.target is None:
             self._candidates.group = "prediction"
-            return scored.is_finite.numpy(), values_of(scored, "prediction").numpy()
-        self._candidates.group = "target"
-        return (scored.target != scored.ignore_index).numpy(), scored.target.numpy()
+            classes, has_class = values_of(scored, "prediction"), scored.is_finite
+        else:
+            self._candidates.group = "target"
+            classes, has_class = scored.target, scored.target != scored.ignore_index
+        return has_class.numpy(), torch.where(has_class, classes, 0).numpy()
 
     def summary(self) -> dict[str, Any]:
         """The numbers of rows, of those without a class, and of selected rows of each class."""

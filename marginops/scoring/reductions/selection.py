@@ -38,22 +38,19 @@ class RowSelection(Reduction):
         return {"class": type(self).__name__, "k": self.k, "by": self.by, "largest": self.largest}
 
     @abstractmethod
-    def _eligible(self, scored: ScoredBatch) -> tuple[Array | None, Array | None]:
-        """Which rows can be selected, ``[B]`` bool, and the class of each row, ``[B]`` int64."""
+    def _eligible(self, scored: ScoredBatch) -> tuple[Array, Array | None]:
+        """Which rows have a score and a class, ``[B]`` bool, and the classes, ``[B]`` int64."""
 
     def update(self, scored: ScoredBatch) -> None:
         """Add a batch."""
         scores = values_of(scored, self.by)
         is_eligible, classes = self._eligible(scored)
-        rows = np.arange(len(scored)) if is_eligible is None else np.flatnonzero(is_eligible)
-        may_select = self._candidates.may_select(
-            scores.numpy()[rows], None if classes is None else classes[rows]
-        )
+        may_select = is_eligible & self._candidates.may_select(scores.numpy(), classes)
         columns = {"target": scored.target, "prediction": scored.values.get("prediction")}
-        chosen = candidate_rows(scored, rows[may_select], {str(self.by): scores, **columns})
-        self._candidates.add(chosen)
+        columns = {str(self.by): scores, **columns}
+        self._candidates.add(candidate_rows(scored, np.flatnonzero(may_select), columns))
         self._counts["rows"] += len(scored)
-        self._counts["left_out"] += len(scored) - len(rows)
+        self._counts["left_out"] += len(scored) - int(np.count_nonzero(is_eligible))
 
     def state(self) -> pa.Table:
         """The selected rows, in the order of the files."""

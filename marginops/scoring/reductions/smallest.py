@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..names import NEED_TARGET
 from ..scored import ScoredBatch
 from .arguments import target_of
@@ -46,10 +48,10 @@ class Smallest(RowSelection):
 
     name = "selection"
 
-    def _eligible(self, scored: ScoredBatch) -> tuple[Array | None, Array | None]:
+    def _eligible(self, scored: ScoredBatch) -> tuple[Array, Array | None]:
         """Rows without a label have no score that needs one."""
         if self.by not in NEED_TARGET:
-            return None, None
+            return np.ones(len(scored), dtype=bool), None
         return (target_of(scored) != scored.ignore_index).numpy(), None
 
     def summary(self) -> dict[str, Any]:

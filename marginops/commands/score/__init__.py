@@ -1,0 +1,1 @@
+"""The command ``marginops score``: scores and a selection of rows of Parquet files."""
