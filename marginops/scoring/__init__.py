@@ -18,6 +18,7 @@ from .reductions.label_issues import SuspiciousLabels
 from .reductions.moments import Moments
 from .reductions.per_class import SmallestPerClass
 from .reductions.smallest import Smallest
+from .result import ScoringResult, read_result
 from .run import score_files
 from .scored import ScoredBatch
 from .scorer import Scorer
@@ -32,11 +33,13 @@ __all__ = [
     "RunFolder",
     "ScoredBatch",
     "Scorer",
+    "ScoringResult",
     "Smallest",
     "SmallestPerClass",
     "SuspiciousLabels",
     "Task",
     "finish",
     "make_plan",
+    "read_result",
     "score_files",
 ]

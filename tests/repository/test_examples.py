@@ -105,3 +105,16 @@ def test_large_head_needs_no_logits_and_chooses_the_same() -> None:
     assert fused < 128 < 250 <= eager
     assert same == chosen
     assert float(re.search(r"losses differ by (.*) at most", text)[1]) < 1e-10
+
+
+def test_suspicious_rows_have_wrong_labels() -> None:
+    text = output("score_a_million_rows.py")
+    assert text.startswith("1,000,000 rows have a score.\n")
+    found = int(re.search(r"1,000 most suspicious labels, ([\d,]+) are", text)[1].replace(",", ""))
+    assert found > 900  # by chance it would be 2
+    visited, kept = (
+        int(number.replace(",", ""))
+        for number in re.search(r"draws ([\d,]+) of the ([\d,]+) other rows", text).groups()
+    )
+    assert 19_000 <= kept <= 20_000
+    assert visited == -(-kept * 2 // 5)

@@ -16,8 +16,11 @@ N, GLOBAL_BATCH, EPOCHS = 75, 12, 6
 KINDS = {
     "margins": (MarginSampler, {"seed": 4}),  # 30 samples an epoch
     "padding": (MarginSampler, {"num_samples": 31, "policy": SmallestMargins(by="aum")}),
+    "subset": (MarginSampler, {"num_samples": 30, "subset": torch.arange(2, 75, 2)}),
     "reduction": (ReductionSampler, {"num_kept": 5, "num_samples": 30, "trigger": 0.5}),
 }
+
+SAMPLES = {"margins": 30, "padding": 31, "subset": 30, "reduction": 5}  # different ones an epoch
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,7 @@ def test_ranks_visit_what_one_process_visits(ranks: Ranks, kind: str, group_inde
             assert_same_state(state, final)
     assert len(expected) == EPOCHS * 3
     last_epoch = {sample for ids in expected[-3:] for sample in ids}
-    assert len(last_epoch) == {"margins": 30, "padding": 31, "reduction": 5}[kind]
+    assert len(last_epoch) == SAMPLES[kind]
 
 
 def joined(visits: list[list[list[int]]]) -> list[list[int]]:
@@ -168,6 +171,10 @@ DIFFERENCES = {
     "seed": ([{"seed": 1}, {"seed": 1}, {"seed": 2}], "seed: expected the same value on all ranks"),
     "size": ([{}, {"num_samples_of_data": 74, "num_samples": 30}, {}], "dynamics.num_samples: "),
     "length": ([{"policy": SmallestMargins(0.5)}, {}, {}], "num_samples: expected the same .* 38"),
+    "subset": (
+        [{"num_samples": 9, "subset": torch.arange(20) + place} for place in (0, 0, 1)],
+        "checksum of the subset: expected the same value on all ranks",
+    ),
     "epoch": ([{}, {}, {"epoch": 3}], "epoch: expected the same value on all ranks, got 0, 0, 3"),
     "ends": ([{"drop_last": True}, {}, {}], "drop_last: expected the same value"),
     "state": ([{"stale": 1}, {}, {}], "dynamics.weights_version: expected the same value"),

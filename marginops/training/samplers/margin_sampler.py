@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from .class_floor import checked_labels, with_class_floor
 from .dynamics_sampler import DynamicsSampler, check_dynamics
 from .order import as_weights
 from .policies import SmallestMargins, check_share
+from .subset import checked_subset, limited_to
 from .weighted_sampler import check_weights
 
 if TYPE_CHECKING:
@@ -36,12 +38,19 @@ class MarginSampler(DynamicsSampler):
             function ``policy(dynamics, k, labels)`` that returns weights ``[N]`` in [0, inf], at
             least k of them positive and at most k of them inf, which means a certain visit.
         num_samples: k, how many samples all ranks together visit in an epoch. The default is
-            ``ceil(policy.keep * N)``. All epochs have this length.
+            ``ceil(policy.keep * N)``, or ``ceil(policy.keep * M)`` with ``subset``. All epochs have
+            this length.
+        subset: ``[M]`` int64, the different indices of the samples that epochs draw from, such as
+            ``read_result(folder).indices`` of :mod:`marginops.scoring`. Indices keep their meaning:
+            ``dynamics`` and ``labels`` are those of all N samples. To the sampler and its policy
+            the subset is the whole data set, and the others look like samples never seen. The
+            default is all samples.
         labels: ``[N]`` int64, the classes of all samples, for ``class_floor`` and for policies of
             your own.
-        class_floor: The share of each class that an epoch visits at least, in [0, k / N]. The
-            samples that the policy prefers fill it up, among equals those with the smallest margin.
-            It holds from the epoch on in which every sample was seen before, and costs a sort.
+        class_floor: The share of each class that an epoch visits at least, in [0, k / N], or
+            [0, k / M] with ``subset``. The samples that the policy prefers fill it up, among equals
+            those with the smallest margin. It holds from the epoch on in which every sample was
+            seen before, and costs a sort.
         num_epochs: The number of epochs of the whole training, for ``anneal``.
         anneal: The share of ``num_epochs``, at the end, whose epochs draw from all samples alike.
         uniform_above: Draw from all samples alike while the share of samples with a positive last
@@ -72,7 +81,7 @@ class MarginSampler(DynamicsSampler):
     To resume, restore the dynamics and then the sampler. A state within an epoch needs dynamics
     that hold the weights of this epoch. With several ranks, call ``dynamics.sync(group)`` on all
     of them, save the state on one, and load it on all. :meth:`state_dict` says nothing about
-    policies and labels; make the sampler with the same ones.
+    policies, labels and the subset; make the sampler with the same ones.
 
     Example:
         >>> import torch
@@ -97,6 +106,7 @@ class MarginSampler(DynamicsSampler):
         policy: Policy = SmallestMargins(),  # noqa: B008 - it is frozen
         *,
         num_samples: int | None = None,
+        subset: Tensor | None = None,
         labels: Tensor | None = None,
         class_floor: float = 0.0,
         num_epochs: int | None = None,
@@ -114,6 +124,9 @@ class MarginSampler(DynamicsSampler):
                 "policy: expected a policy such as SmallestMargins(), or a function of dynamics, "
                 f"k and labels, got {type(policy).__name__}"
             )
+        if subset is not None:
+            subset = checked_subset(subset, dynamics.num_samples)
+        size = dynamics.num_samples if subset is None else len(subset)
         if num_samples is None:
             keep = getattr(policy, "keep", None)
             if keep is None:
@@ -121,19 +134,25 @@ class MarginSampler(DynamicsSampler):
                     "num_samples: expected an int with a policy that has no attribute keep, got "
                     "None"
                 )
-            num_samples = math.ceil(round(keep * dynamics.num_samples, 6))
+            num_samples = math.ceil(round(keep * size, 6))
+        elif subset is not None and isinstance(num_samples, int) and num_samples > size:
+            raise ValueError(
+                f"num_samples: expected at most {size}, the size of the subset, got {num_samples}; "
+                "no sample comes twice in an epoch"
+            )
         super().__init__(dynamics, num_samples, seed, num_replicas, rank, group, drop_last)
         check_share("anneal", anneal)
         if num_epochs is not None:
             checks.check_int("num_epochs", num_epochs, 1)
         if uniform_above is not None:
             check_share("uniform_above", uniform_above)
-        check_share("class_floor", class_floor, num_samples / self.population)
+        check_share("class_floor", class_floor, num_samples / size)
         if class_floor > 0 and labels is None:
             raise ValueError("labels: expected a tensor [N] with class_floor, got None")
         if labels is not None:
             labels = checked_labels(labels, self.population)
         self.policy = policy
+        self._subset, self._size = subset, size
         self._labels, self._class_floor = labels, class_floor
         self._uniform_above = uniform_above
         self._uniform_from = (
@@ -148,7 +167,8 @@ class MarginSampler(DynamicsSampler):
 
         The sum of weight times loss over an epoch is an unbiased estimate of the sum of the losses
         of all N samples (Horvitz & Thompson, 1952). For the mean loss of a batch to estimate the
-        mean loss of all samples, multiply by ``epoch_size / N`` too.
+        mean loss of all samples, multiply by ``epoch_size / N`` too. With a subset, all samples are
+        its M samples.
 
         Args:
             indices: ``[B]`` int64, samples of the epoch, on any device.
@@ -176,8 +196,12 @@ class MarginSampler(DynamicsSampler):
                 "loss weights are not exact; use SmallestMargins with a random share and without "
                 "skip_hardest, BelowMeanLoss or Uniform, and ask sampler.unbiased in each epoch"
             )
-        weights, _ = self._drawn_weights()
-        certain = weights[indices.cpu()].isposinf()
+        weights = self._drawn_weights()[0][indices.cpu()]
+        if self._subset is not None and not torch.isin(indices.cpu(), self._subset).all():
+            raise ValueError(
+                "indices: expected samples of the subset, got others, which no epoch visits"
+            )
+        certain = weights.isposinf()
         return torch.where(certain, 1.0, inverse).float().to(indices.device)
 
     @property
@@ -190,8 +214,8 @@ class MarginSampler(DynamicsSampler):
         weights, _ = self._drawn_weights()
         if self._inverse is None or self._inverse[0] is not weights:
             certain = weights.isposinf()
-            others = self.population - int(certain.sum())
-            visits = self.epoch_size - self.population + others
+            others = self._size - int(certain.sum())
+            visits = self.epoch_size - self._size + others
             exact = int((weights == 1).sum()) == others and (visits > 0 or others == 0)
             self._inverse = weights, others / max(visits, 1) if exact else None
         return self._inverse[1]
@@ -199,9 +223,12 @@ class MarginSampler(DynamicsSampler):
     def _compute(self) -> Tensor:
         """The weights of the current epoch."""
         dynamics, k = self.dynamics, self.epoch_size
-        if self._is_uniform():
-            return torch.ones(self.population, dtype=torch.float32, device="cpu")
-        unseen = self._unseen()
+        allowed = self._allowed()
+        if self._subset is not None:
+            dynamics = limited_to(allowed, dynamics)
+        if self._is_uniform(dynamics):
+            return allowed.float()
+        unseen = self._unseen() & allowed
         others = k - int(unseen.sum())
         if others <= 0:
             return unseen.float()
@@ -211,17 +238,37 @@ class MarginSampler(DynamicsSampler):
             raise ValueError(
                 f"policy: expected weights of shape [{self.population}], got {list(weights.shape)}"
             )
-        weights = torch.where(unseen, 0, weights.detach().cpu())
+        weights = torch.where(unseen | ~allowed, 0, weights.detach().cpu())
         check_weights("policy", weights, others)
         weights = as_weights(weights.masked_fill_(unseen, torch.inf))
         if self._class_floor > 0 and self._labels is not None and others == k:
-            margin = dynamics.margin.cpu()
-            weights = with_class_floor(weights, margin, self._labels, self._class_floor)
+            own = slice(None) if self._subset is None else self._subset
+            margin, labels = dynamics.margin.cpu()[own], self._labels[own]
+            weights[own] = with_class_floor(weights[own], margin, labels, self._class_floor)
         return weights
 
-    def _is_uniform(self) -> bool:
+    def _allowed(self) -> Tensor:
+        """Which samples an epoch may visit, ``[N]`` bool on the CPU."""
+        allowed = torch.ones(self.population, dtype=torch.bool, device="cpu")
+        if self._subset is not None:
+            allowed.zero_()[self._subset] = True
+        return allowed
+
+    def _is_uniform(self, dynamics: TrainingDynamics) -> bool:
         if self.epoch >= self._uniform_from:
             return True
         if self._uniform_above is None:
             return False
-        return int((self.dynamics.margin > 0).sum()) > self._uniform_above * self.population
+        return int((dynamics.margin > 0).sum()) > self._uniform_above * self._size
+
+    def _adopt(self, weights: Tensor) -> None:
+        super()._adopt(weights)
+        if self._subset is not None and (weights.cpu()[~self._allowed()] > 0).any():
+            raise ValueError(
+                "dynamics.weights: expected 0 for all samples outside the subset, got positive "
+                "weights; make the sampler with the subset that these weights were made with"
+            )
+
+    def _facts(self) -> dict[str, int | float]:
+        checksum = -1 if self._subset is None else zlib.crc32(self._subset.numpy().data)
+        return {**super()._facts(), "checksum of the subset": checksum}
