@@ -6,20 +6,44 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
+from safetensors.torch import save_file
 
-from helpers.processes import wait_until
+from helpers.processes import INSTALLED, wait_until
 from marginops.scoring import Scorer
 
+WIDTH, CLASSES = 17, 5
+TESTS = Path(__file__).resolve().parents[1]
 _NODE = {"num_cpus": 1, "object_store_memory": 128 << 20}
+
+
+def write_data(folder: Path, files: int, rows: int) -> None:
+    """Write ``files`` of features with labels and ids, and a head.
+
+    Row groups have odd lengths, so that batches begin anywhere in them.
+    """
+    generator = np.random.default_rng(1)
+    for part in range(files):
+        features = generator.standard_normal((rows, WIDTH)).astype(np.float32)
+        columns = {
+            "id": generator.permutation(rows) + part * rows,
+            "label": generator.integers(0, CLASSES, rows),
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), WIDTH),
+        }
+        pq.write_table(pa.table(columns), folder / f"{part}.parquet", row_group_size=301)
+    weights = {"weight": torch.randn(CLASSES, WIDTH), "bias": torch.randn(CLASSES)}
+    save_file(weights, folder / "head.safetensors")
 
 
 @contextlib.contextmanager
@@ -33,7 +57,7 @@ def two_nodes() -> Iterator[Cluster]:
     cluster = Cluster()
     environment = pytest.MonkeyPatch()
     # Actors import what tests import.
-    environment.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    environment.setenv("PYTHONPATH", os.pathsep.join([INSTALLED, str(TESTS)]))
     environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
     try:
         cluster.add_node(num_gpus=1, temp_dir=folder, include_dashboard=False, **_NODE)

@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from helpers.processes import alive, wait_until
 from helpers.scoring_runs import digests
@@ -30,6 +27,8 @@ from marginops.scoring.local import WorkerError
 ray = pytest.importorskip("ray")
 
 from helpers.ray_runs import (  # noqa: E402
+    CLASSES,
+    WIDTH,
     DeadlyScorer,
     WaitingScorer,
     add_node,
@@ -37,12 +36,11 @@ from helpers.ray_runs import (  # noqa: E402
     raylet,
     two_nodes,
     waiting,
+    write_data,
 )
 
 pytestmark = pytest.mark.slow
-# Row groups of odd lengths, so that batches begin anywhere in them.
-ROWS, GROUP_ROWS, TASK_ROWS, TASKS = 6000, 301, 900, 14
-WIDTH, CLASSES = 17, 5
+ROWS, TASK_ROWS, TASKS = 6000, 900, 14  # rows of each of two files
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +53,7 @@ def cluster() -> Iterator[Any]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two files of features with labels and ids, and a head."""
     folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(1)
-    for part in range(2):
-        features = generator.standard_normal((ROWS, WIDTH)).astype(np.float32)
-        rows = {
-            "id": generator.permutation(ROWS) + part * ROWS,
-            "label": generator.integers(0, CLASSES, ROWS),
-            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), WIDTH),
-        }
-        pq.write_table(pa.table(rows), folder / f"{part}.parquet", row_group_size=GROUP_ROWS)
-    weights = {"weight": torch.randn(CLASSES, WIDTH), "bias": torch.randn(CLASSES)}
-    save_file(weights, folder / "head.safetensors")
+    write_data(folder, files=2, rows=ROWS)
     return folder
 
 
