@@ -79,12 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = scoring_data.make_files(folder, rows, options.dictionary)
         known = Known(folder / "runs.json", settings)
         for cache in caches(paths, options.cold):
+            failed: set[str] = set()  # without a limit they would take all memory of the machine
             for name, number in turns(options.jobs, options.rounds):
+                if name in failed:
+                    continue
                 row = known.row(cache, name, number)
                 if row is None:
                     row = measured(name, folder, paths, rows, cache, number)
                     known.add(row)
                 runs.append(row)
+                if "failed" in row:
+                    failed.add(name)
                 print(sentence(row), flush=True)
         check_selections(folder)
         if not options.keep_data:
@@ -181,7 +186,7 @@ def measured(name: str, folder: Path, paths: list[Path], rows: int, cache: str, 
     done = run_measured(
         [sys.executable, str(HERE / "scoring_jobs.py"), job],
         watch_memory=number == 0,
-        limit=int(0.85 * psutil.virtual_memory().total),
+        limit=int(0.85 * psutil.virtual_memory().available),
         stdin=json.dumps(arguments),
     )
     size = sum(path.stat().st_size for path in paths)
@@ -190,7 +195,7 @@ def measured(name: str, folder: Path, paths: list[Path], rows: int, cache: str, 
     if number == 0:
         row["peak_mib"] = (done.peak_bytes or 0) / 2**20
     if done.above_limit:
-        return row | {"failed": "more memory than the machine has"}
+        return row | {"failed": "more memory than there is"}
     if done.status < 0:
         return row | {"failed": f"killed by signal {-done.status}"}
     if done.status:

@@ -229,6 +229,25 @@ def test_scoring_stops_where_jobs_select_different_rows(claims, tmp_path) -> Non
         module.check_selections(tmp_path)
 
 
+def test_a_job_without_enough_memory_runs_once(claims, tmp_path, monkeypatch, capsys) -> None:
+    module = claims("scoring")
+    calls = []
+
+    def run_measured(command, watch_memory, limit, stdin):
+        calls.append((command[-1], watch_memory))
+        assert limit < 0.9 * module.psutil.virtual_memory().total
+        return claims("process_tree").Measured(1.0, limit + 1, True, -9)
+
+    monkeypatch.setattr(module, "run_measured", run_measured)
+    output = tmp_path / "results.json"
+    options = ["--quick", "--data-dir", str(tmp_path / "data"), "--output", str(output)]
+    assert module.main([*options, "--jobs", "pandas and NumPy"]) == 0
+    assert calls == [("pandas_and_numpy", True)]
+    (row,) = json.loads(output.read_text())["runs"]
+    assert row["failed"] == "more memory than there is" and row["peak_mib"] > 0
+    assert "pandas and NumPy                 more memory than there is" in capsys.readouterr().out
+
+
 def test_files_leave_the_page_cache(claims, tmp_path) -> None:
     module = claims("scoring_data")
     path = tmp_path / "file"
