@@ -144,8 +144,12 @@ def test_loss_weights_are_those_of_the_subset() -> None:
     sampler = MarginSampler(seen(margins()), Uniform(0.25), subset=SUBSET)
     ids = torch.tensor(epoch_of(sampler, 0))
     torch.testing.assert_close(sampler.loss_weights(ids), torch.full((3,), 4.0))
+    for other in (0, 4, 38):
+        with pytest.raises(ValueError, match=r"^indices: expected samples of the subset, got oth"):
+            sampler.loss_weights(torch.tensor([int(ids[0]), other]))
+    short = MarginSampler(seen(margins()), num_samples=3, subset=SUBSET[SUBSET < 39])
     with pytest.raises(ValueError, match=r"^indices: expected samples of the subset, got others"):
-        sampler.loss_weights(torch.tensor([0]))
+        short.loss_weights(torch.tensor([39]))
 
 
 @pytest.mark.parametrize("epoch", [1, 4])

@@ -16,7 +16,7 @@ from .class_floor import checked_labels, with_class_floor
 from .dynamics_sampler import DynamicsSampler, check_dynamics
 from .order import as_weights
 from .policies import SmallestMargins, check_share
-from .subset import checked_subset, limited_to
+from .subset import all_in, checked_subset, limited_to
 from .weighted_sampler import check_weights
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class MarginSampler(DynamicsSampler):
                 "skip_hardest, BelowMeanLoss or Uniform, and ask sampler.unbiased in each epoch"
             )
         weights = self._drawn_weights()[0][indices.cpu()]
-        if self._subset is not None and not torch.isin(indices.cpu(), self._subset).all():
+        if self._subset is not None and not all_in(self._subset, indices.cpu()):
             raise ValueError(
                 "indices: expected samples of the subset, got others, which no epoch visits"
             )

@@ -28,6 +28,12 @@ def checked_subset(subset: Tensor, population: int) -> Tensor:
     return ordered
 
 
+def all_in(subset: Tensor, samples: Tensor) -> bool:
+    """Whether a subset, in ascending order, has all samples of a batch."""
+    places = torch.searchsorted(subset, samples).clamp(max=len(subset) - 1)
+    return bool((subset[places] == samples).all())
+
+
 def limited_to(allowed: Tensor, dynamics: TrainingDynamics) -> TrainingDynamics:
     """Dynamics to which all other samples look as if they were never seen, for reading only.
 
