@@ -1,6 +1,6 @@
 """Measure ``marginops score`` beside bare reading, the bare product and scripts of users.
 
-python benchmarks/claims/scoring.py                          # 1e7 rows, warm: about 15 minutes
+python benchmarks/claims/scoring.py                          # 1e7 rows in the page cache
 python benchmarks/claims/scoring.py --rows 1e6 1e7 1e8 --cold --ray
 python benchmarks/claims/scoring.py --quick                  # a few rows; writes nothing
 
