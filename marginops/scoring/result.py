@@ -168,11 +168,6 @@ class ScoringResult:
                 f'index: expected integers as ids for "id", got {column.type}; read the result '
                 'with index="row", and the ids with result.selection["id"]'
             )
-        if column.null_count:
-            raise DataError(
-                f'index: expected an id for each kept row with "id", got {column.null_count:,} '
-                'rows without; read the result with index="row"'
-            )
         try:
             return torch.from_numpy(column.cast(pa.int64()).to_numpy().copy())
         except pa.ArrowInvalid as error:

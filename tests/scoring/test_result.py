@@ -178,6 +178,18 @@ def test_ids_may_be_strings(data: Data, tmp_path: Path) -> None:
         _ = read_result(folder, index="id").indices
 
 
+def test_ids_that_are_no_indices_of_a_tensor_are_named(data: Data, tmp_path: Path) -> None:
+    table = pq.read_table(data.files[0]).slice(0, 9)
+    ids = pa.array([2**63 + row for row in range(9)], pa.uint64())
+    pq.write_table(table.set_column(2, "number", ids), tmp_path / "large.parquet")
+    scorer = Scorer(column="logits", target="label", id="number")
+    options = {"reductions": [Smallest(3)], "workers": 1}
+    score_files(tmp_path / "large.parquet", scorer, tmp_path / "scores", **options)
+    assert len(read_result(tmp_path / "scores").indices) == 3
+    with pytest.raises(DataError, match=r'^index: expected ids below 2\*\*63 for "id", got an err'):
+        _ = read_result(tmp_path / "scores", index="id").indices
+
+
 def test_a_run_without_ids(data: Data, tmp_path: Path) -> None:
     folder = run(data, tmp_path / "scores", Smallest(K), id=None)
     assert set(read_result(folder).indices.tolist()) == set(data.hardest.tolist())
