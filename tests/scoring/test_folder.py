@@ -212,7 +212,7 @@ def test_a_task_with_damaged_files_is_not_finished(tmp_path, plan, description, 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\0" * 100, b"[]", b'{"task": 0}', b'{"task": 2, "counts": {}, "files": {}}']
+    "content", [b"", b"\0" * 100, b"[]", b'{"task": 0}', b'{"task": 7, "counts": {}, "files": {}}']
 )
 def test_a_damaged_marker_is_none(tmp_path, plan, description, content):
     run(tmp_path / "out", plan)
