@@ -81,7 +81,7 @@ class PlacedHead:
             bias = self.head.bias
             bias = None if bias is None else bias.to(self._device, dtype)
             # |w . h + b| <= |w| |h| + |b|, also for every partial sum.
-            norm = float(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).max())
+            norm = float(torch.linalg.vector_norm(weight, dim=1).max())
             offset = 0.0 if bias is None else float(bias.abs().max())
             root = max(torch.finfo(dtype).max / 4 - offset, 0.0) / max(norm, 1e-30)
             uses_all = bool(weight.any(0).all())
