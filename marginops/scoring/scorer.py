@@ -94,10 +94,10 @@ class Scorer:
 
     float64 values or a float64 head are computed in float64, all others in float32. The scorer
     reads the values once, in tiles of at most 2,048 rows (65,536 on CUDA) that are cut from the
-    first row of the batch. Beside batch and results it needs at most 32 MiB (256 MiB on CUDA), and
-    O(C + D) memory for a tile of one row where that is more. Where fewer than 1,024 rows of logits
-    fit into 16 MiB, it computes the logits of a few classes at a time, once for each kind of
-    statistic, as :func:`marginops.linear_sample_statistics` does.
+    first row of the batch. Beside batch, head and results it needs one buffer for the values and
+    one for the logits of a tile, of at most 16 MiB each (128 MiB on CUDA) or one row. Where fewer
+    than 1,024 rows of logits fit, it computes the logits of a few classes at a time, once for each
+    kind of statistic, as :func:`marginops.linear_sample_statistics` does.
 
     The same batch gives the same bits each time, in each process of the same kind of machine with
     the same number of threads and the same libraries. The same row in a batch of another size may

@@ -32,6 +32,12 @@ def double_pair() -> tuple[Tensor, Tensor]:
     return weight.double(), bias.double()
 
 
+def wide() -> tuple[Tensor, Tensor]:
+    """So many classes that no buffer holds the logits of a tile."""
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(5000, WIDTH, generator=generator), torch.zeros(5000)
+
+
 def network() -> nn.Module:
     return nn.Sequential(nn.Conv1d(1, 1, 3), nn.Flatten(), linear())
 

@@ -89,7 +89,7 @@ def test_a_file_that_runs_code_is_refused(
 ) -> None:
     torch.save({"weight": WEIGHT, "evil": Evil()}, tmp_path / "a.pt")
     torch.save(nn.Linear(3, 2), tmp_path / "b.pt")
-    (tmp_path / "c.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "c.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     for name in ("a.pt", "b.pt", "c.pt"):
         with pytest.raises(DataError, match="head: expected a file of tensors, which torch"):
             load_head(str(tmp_path / name), None)

@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 
-from helpers.scored_heads import CLASSES, WIDTH, double_pair, expected, fixed_lists, linear, pair
+from helpers.scored_heads import (
+    CLASSES,
+    WIDTH,
+    double_pair,
+    expected,
+    fixed_lists,
+    linear,
+    pair,
+    wide,
+)
 from marginops.scoring import Scorer
 from marginops.scoring.head import Head
 from marginops.scoring.statistics import STATISTICS
@@ -280,10 +289,11 @@ def test_features_are_the_values_or_the_logits() -> None:
     assert logits.num_classes == WIDTH
 
 
-def test_scores_do_not_depend_on_autocast_or_earlier_batches() -> None:
-    features, label = rows(5000)
+@pytest.mark.parametrize("head", [linear, wide])
+def test_scores_do_not_depend_on_autocast_or_earlier_batches(head: Any) -> None:
+    features, label = rows(3000)
     batch = {"embedding": features, "label": label}
-    scorer = Scorer(linear, target="label", statistics=STATISTICS)
+    scorer = Scorer(head, target="label", statistics=STATISTICS)
     first = scorer(batch)
     scorer({"embedding": features[:1000], "label": label[:1000]})
     with torch.autocast("cpu", dtype=torch.bfloat16):

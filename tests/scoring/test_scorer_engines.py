@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +38,11 @@ def test_daft(tmp_path: Path) -> None:
     assert dict(zip(result["key"], result["margin"], strict=True)) == pytest.approx(
         dict(zip(wanted["key"], wanted["margin"].tolist(), strict=True)), rel=1e-5, abs=1e-6
     )
+
+
+def test_the_module_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in [name for name in sys.modules if name.startswith("marginops.scoring")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r'needs pyarrow; run pip install "marginops\[score\]"'):
+        importlib.import_module("marginops.scoring")

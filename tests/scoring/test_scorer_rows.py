@@ -59,17 +59,34 @@ def test_every_value_that_is_not_finite_is_found(
 
 
 @pytest.mark.parametrize("classes", [4, 5000])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_overflow_of_one_logit_that_no_statistic_reads(classes: int, sign: int) -> None:
+@pytest.mark.parametrize(("value", "last"), [(1e38, 1), (1e38, -1), (1e15, -1e25)])
+def test_overflow_of_one_logit_that_no_statistic_reads(
+    classes: int, value: float, last: float
+) -> None:
     features = torch.ones(10, WIDTH)
-    features[3] = 1e38
+    features[3] = value
     weight = torch.zeros(classes, WIDTH)
-    weight[0, 0], weight[1, 0], weight[-1] = 1e-3, 2e-3, sign
+    weight[0, 0], weight[1, 0], weight[-1] = 1e-3, 2e-3, last
     scores = score_rows(features, torch.zeros(10, dtype=torch.int64), None, ("margin",),
                         placed(weight), CPU, None)  # fmt: skip
     _, counts = finish(scores, None)
     assert counts == {"missing": 0, "nan": 0, "infinite": 0, "overflow": 1}
     assert_marked(scores.values, [3], 10)
+
+
+def test_a_product_that_skips_weights_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(4, WIDTH)
+    weight[:, 2] = 0
+
+    def product(features: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        used = other.any(1)
+        return out.copy_(features[:, used] @ other[used])
+
+    monkeypatch.setattr(torch, "mm", product)
+    features = torch.randn(9, WIDTH)
+    features[5, 2] = torch.inf
+    scores = score_rows(features, None, None, ("top2_margin",), placed(weight), CPU, None)
+    assert scores.kinds.nonzero().flatten().tolist() == [5]
 
 
 def test_large_values_without_overflow_are_finite() -> None:
