@@ -175,3 +175,9 @@ def test_wrong_arguments():
         Margins("rival")
     with pytest.raises(TypeError, match=r"^by: expected the name of a statistic or None, got int"):
         Margins(1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_rows_are_no_warning():
+    summary = Margins("margin").summary()
+    assert summary["count"] == summary["rows"] == 0 and summary["mean"] is None

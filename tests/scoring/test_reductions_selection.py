@@ -121,6 +121,9 @@ def test_smallest_is_the_sorted_order_however_rows_are_cut_and_merged(case):
     summary = once.summary()
     assert summary["rows"] == rows.num_rows and summary["selected"] == len(expected)
     assert summary["left_out"] == rows.num_rows - len(chosen)
+    for name, place in (("first_score", 0), ("last_score", -1)):
+        score = rows.values["margin"][expected[place]].item() if expected else math.nan
+        assert summary[name] == (score if math.isfinite(score) else None)
 
 
 @given(selections())
