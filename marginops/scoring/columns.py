@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,12 @@ def check_type(name: str, kind: pa.DataType, dtype: str | None) -> int | None:
 
 
 def read_matrix(values: Any, name: str, dtype: str | None, width: int | None) -> Matrix:
-    """The features or logits of a column, ``[N, D]``. ``width`` is D where it is known."""
+    """The features or logits of a column, ``[N, D]``.
+
+    ``width`` is the D of missing rows where no row tells it. Rows of one other width are no error.
+    """
     if isinstance(values, list | tuple):
-        values = _from_list(values)
+        values = _from_list(values, name)
     if isinstance(values, pa.Array):
         check_type(name, values.type, dtype)
         matrix = _matrix(values, name, width)
@@ -126,7 +130,7 @@ def read_matrix(values: Any, name: str, dtype: str | None, width: int | None) ->
         tensor = matrix.values
         if tensor.dtype != wanted:
             tensor = tensor.view(wanted)  # from bytes, or the bits of bfloat16
-        return Matrix(_checked_width(tensor, name, width), matrix.missing)
+        return Matrix(tensor, matrix.missing)
     if isinstance(values, np.ndarray):
         if values.dtype == object:
             stacked, missing = _stack(values, name, width)
@@ -141,15 +145,7 @@ def read_matrix(values: Any, name: str, dtype: str | None, width: int | None) ->
         )
     if dtype is not None and values.dtype != DTYPES[dtype]:
         raise DataError(f"column: expected values of {dtype} in {name!r}, got {values.dtype}")
-    return Matrix(_checked_width(values.detach(), name, width), None)
-
-
-def _checked_width(values: Tensor, name: str, width: int | None) -> Tensor:
-    if width is not None and values.shape[1] != width:
-        raise DataError(
-            f"column: expected rows of {width} values in {name!r}, got {values.shape[1]}"
-        )
-    return values
+    return Matrix(values.detach(), None)
 
 
 def read_inputs(values: Any, name: str) -> tuple[Tensor | list[Any], Tensor | None]:
@@ -211,10 +207,12 @@ def _lists(values: pa.Array, name: str, width: int | None) -> Matrix:
     """The rows of lists of any length. All must have the same length."""
     lengths = pc.list_value_length(values)
     present = lengths.drop_null() if lengths.null_count else lengths
-    if width is None:
-        width = present[0].as_py() if len(present) else 0
-    least, most = pc.min_max(present).values() if len(present) else (pa.scalar(width),) * 2
-    if (least.as_py(), most.as_py()) != (width, width):
+    first = present[0].as_py() if len(present) else width or 0
+    least, most = (first, first)
+    if len(present):
+        least, most = (bound.as_py() for bound in pc.min_max(present).values())
+    width = first if width is None or least == most else width
+    if least != most:
         wrong = pc.index(pc.fill_null(pc.not_equal(lengths, width), False), True).as_py()
         raise DataError(
             f"column: expected rows of {width} values in {name!r}, got {lengths[wrong]} in row "
@@ -268,14 +266,17 @@ def as_tensor(values: np.ndarray[Any, Any]) -> Tensor:
     return from_dlpack(pa.array(flat)).view(values.shape)
 
 
-def _from_list(values: Sequence[Any]) -> Any:
+def _from_list(values: Sequence[Any], name: str) -> Any:
     if values and all(isinstance(row, Tensor) for row in values):
         return torch.stack([*values])
     if any(isinstance(row, np.ndarray) for row in values):
         rows = np.empty(len(values), dtype=object)
         rows[:] = values
         return rows
-    return pa.array(values, type=pa.list_(pa.float64()) if not values else None)
+    try:
+        return pa.array(values, type=pa.list_(pa.float64()) if not values else None)
+    except pa.ArrowException as error:
+        raise DataError(f"column: expected rows of one form in {name!r}, got {error}") from error
 
 
 def _stack(
@@ -283,8 +284,11 @@ def _stack(
 ) -> tuple[np.ndarray[Any, Any], Tensor | None]:
     """The matrix of an array of arrays, in which None is a missing row."""
     present = [np.asarray(row) for row in values if row is not None]
-    if width is None:
-        width = present[0].size if present else 0
+    shapes = {row.shape for row in present} or {(width or 0,)}
+    if len(shapes) == 1:
+        (width,) = map(prod, shapes)
+    elif width is None:
+        width = present[0].size
     for index, row in enumerate(values):
         if row is not None and np.shape(row) != (width,):
             raise DataError(
