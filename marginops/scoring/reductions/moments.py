@@ -28,8 +28,9 @@ class Moments(Reduction):
     mean and radius.
 
     All arithmetic is float64. Batches and tasks are merged in their order. Counts are exact. The
-    object takes 8 C D bytes, and so does the state of a task in which all classes occur. A batch
-    costs one pass over its values, and a few more over the moments of the classes in it.
+    object takes 8 C D bytes, and so does the state of a task in which all classes occur. Where that
+    is much, choose larger tasks (``task_rows``). A batch costs one pass over its values, and a few
+    more over the moments of the classes in it.
 
     Example:
         >>> from marginops.scoring import Moments
