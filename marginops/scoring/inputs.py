@@ -56,16 +56,15 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[InputFile]:
     return list(found.values())
 
 
-def common_names(locations: Sequence[str]) -> list[str]:
+def common_names(files: Sequence[InputFile]) -> list[str]:
     """The names relative to the folder that holds all files, which do not change when it moves."""
-    paths = [shown(location) for location in locations]
-    folders = [path.split("/")[:-1] for path in paths]
+    paths = [file.path.split("/") for file in files]
     common = 0
-    for parts in zip(*folders, strict=False):
+    for parts in zip(*(path[:-1] for path in paths), strict=False):
         if len({*parts}) > 1:
             break
         common += 1
-    return ["/".join(path.split("/")[common:]) for path in paths]
+    return ["/".join(path[common:]) for path in paths]
 
 
 def _expand(name: str) -> Iterator[InputFile]:

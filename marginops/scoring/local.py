@@ -133,25 +133,31 @@ def _hand_out(job: Job, tasks: Sequence[Task], count: int, progress: Progress | 
         raise failure
 
 
-def _pickled(job: Job) -> bytes:
+def _pickled(job: Job, has_script: bool) -> tuple[bytes, bool]:
+    """The job, and whether it has an object of the user's script."""
+    reason: Exception | str = "a function of a notebook or of standard input"
     try:
-        return pickle.dumps(job)
+        pickled = pickle.dumps(job)
+        needs_script = b"__main__" in pickled
+        if has_script or not needs_script:
+            return pickled, needs_script
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise TypeError(
-            "scorer: expected functions that other processes can import, got an error: "
-            f"{error}; use functions of a module, or workers=1"
-        ) from error
+        reason = error
+    raise TypeError(
+        f"scorer: expected functions that other processes can import, got {reason}; move them to "
+        "the top of a module, or take workers=1"
+    )
 
 
 class _Workers:
     """Worker processes, seen from the process that hands out tasks."""
 
     def __init__(self, job: Job, count: int) -> None:
-        pickled = _pickled(job)
         setup = spawn.get_preparation_data("marginops-worker")
-        if b"__main__" not in pickled:
-            # The job has nothing of the user's script, so the workers need not import it.
-            setup = {name: value for name, value in setup.items() if "init_main" not in name}
+        script = {"init_main_from_name", "init_main_from_path"} & {*setup}
+        pickled, needs_script = _pickled(job, bool(script))
+        if not needs_script:
+            setup = {name: value for name, value in setup.items() if name not in script}
         setup["authkey"] = bytes(setup["authkey"])
         content = pickle.dumps((setup, _first_gpu(count), pickled))
         pairs = [multiprocessing.Pipe() for _ in range(count + 1)]

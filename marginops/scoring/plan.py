@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,15 @@ import pyarrow as pa
 
 from .. import _checks as checks
 from .errors import DataError
-from .footers import read_footer
-from .inputs import common_names, find_files
+from .footers import Footer, read_footer
+from .inputs import InputFile, common_names, find_files
 from .storage import shown
 
 if TYPE_CHECKING:
     from .scorer import Scorer
 
 _READERS = 16  # threads that read footers; most of their time is latency
+_FOOTERS = 4 * _READERS
 _BATCH_BYTES = 16 << 20
 _FEWEST_ROWS, _MOST_ROWS = 256, 65536
 
@@ -125,25 +126,32 @@ def make_plan(
     """
     checks.check_int("task_rows", task_rows, 1)
     inputs = find_files(files)
-    names = common_names([file.location for file in inputs])
+    names = common_names(inputs)
     data_files: list[DataFile] = []
     tasks: list[Task] = []
     first_row = column_bytes = 0
     schema: pa.Schema | None = None
-    with ThreadPoolExecutor(_READERS) as threads:
-        footers = threads.map(lambda file: read_footer(file, scorer.column), inputs)
-        for file, name, footer in zip(inputs, names, footers, strict=True):
-            location = file.location
-            schema = _checked_schema(location, footer.schema, scorer, schema, inputs[0].location)
-            for row_groups, num_rows in _divide(footer.row_groups, task_rows):
-                tasks.append(Task(len(tasks), location, row_groups, first_row, num_rows))
-                first_row += num_rows
-            column_bytes += footer.column_bytes
-            rows = sum(footer.row_groups)
-            data_files.append(DataFile(location, name, footer.num_bytes, rows, footer.sha256))
+    footers = _read_footers(inputs, scorer.column)
+    for file, name, footer in zip(inputs, names, footers, strict=True):
+        location = file.location
+        schema = _checked_schema(location, footer.schema, scorer, schema, inputs[0].location)
+        for row_groups, num_rows in _divide(footer.row_groups, task_rows):
+            tasks.append(Task(len(tasks), location, row_groups, first_row, num_rows))
+            first_row += num_rows
+        column_bytes += footer.column_bytes
+        rows = sum(footer.row_groups)
+        data_files.append(DataFile(location, name, footer.num_bytes, rows, footer.sha256))
     assert schema is not None
     batch_rows = scorer.batch_rows or _rows_of_batch(schema, scorer.column, column_bytes, first_row)
     return Plan(tuple(data_files), tuple(tasks), first_row, batch_rows, task_rows, schema)
+
+
+def _read_footers(files: Sequence[InputFile], column: str) -> Iterator[Footer]:
+    """Read footers in threads, some at a time, because each may have megabytes."""
+    with ThreadPoolExecutor(_READERS) as threads:
+        for start in range(0, len(files), _FOOTERS):
+            part = files[start : start + _FOOTERS]
+            yield from threads.map(lambda file: read_footer(file, column), part)
 
 
 def _checked_schema(

@@ -106,6 +106,9 @@ class Storage:
         root = f"{self.path}/{folder}".rstrip("/")
         selector = pafs.FileSelector(root, allow_not_found=True, recursive=True)
         with output_errors(self.full_name(folder)):
+            if isinstance(self.filesystem, pafs.PyFileSystem):
+                # fsspec remembers lists of files. Others may have written since.
+                self.filesystem.handler.fs.invalidate_cache()
             found = self.filesystem.get_file_info(selector)
         return {
             info.path[len(self.path) + 1 :]: info.size

@@ -16,8 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from marginops.scoring import DataError, Plan, Reduction, RunFolder, finish, outputs, storage
+from marginops.scoring import DataError, Reduction, outputs, storage
 from marginops.scoring.description import describe_run
+from marginops.scoring.finish import finish
+from marginops.scoring.folder import RunFolder
+from marginops.scoring.plan import Plan
 
 
 class SmallScorer:

@@ -16,8 +16,11 @@ from helpers.small_runs import (
     write_rows,
     write_task,
 )
-from marginops.scoring import DataError, OutputError, RunFolder, finish, make_plan, storage
+from marginops.scoring import DataError, OutputError, storage
 from marginops.scoring.description import describe_run
+from marginops.scoring.finish import finish
+from marginops.scoring.folder import RunFolder
+from marginops.scoring.plan import make_plan
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from helpers.small_runs import (
     write_rows,
     write_task,
 )
-from marginops.scoring import DataError, OutputError, RunFolder, Task, make_plan
+from marginops.scoring import DataError, OutputError
 from marginops.scoring.description import describe_run, differences
+from marginops.scoring.folder import RunFolder
+from marginops.scoring.plan import Task, make_plan
 from marginops.scoring.storage import Storage
 
 
@@ -147,7 +149,8 @@ def test_a_damaged_description(tmp_path, plan, description, content):
 
 OPEN = """
 import json, sys, time
-from marginops.scoring import DataError, RunFolder
+from marginops.scoring import DataError
+from marginops.scoring.folder import RunFolder
 from marginops.scoring.storage import Storage
 out, name, *descriptions = sys.argv[1:]
 ready = Storage(out)

@@ -3,18 +3,21 @@ import os
 import pickle
 import tempfile
 from pathlib import Path
+from urllib.parse import unquote
 
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.small_runs import SmallScorer, write_rows
-from marginops.scoring import DataError, Plan, Task, make_plan
-from marginops.scoring.inputs import common_names, find_files
+from marginops.scoring import DataError, inputs
+from marginops.scoring.inputs import InputFile, common_names, find_files
+from marginops.scoring.plan import Plan, Task, make_plan
 
 
 def locations(files):
@@ -175,13 +178,13 @@ def test_another_content_has_another_digest(tmp_path):
 
 
 def test_common_names():
-    assert common_names(["/a/b/c"]) == ["c"]
-    assert common_names(["/a/b/c", "/a/d"]) == ["b/c", "d"]
-    assert common_names(["/ab/c", "/ad/c"]) == ["ab/c", "ad/c"]
-    assert common_names(["s3://key:secret@bucket/x?region=a", "s3://other/y"]) == [
-        "bucket/x",
-        "other/y",
-    ]
+    def names(*paths):
+        return common_names([InputFile("", None, path) for path in paths])
+
+    assert names("/a/b/c") == ["c"]
+    assert names("/a/b/c", "/a/d") == ["b/c", "d"]
+    assert names("/ab/c", "/ad/c") == ["ab/c", "ad/c"]
+    assert names("bucket/x", "other/y") == ["bucket/x", "other/y"]
 
 
 def test_folders_are_sorted_and_not_entered(tmp_path):
@@ -235,6 +238,31 @@ def test_patterns_at_the_root_of_a_file_system(tmp_path):
     fsspec.filesystem("memory").pipe_file("memory://root1.parquet", path.read_bytes())
     assert locations("memory://root?.parquet") == ["memory://root1.parquet"]
     assert make_plan(locations("memory://root*"), SmallScorer()).num_rows == 1
+
+
+def test_uris_of_files_in_a_folder(monkeypatch):
+    """pyarrow decodes URIs, which may have options; each file gets a URI of the same form."""
+    names = ["bucket/in put/b 1.parquet", "bucket/in put/a#?.parquet"]
+
+    class Store:
+        type_name = "s3"
+
+        def get_file_info(self, place):
+            if isinstance(place, str):
+                return pa.fs.FileInfo(place, pa.fs.FileType.Directory)
+            assert place.base_dir == "bucket/in put"
+            return [pa.fs.FileInfo(name, pa.fs.FileType.File) for name in names]
+
+    def resolve(location):
+        return Store(), unquote(location.partition("?")[0].removeprefix("s3://"))
+
+    monkeypatch.setattr(inputs, "resolve", resolve)
+    found = find_files("s3://bucket/in%20put?region=a")
+    assert [file.path for file in found] == sorted(names)
+    assert [file.location for file in found] == [
+        "s3://bucket/in%20put/a%23%3F.parquet?region=a",
+        "s3://bucket/in%20put/b%201.parquet?region=a",
+    ]
 
 
 def test_a_file_twice(tmp_path):

@@ -2,12 +2,15 @@ import errno
 import os
 import pickle
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import pyarrow as pa
 import pyarrow.fs
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from helpers.processes import python
 from marginops.scoring import DataError, OutputError, outputs
 from marginops.scoring.storage import Storage, open_input, resolve, shown
 
@@ -146,25 +149,50 @@ def test_disks_without_hard_links(tmp_path, monkeypatch, missing):
     assert storage.sizes() == {"a": 5} and storage.read("a") == b"first"
 
 
-CREATE = """
-import sys, time
-from marginops.scoring.storage import Storage
-storage = Storage(sys.argv[1])
-storage.write("ready" + sys.argv[2], b"")
-while len([name for name in storage.sizes() if name.startswith("ready")]) < 2:
-    time.sleep(0.001)
-for number in range(40):
-    storage.create(str(number), sys.argv[2].encode())
-"""
+def test_of_several_that_create_a_file_one_does(tmp_path):
+    start = threading.Barrier(4)
+
+    def create(name):
+        storage = Storage(tmp_path)
+        for number in range(25):
+            start.wait()
+            storage.create(f"{number}", name * 1000)
+        return [storage.read(f"{number}") for number in range(25)]
+
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(create, (b"a", b"b", b"c", b"d"))
+    assert all(contents == first for contents in others)
+    assert {content[1:] for content in first} <= {name * 999 for name in (b"a", b"b", b"c", b"d")}
+    assert len(os.listdir(tmp_path)) == 25
 
 
-def test_of_two_processes_that_create_a_file_one_does(tmp_path):
-    processes = [python(CREATE, tmp_path, name) for name in "ab"]
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    contents = [(tmp_path / str(number)).read_bytes() for number in range(40)]
-    assert set(contents) <= {b"a", b"b"} and len(os.listdir(tmp_path)) == 42
+class CachingFileSystem(MemoryFileSystem):
+    """It lists a folder once, as file systems of object stores do."""
+
+    protocol = "caching"
+    store, pseudo_dirs, listed = {}, [""], {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("caching://"))
+
+    def find(self, path, *arguments, **options):
+        if path not in self.listed:
+            self.listed[path] = super().find(path, *arguments, **options)
+        return self.listed[path]
+
+    def invalidate_cache(self, path=None):
+        self.listed.clear()
+
+
+def test_files_of_other_machines_are_seen():
+    fsspec.register_implementation("caching", CachingFileSystem, clobber=True)
+    storage = Storage("caching://folder")
+    storage.write("a", b"1")
+    assert storage.sizes() == {"a": 1}
+    CachingFileSystem.store["/folder/b"] = CachingFileSystem.store["/folder/a"]
+    assert "/folder/b" not in storage.filesystem.handler.fs.find("/folder")
+    assert storage.sizes() == {"a": 1, "b": 1}
 
 
 def test_places(tmp_path, monkeypatch):

@@ -23,18 +23,18 @@ class Progress:
     Attributes:
         rows: The rows that this process scored, without those of earlier runs.
         bytes: The bytes of the columns that it read.
-        seconds: The time from the start to the end, or until now.
     """
 
-    def __init__(self, num_processes: int, *, quiet: bool) -> None:
+    def __init__(self, num_processes: int, select: int | None = None, *, quiet: bool) -> None:
         """Make a progress, whose clock does not run yet.
 
         Args:
             num_processes: The number of processes of torchrun, which share the rows.
+            select: The number of rows to select, if rows are selected.
             quiet: Show nothing.
         """
         self.rows = self.bytes = 0
-        self._num_processes, self._quiet = num_processes, quiet
+        self._num_processes, self._select, self._quiet = num_processes, select or 0, quiet
         self._start = self._shown = time.monotonic()
         self._end: float | None = None
         self._total = self._finished = 0
@@ -51,6 +51,10 @@ class Progress:
         # Processes take tasks in turn, so the shares are about equal.
         self._total = finished + (total - finished) // self._num_processes
         self._finished = finished
+        if self._select > total and not self._quiet:
+            console.fail(
+                f"--select {self._select} asks for more than the {total:,} rows; all are selected"
+            )
         if finished and not self._quiet:
             console.fail(f"resumed: {finished:,} of {total:,} rows are scored already")
         self._bar = tqdm(
@@ -66,6 +70,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
+        """The seconds from the start to the end, or until now."""
         return (self._end or time.monotonic()) - self._start
 
     def __call__(self, rows: int, num_bytes: int) -> None:

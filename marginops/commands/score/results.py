@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..._version import __version__
+from ...scoring import OutputError
 from ...scoring.storage import Storage
 from .. import console, figures, output
 from .figure import draw
@@ -104,4 +105,6 @@ def _report(
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, OutputError):
+        return str(error)
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

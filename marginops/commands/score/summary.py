@@ -79,7 +79,10 @@ def _selection(selection: Numbers) -> str:
     order = "largest" if selection["largest"] else "smallest"
     selected, by = selection["selected"], selection["by"]
     if selected < selection["k"]:
-        return f"selected: all {selected:,} rows, fewer than the {selection['k']:,} asked for"
+        return (
+            f"selected: all {selected:,} rows that have a {by}, fewer than the "
+            f"{selection['k']:,} asked for"
+        )
     return (
         f"selected: the {selected:,} rows with the {order} {by}, from "
         f"{_number(selection['first_score'])} to {_number(selection['last_score'])}"
@@ -97,7 +100,7 @@ def _selection_per_class(selection: Numbers) -> str:
     fewer = [str(place) for place, count in enumerate(counts) if count < k]
     if fewer:
         shown = ", ".join(fewer[:10]) + (", ..." if len(fewer) > 10 else "")
-        line += f"\n{len(fewer):,} of {len(counts):,} classes have fewer rows: {shown}"
+        line += f"\nclasses with fewer rows, {len(fewer):,} of {len(counts):,}: {shown}"
     return line
 
 
@@ -125,7 +128,7 @@ def _moments(moments: Numbers) -> str:
         f"radius {_number(moments['mean_radius'])}"
     )
     if moments["empty_classes"]:
-        line += f"; {moments['empty_classes']:,} classes have no rows"
+        line += f"; classes without rows: {moments['empty_classes']:,}"
     return line
 
 
