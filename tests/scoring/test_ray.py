@@ -31,6 +31,7 @@ from helpers.ray_runs import (  # noqa: E402
     CLASSES,
     WIDTH,
     DeadlyScorer,
+    ExitingScorer,
     WaitingScorer,
     add_node,
     parent,
@@ -76,18 +77,6 @@ def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return digests(output)
 
 
-@pytest.fixture
-def settings_for_others(tmp_path: Path) -> Iterator[None]:
-    """What a user may have set for data sets of their own."""
-    context = ray.data.DataContext.get_current()
-    config = ray.data.checkpoint.CheckpointConfig("id", str(tmp_path / "checkpoint"))
-    context.checkpoint_config, context.max_errored_blocks = config, -1
-    yield
-    assert context.checkpoint_config is config
-    context.checkpoint_config, context.max_errored_blocks = None, 0
-
-
-@pytest.mark.usefixtures("settings_for_others")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_actors_gives_the_bytes_of_the_local_engine(
     cluster: Any, data: Path, expected: dict[str, str], tmp_path: Path, workers: int
@@ -174,6 +163,15 @@ def test_a_task_that_ends_its_process_each_time_ends_the_run(
     run(data, tmp_path / "run", scorer(data), workers=1)
     assert digests(tmp_path / "run") == expected
     assert begun.items() <= expected.items()
+
+
+def test_a_process_that_exits_ends_the_run_whatever_the_user_allows_elsewhere(
+    cluster: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "max_errored_blocks", -1)
+    exiting = scorer(data, ExitingScorer)
+    with pytest.raises(WorkerError, match="engine: expected Ray to run all tasks, got ActorDied"):
+        run(data, tmp_path / "run", exiting, engine="ray", workers=1)
 
 
 def test_ray_goes_on_where_the_local_engine_was(
