@@ -122,10 +122,9 @@ def _results(
         num_gpus=num_gpus or None,
         compute=ray.data.ActorPoolStrategy(size=workers),
     )
-    # What the user set for other data sets does not matter here.
-    context = results.context
-    context.enable_progress_bars = context.print_on_execution_start = False
-    context.checkpoint_config, context.max_errored_blocks = None, 0
+    # What the user allows in other data sets does not matter here.
+    results.context.max_errored_blocks = 0
+    results.context.enable_progress_bars = results.context.print_on_execution_start = False
     batches = results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     with closing(iter(batches)) as iterator:
         for batch in iterator:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from helpers.ray_runs import (  # noqa: E402
     CLASSES,
     WIDTH,
     DeadlyScorer,
+    ExitingScorer,
     WaitingScorer,
     add_node,
     parent,
@@ -163,6 +165,15 @@ def test_a_task_that_ends_its_process_each_time_ends_the_run(
     assert begun.items() <= expected.items()
 
 
+def test_a_process_that_exits_ends_the_run_whatever_the_user_allows_elsewhere(
+    cluster: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "max_errored_blocks", -1)
+    exiting = scorer(data, ExitingScorer)
+    with pytest.raises(WorkerError, match="engine: expected Ray to run all tasks, got ActorDied"):
+        run(data, tmp_path / "run", exiting, engine="ray", workers=1)
+
+
 def test_ray_goes_on_where_the_local_engine_was(
     cluster: Any, data: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
@@ -273,3 +284,12 @@ def test_wrong_arguments(
     with pytest.raises(error, match=message):
         run(data, tmp_path / "run", scorer(data), engine="ray", **options)
     assert ray.is_initialized()
+
+
+def test_without_ray_the_error_names_the_extra(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "marginops.scoring.ray", raising=False)
+    with pytest.raises(ImportError, match=r"needs ray\[data\]; run pip install .marginops\[ray\]"):
+        run(data, tmp_path / "run", scorer(data), engine="ray")
