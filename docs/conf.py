@@ -58,10 +58,11 @@ python_maximum_signature_line_length = 88
 # Every reference of this project must resolve. Names of other libraries need not: resolving them
 # would take their inventories from the network.
 nitpicky = True
-# Neither need the bases that our samplers share.
+# Neither need the bases that our samplers share, nor what holds the files of a run.
 nitpick_ignore_regex = [
-    ("py:.*", r"(os|ignite|torch|torchmetrics|numpy|pyarrow|collections|typing)\..*"),
+    ("py:.*", r"(os|ignite|torch|torchmetrics|numpy|pyarrow|collections|pathlib|typing)\..*"),
     ("py:class", r"marginops\.training\.samplers\..*"),
+    ("py:class", r"marginops\.scoring\.storage\..*"),
 ]
 
 # Formulas are MathML, which browsers show without a script from the network.

@@ -74,6 +74,10 @@ def _differences(name: str, there: Any, here: Any) -> Iterator[str]:
         for key in sorted({*there, *here}):
             inner = f"{name} {key}" if name else key
             yield from _differences(inner, there.get(key), here.get(key))
+    elif there is None and isinstance(here, dict):
+        yield f"{name}: only here"
+    elif here is None and isinstance(there, dict):
+        yield f"{name}: only there"
     elif there != here:
         yield f"{name}: {_show(there)} there and {_show(here)} here"
 

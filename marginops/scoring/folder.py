@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .description import differences
 from .errors import DataError
 from .outputs import is_temporary
-from .parts import TaskWriter, write_table
+from .parts import TaskWriter, parquet_writer, write_table
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class RunFolder:
 
         Args:
             location: A path or URL. The folder is created.
-            description: What the results depend on, from :func:`describe_run`.
+            description: What the results depend on, from ``describe_run``.
 
         Raises:
             DataError: The folder holds another run or other files. The message says what differs.
@@ -159,14 +160,19 @@ class RunFolder:
         """
         part = part_name(task.index)
         with contextlib.ExitStack() as files:
-            writer = TaskWriter(lambda: files.enter_context(self.storage.open_output(part)))
+
+            def open_parquet(schema: pa.Schema) -> pq.ParquetWriter:
+                file = files.enter_context(self.storage.open_output(part))
+                return files.enter_context(parquet_writer(file, schema))
+
+            writer = TaskWriter(open_parquet)
             yield writer
             if writer.states is None or writer.num_rows not in (0, task.num_rows):
                 raise ValueError(
                     f"open_task: expected the scores of {task.num_rows:,} rows and finish(), got "
                     f"{writer.num_rows:,} rows; write all rows of the task"
                 )
-            writer.close()
+            writer.flush()
         states = {_state_name(task.index, name): state for name, state in writer.states.items()}
         # Each file takes its time to reach the disk or the store, and little of the processor.
         with ThreadPoolExecutor(_THREADS) as threads:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,14 +20,14 @@ _REPEATED = ("target", "prediction", "rival")
 class TaskWriter:
     """Takes what belongs to one task: first its scores, batch by batch, then the rest.
 
-    :meth:`RunFolder.open_task` makes one.
+    :meth:`~marginops.scoring.RunFolder.open_task` makes one.
     """
 
-    def __init__(self, open_scores: Callable[[], OutputFile]) -> None:
+    def __init__(self, open_parquet: Callable[[pa.Schema], pq.ParquetWriter]) -> None:
         self.num_rows = 0
         self.states: Mapping[str, pa.Table] | None = None
         self.counts: Mapping[str, int] = {}
-        self._open_scores = open_scores
+        self._open_parquet = open_parquet
         self._parquet: pq.ParquetWriter | None = None
         self._held: list[pa.RecordBatch] = []
         self._num_held = 0
@@ -52,17 +53,15 @@ class TaskWriter:
         """
         self.states, self.counts = states, counts
 
-    def close(self) -> None:
-        """Write the scores that are left, and the footer."""
+    def flush(self) -> None:
+        """Write the scores that are left."""
         if self._num_held:
             self._write_groups(self._num_held)
-        if self._parquet is not None:
-            self._parquet.close()
 
     def _write_groups(self, rows: int) -> None:
         held = pa.Table.from_batches(self._held)
         if self._parquet is None:
-            self._parquet = _parquet_writer(self._open_scores(), held.schema)
+            self._parquet = self._open_parquet(held.schema)
         # Pages end where chunks end.
         self._parquet.write_table(held.slice(0, rows).combine_chunks(), _GROUP_ROWS)
         self._held = held.slice(rows).to_batches()
@@ -71,12 +70,20 @@ class TaskWriter:
 
 def write_table(file: OutputFile, table: pa.Table) -> None:
     """Write a table as a Parquet file, whose bytes follow from the rows."""
-    with _parquet_writer(file, table.schema) as writer:
+    with parquet_writer(file, table.schema) as writer:
         writer.write_table(table.combine_chunks(), _GROUP_ROWS)
 
 
-def _parquet_writer(file: OutputFile, schema: pa.Schema) -> pq.ParquetWriter:
+@contextlib.contextmanager
+def parquet_writer(file: OutputFile, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer of a Parquet file, which is complete after the block."""
     repeated = [name for name in schema.names if name in _REPEATED]
-    return pq.ParquetWriter(
+    writer = pq.ParquetWriter(
         file, schema, compression="zstd", compression_level=1, use_dictionary=repeated
     )
+    try:
+        yield writer
+        writer.close()
+    finally:
+        # After an error it would write its footer when it is deleted, to a file that is closed.
+        writer.is_open = False

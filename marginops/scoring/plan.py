@@ -123,6 +123,19 @@ def make_plan(
     Raises:
         DataError: There is no file, a file comes twice, a file is no readable Parquet file, or its
             columns are not those that the scorer reads or not those of the first file.
+
+    Example:
+        >>> import tempfile
+        >>> import pyarrow as pa
+        >>> import pyarrow.parquet
+        >>> from marginops.scoring import Scorer, make_plan
+        >>> logits = pa.array([[2.0, 0.5, 1.0]] * 10, pa.list_(pa.float32(), 3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table = pa.table({"logits": logits})
+        ...     pa.parquet.write_table(table, f"{folder}/a.parquet", row_group_size=3)
+        ...     plan = make_plan(folder, Scorer(column="logits"), task_rows=5)
+        >>> [(task.row_groups, task.first_row, task.num_rows) for task in plan.tasks]
+        [((0, 1), 0, 6), ((2, 3), 6, 4)]
     """
     checks.check_int("task_rows", task_rows, 1)
     inputs = find_files(files)

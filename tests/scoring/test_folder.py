@@ -1,3 +1,5 @@
+import errno
+import gc
 import json
 import pickle
 import re
@@ -17,7 +19,7 @@ from helpers.small_runs import (
     write_rows,
     write_task,
 )
-from marginops.scoring import DataError, OutputError
+from marginops.scoring import DataError, OutputError, outputs
 from marginops.scoring.description import describe_run, differences
 from marginops.scoring.folder import RunFolder
 from marginops.scoring.plan import Task, make_plan
@@ -69,8 +71,7 @@ CHANGES = {
     ),
     "reductions": (
         lambda d: {**d, "reductions": {"selection": {"k": 3}}},
-        r"reductions first_rows: \{\} there and none here; "
-        r"reductions selection: none there and \{'k': 3\} here",
+        r"reductions first_rows: only there; reductions selection: only here",
     ),
     "more": (
         lambda d: {**d, "rows": 9, "files": [*d["files"], {**d["files"][0], "name": "c.parquet"}]},
@@ -239,6 +240,30 @@ def test_a_block_that_fails_leaves_the_task_unfinished(tmp_path, plan, descripti
     with pytest.raises(ValueError, match=expected), folder.open_task(task) as writer:
         writer.write(batch)
         writer.write(batch[:1])
+    assert [*digests(tmp_path / "out")] == ["run.json"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("disk", ["good", "full"])
+def test_writers_end_quietly_after_an_error(tmp_path, description, monkeypatch, disk):
+    """Nothing is written, and nothing reported, when what is left of a writer is deleted."""
+    folder = RunFolder.open(tmp_path / "out", description)
+    if disk == "full":
+
+        def write(file, content):
+            with outputs.output_errors("a"):
+                raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(outputs.OutputFile, "write", write)
+    expected = ZeroDivisionError if disk == "good" else OutputError
+    with pytest.raises(expected), folder.open_task(Task(0, "a", (0,), 0, 300_000)) as writer:
+        writer.write(pa.record_batch({"margin": np.zeros(200_000)}))
+        raise ZeroDivisionError
+    if disk == "full":
+        with pytest.raises(OutputError):
+            folder.write_table("a.parquet", pa.table({"a": [1]}))
+    del writer
+    gc.collect()
     assert [*digests(tmp_path / "out")] == ["run.json"]
 
 

@@ -1,6 +1,7 @@
 import errno
 import os
 import pickle
+import stat
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,24 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     Storage(tmp_path).write("a", b"")
     (tmp_path / "b").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_what_reaches_the_disk_before_a_file_is_there(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        synced.append((kind, (tmp_path / "a").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    storage = Storage(tmp_path)
+    storage.create("a", b"1")
+    assert synced == [("file", False), ("folder", True)]
+    storage.delete("a")
+    storage.write("a", b"1")
+    assert synced[2:] == [("file", False)]
+    storage.write("b", b"1", durable=False)
+    assert len(synced) == 3
 
 
 @pytest.mark.parametrize(
