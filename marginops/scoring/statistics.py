@@ -31,7 +31,9 @@ STATISTICS = (
 )
 CLASSES = frozenset({"rival", "prediction"})
 # Only the op for all statistics has these.
-_OF_ALL = frozenset({"rival", "loss", "confidence", "entropy", "correct", "el2n", "gradient_norm"})
+_OF_ALL = frozenset({"loss", "confidence", "entropy", "el2n", "gradient_norm"})
+# These follow from the margin and its rival.
+_OF_RIVAL = frozenset({"rival", "correct", "prediction"})
 
 
 def default_statistics(has_target: bool, has_head: bool) -> tuple[str, ...]:
@@ -87,16 +89,16 @@ def statistics_of_logits(
     names = set(wanted)
     values: dict[str, Tensor] = {}
     target = logits.new_zeros(len(logits), dtype=torch.int64) if label is None else label
-    needs_all = bool(names & _OF_ALL)
     # Of the small ops only that for the margin takes a norm.
-    if needs_all or (log_norm is not None and names & {"top2_margin", "prediction"}):
+    if names & _OF_ALL or (log_norm is not None and names & {"top2_margin", *_OF_RIVAL}):
         input = features if "gradient_norm" in names else None
         values = _fields(sample_statistics(logits, target, input=input, log_norm=log_norm), target)
     else:
-        if "prediction" in names:
+        if names & _OF_RIVAL:
             margin, rival = pairs.classification_margin_rival_op(logits, target, None, None, -1)
             leads = (margin > 0) | ((margin == 0) & (target < rival))
-            values |= {"margin": margin, "prediction": torch.where(leads, target, rival)}
+            prediction = torch.where(leads, target, rival)
+            values |= {"margin": margin, "rival": rival, "correct": leads, "prediction": prediction}
         elif "margin" in names:
             values["margin"] = classification_margin(logits, target, log_norm=log_norm)
         if "top2_margin" in names:
@@ -124,7 +126,7 @@ def statistics_of_features(
     names = set(wanted)
     values: dict[str, Tensor] = {}
     target = features.new_zeros(len(features), dtype=torch.int64) if label is None else label
-    if names & (_OF_ALL | {"top2_margin", "prediction", "probability_margin"}):
+    if names & (_OF_ALL | _OF_RIVAL | {"top2_margin", "probability_margin"}):
         fields = linear_sample_statistics(features, weight, target, bias, log_norm=log_norm)
         values = _fields(fields, target)
         if "probability_margin" in names:

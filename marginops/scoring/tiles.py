@@ -5,8 +5,10 @@ The tiles are cut from the first row of the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +49,21 @@ class Scores:
     features: Tensor | None
 
 
+class Parameters(NamedTuple):
+    """Weight and bias on a device, and what tells rows that are not finite.
+
+    Attributes:
+        limit: Features with a smaller sum of squares have finite logits.
+        uses_all: Whether each feature has a weight other than 0 in some class. Then finite logits
+            have finite features.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    limit: float
+    uses_all: bool
+
+
 class PlacedHead:
     """A head on a device, in each dtype that a batch needs."""
 
@@ -55,10 +72,10 @@ class PlacedHead:
         self.dtype = head.weight.dtype
         self.num_classes, self.width = head.weight.shape
         self._device = device
-        self._copies: dict[torch.dtype, tuple[Tensor, Tensor | None, float]] = {}
+        self._copies: dict[torch.dtype, Parameters] = {}
 
-    def parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, float]:
-        """Weight, bias, and a limit: features with a smaller sum of squares have finite logits."""
+    def parameters(self, dtype: torch.dtype) -> Parameters:
+        """The parameters in a dtype."""
         if dtype not in self._copies:
             weight = self.head.weight.to(self._device, dtype)
             bias = self.head.bias
@@ -67,7 +84,8 @@ class PlacedHead:
             norm = float(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).max())
             offset = 0.0 if bias is None else float(bias.abs().max())
             root = max(torch.finfo(dtype).max / 4 - offset, 0.0) / max(norm, 1e-30)
-            self._copies[dtype] = weight, bias, root * root
+            uses_all = bool(weight.any(0).all())
+            self._copies[dtype] = Parameters(weight, bias, root * root, uses_all)
         return self._copies[dtype]
 
 
@@ -162,13 +180,12 @@ def _score_tile(
 ) -> dict[str, Tensor]:
     """The statistics of a tile. Writes the kinds of its rows."""
     if head is None:
-        if not _is_finite(tile, torch.inf):
+        if not _has_finite_sum(tile):
             kinds.copy_(_kinds(tile, []))
         return statistics_of_logits(statistics, tile, label, None, None, log_norm)
-    weight, bias, limit = head.parameters(tile.dtype)
-    is_finite = _is_finite(tile, limit)
+    weight, bias, limit, uses_all = head.parameters(tile.dtype)
     if product is None:
-        if not is_finite:
+        if not _has_squares_below(limit, tile):
             shape = tile_shape(tile, weight, None, None)
             pieces = logit_tiles(tile, weight, bias, None, shape)
             kinds.copy_(_kinds(tile, ((rows, logits) for rows, _, logits in pieces)))
@@ -177,19 +194,24 @@ def _score_tile(
         torch.mm(tile, weight.t(), out=product)
     else:
         torch.addmm(bias, tile, weight.t(), out=product)
-    if not is_finite:
+    values = statistics_of_logits(statistics, product, label, tile, (weight, bias), log_norm)
+    if not (_has_finite_sum(product) if uses_all else _has_squares_below(limit, tile)):
         kinds.copy_(_kinds(tile, [(slice(None), product)]))
-    return statistics_of_logits(statistics, product, label, tile, (weight, bias), log_norm)
+    return values
 
 
-def _is_finite(tile: Tensor, limit: float) -> bool:
-    """Whether one sum shows that all values and their logits are finite.
+# One sum tells for almost every tile that all of its rows are finite. On a GPU it would wait for
+# the device, where a look at each value costs little.
 
-    On a GPU the sum would wait for the device, and a look at each value costs little.
-    """
-    if tile.is_cuda:
+
+def _has_finite_sum(values: Tensor) -> bool:
+    return not values.is_cuda and math.isfinite(values.sum().item())
+
+
+def _has_squares_below(limit: float, values: Tensor) -> bool:
+    if values.is_cuda:
         return False
-    flat = tile.view(-1)
+    flat = values.view(-1)
     return float(torch.dot(flat, flat)) < limit
 
 
