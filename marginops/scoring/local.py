@@ -133,18 +133,24 @@ def _hand_out(job: Job, tasks: Sequence[Task], count: int, progress: Progress | 
         raise failure
 
 
-def _pickled(job: Job, has_script: bool) -> tuple[bytes, bool]:
-    """The job, and whether it has an object of the user's script."""
-    reason: Exception | str = "a function of a notebook or of standard input"
+def _pickled(job: Job) -> bytes:
     try:
-        pickled = pickle.dumps(job)
-        needs_script = b"__main__" in pickled
-        if has_script or not needs_script:
-            return pickled, needs_script
+        return pickle.dumps(job)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        reason = error
-    raise TypeError(
-        f"scorer: expected functions that other processes can import, got {reason}; move them to "
+        raise _not_importable(f"an error: {error}") from error
+
+
+def _checked_script(script: dict[str, Any]) -> dict[str, Any]:
+    """How to import the user's script. It may be a notebook or standard input."""
+    path = script.get("init_main_from_path")
+    if not script or (path is not None and not os.path.isfile(path)):
+        raise _not_importable("one of a notebook or of standard input")
+    return script
+
+
+def _not_importable(found: str) -> TypeError:
+    return TypeError(
+        f"scorer: expected functions that other processes can import, got {found}; move them to "
         "the top of a module, or take workers=1"
     )
 
@@ -154,10 +160,11 @@ class _Workers:
 
     def __init__(self, job: Job, count: int) -> None:
         setup = spawn.get_preparation_data("marginops-worker")
-        script = {"init_main_from_name", "init_main_from_path"} & {*setup}
-        pickled, needs_script = _pickled(job, bool(script))
-        if not needs_script:
-            setup = {name: value for name, value in setup.items() if name not in script}
+        script = {name: setup.pop(name) for name in list(setup) if name.startswith("init_main")}
+        pickled = _pickled(job)
+        if b"__main__" in pickled:
+            # Otherwise the workers need not import the user's script.
+            setup |= _checked_script(script)
         setup["authkey"] = bytes(setup["authkey"])
         content = pickle.dumps((setup, _first_gpu(count), pickled))
         pairs = [multiprocessing.Pipe() for _ in range(count + 1)]
