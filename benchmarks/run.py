@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from scoring_costs import costs
 from tables import overview, read_results, tables, time_of
 
 HERE = Path(__file__).resolve().parent
@@ -33,9 +34,10 @@ PAGES = {
         "tables": lambda path: tables(path, linear=False),
         "tables of the linear head": lambda path: tables(path, linear=True),
     },
+    "docs/score_files.md": {"costs": costs},
 }
 # The result file that a page shows. A page that is not named here shows all of them.
-SHOWN = {"README.md": "amd-epyc-avx512.csv"}
+SHOWN = {"README.md": "amd-epyc-avx512.csv", "docs/score_files.md": "claims-scoring.json"}
 # Other libraries run in a process of their own: a fault there must not end ours.
 OTHER_LIBRARIES = (
     "flashinfer or liger or cut_cross_entropy or modal or small_text or cleanlab or neural_collapse"

@@ -184,7 +184,9 @@ def measured(name: str, folder: Path, paths: list[Path], rows: int, cache: str, 
         limit=int(0.85 * psutil.virtual_memory().total),
         stdin=json.dumps(arguments),
     )
-    row: Row = {"rows": rows, "cache": cache, "job": name, "round": number, "cached": cached}
+    size = sum(path.stat().st_size for path in paths)
+    row: Row = {"rows": rows, "bytes": size, "cache": cache, "cached": cached}
+    row |= {"job": name, "round": number}
     if number == 0:
         row["peak_mib"] = (done.peak_bytes or 0) / 2**20
     if done.above_limit:

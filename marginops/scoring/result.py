@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -17,6 +16,9 @@ from .. import _checks as checks
 from .errors import DataError
 from .folder import RunFolder, part_name
 from .storage import Storage
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 _RUN, _SUMMARY = "run.json", "summary.json"
 _SELECTIONS = ("selection", "selection_per_class")
@@ -228,6 +230,8 @@ class ScoringResult:
                 f"{self._storage.full_name(part_name(min(missing)))} is missing or has another "
                 "size than its marker says; run the same command again"
             )
+        import pyarrow.dataset as ds  # imports pandas, which takes time and memory in each worker
+
         paths = [f"{self._storage.path}/{part_name(task)}" for task in range(tasks)]
         try:
             return ds.dataset(paths, filesystem=self._storage.filesystem, format="parquet")

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -111,11 +112,11 @@ def test_the_readme_shows_one_file_and_the_documentation_all(load, results, tmp_
         (tmp_path / name).write_text(marks)
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.setattr(run, "SHOWN", {"README.md": "gpu.csv"})
+    monkeypatch.setitem(run.SHOWN, "README.md", "gpu.csv")
     assert "another GPU" not in run.with_tables("README.md")
     assert "a GPU" in run.with_tables("README.md")
     assert "another GPU" in run.with_tables("docs/performance.md")
-    monkeypatch.setattr(run, "SHOWN", {"README.md": "missing.csv"})
+    monkeypatch.setitem(run.SHOWN, "README.md", "missing.csv")
     assert "README.md: expected a file of results missing.csv, got none" in run.problems()
 
 
@@ -205,6 +206,48 @@ def test_problems_of_results_and_tables(load, results, monkeypatch):
     assert run.problems()[0] == "gpu.csv: expected one commit, got abc, def"
     write(results, [one | {"commit": "abc-dirty"} for one in ROWS])
     assert run.problems()[0] == "gpu.csv: results of a checkout with changes; measure again"
+
+
+def scored(rows: int, job: str, **figures: object) -> dict:
+    return {"rows": rows, "bytes": 270 * rows, "cache": "cold", "job": job} | figures
+
+
+def test_costs_of_scoring_files(load, tmp_path):
+    path = tmp_path / "scoring.json"
+    about = {"processor": "a processor", "cores": 2, "memory_gib": 24, "rounds": 2}
+    ours, pandas, read = "marginops, margin", "pandas and NumPy", "pyarrow, a process a core"
+    runs = [
+        scored(10**7, ours, seconds=7.04, round=1),
+        scored(10**7, ours, seconds=6.0, round=2),
+        scored(10**7, ours, peak_mib=900, round=0),
+        scored(10**7, pandas, peak_mib=30_000, round=0, failed="more memory than there is"),
+        scored(10**6, ours, seconds=1.0, round=1),
+        scored(10**6, ours, peak_mib=700, round=0),
+        scored(10**6, pandas, seconds=5.0, round=1),
+        scored(10**6, pandas, peak_mib=4096, round=0),
+        scored(10**6, read, seconds=0.25, round=1),
+        scored(10**6, read, peak_mib=512, round=0),
+    ]
+    path.write_text(json.dumps({**about, "torch": "2", "pyarrow": "25", "runs": runs}))
+    text = load("scoring_costs").costs(path)
+    none = "not measured"
+    assert line_of(text, "1,000,000, cold")[1:] == [
+        *("0.27 GB", "1 s, 0.7 GiB", "0.25 s, 0.5 GiB", none, "5 s, 4.0 GiB")
+    ]
+    assert line_of(text, "10,000,000, cold")[1:] == [
+        *("2.7 GB", "6 s, 0.9 GiB", none, none, "more memory than there is")
+    ]
+    # At the rate of the largest number of rows.
+    assert line_of(text, "100,000,000")[1:] == ["27 GB", "~ 60 s", none, none, "more memory"]
+    assert line_of(text, "1,000,000,000")[1:] == ["270 GB", "~ 10 min", none, none, "more memory"]
+    assert "extrapolated from the rate at 10,000,000 rows, cold; they were not measured" in text
+    assert "the fastest of 2 runs" in text
+    runs.append(scored(10**8, ours, seconds=70.0, round=1))
+    runs.append(scored(10**8, ours, peak_mib=910, round=0))
+    path.write_text(json.dumps({**about, "torch": "2", "pyarrow": "25", "runs": runs}))
+    text = load("scoring_costs").costs(path)
+    assert line_of(text, "100,000,000, cold")[2] == "70 s, 0.9 GiB"
+    assert "| 100,000,000 |" not in text
 
 
 TRITON = """

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,18 @@ def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return digests(output)
 
 
+@pytest.fixture
+def settings_for_others(tmp_path: Path) -> Iterator[None]:
+    """What a user may have set for data sets of their own."""
+    context = ray.data.DataContext.get_current()
+    config = ray.data.checkpoint.CheckpointConfig("id", str(tmp_path / "checkpoint"))
+    context.checkpoint_config, context.max_errored_blocks = config, -1
+    yield
+    assert context.checkpoint_config is config
+    context.checkpoint_config, context.max_errored_blocks = None, 0
+
+
+@pytest.mark.usefixtures("settings_for_others")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_actors_gives_the_bytes_of_the_local_engine(
     cluster: Any, data: Path, expected: dict[str, str], tmp_path: Path, workers: int
@@ -273,3 +286,12 @@ def test_wrong_arguments(
     with pytest.raises(error, match=message):
         run(data, tmp_path / "run", scorer(data), engine="ray", **options)
     assert ray.is_initialized()
+
+
+def test_without_ray_the_error_names_the_extra(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "marginops.scoring.ray", raising=False)
+    with pytest.raises(ImportError, match=r"needs ray\[data\]; run pip install .marginops\[ray\]"):
+        run(data, tmp_path / "run", scorer(data), engine="ray")
