@@ -229,6 +229,17 @@ def test_logits_and_a_model_of_the_user(files, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_folder_that_is_named_by_a_url(files, capsys):
+    output = (files.folder / "url").as_uri()
+    status = score(
+        *(files.data.as_uri(), "--head", files.folder / "head.pt", "--column", "embedding"),
+        *("--output", output, "--workers", 1, "--select", 4),
+    )
+    assert status == 0
+    assert (files.folder / "url/figure.png").read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {output}/figure.png" in capsys.readouterr().out.splitlines()
+
+
 def test_json_has_times_and_the_folder_has_none(files):
     report = files.folder / "report.json"
     assert files.run("--target", "label", "--select", 3, "--json", report) == 0

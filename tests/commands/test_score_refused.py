@@ -21,7 +21,7 @@ import torch
 import marginops
 from helpers.score_files import ROWS, WIDTH, Embeddings, score
 from helpers.user_modules import user_modules
-from marginops.commands import figures, preparation
+from marginops.commands import console, figures, preparation
 
 MODULE = """
 import torch
@@ -237,6 +237,33 @@ def test_functions_of_the_user(files, refused, option, function, message):
         (files.folder / "own/broken.py").write_text(MODULE)
         arguments = (option, f"own.broken:{function}", "--column", "embedding", "--workers", 1)
         refused(score(files.data, *arguments, "--output", files.folder / "out"), message)
+
+
+def test_an_error_that_is_not_of_the_users_function(files, capsys, monkeypatch):
+    """Also where a function of the user is named."""
+
+    def say(text):
+        raise console.StandardOutputError("standard output cannot be written: no reader")
+
+    monkeypatch.setattr(console, "say", say)
+    with user_modules(files.folder):
+        (files.folder / "own/fine.py").write_text(
+            "import torch\ndef head():\n    return torch.eye(6), None\n"
+        )
+        arguments = ("--head", "own.fine:head", "--column", "embedding", "--workers", 1)
+        assert score(files.data, *arguments, "--output", files.folder / "out") == 1
+    assert capsys.readouterr().err == ("marginops: standard output cannot be written: no reader\n")
+
+
+def test_no_cluster_of_ray(files, refused, monkeypatch):
+    ray_engine = pytest.importorskip("marginops.scoring.ray")
+
+    def run_on_ray(*arguments, address):
+        raise ConnectionError(f"address: expected a Ray cluster that runs, got none at {address}")
+
+    monkeypatch.setattr(ray_engine, "run_on_ray", run_on_ray)
+    message = "--address: expected a Ray cluster that runs, got none at host:1"
+    refused(files.run("--engine", "ray", "--address", "host:1"), message)
 
 
 def test_rows_of_several_lengths(files, refused):

@@ -104,7 +104,7 @@ def _add_reductions(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--class-moments",
         action="store_true",
-        help="mean and scatter of every class, for neural collapse",
+        help="number, mean and radius of the rows of every class",
     )
     group.add_argument(
         "--no-scores",
@@ -138,10 +138,14 @@ def _add_workers(group: argparse._ArgumentGroup) -> None:
         "--address",
         type=text,
         metavar="ADDRESS",
-        help="address of the Ray cluster (default: the one that Ray finds, or a new one here)",
+        help="address of the Ray cluster (default: that of RAY_ADDRESS, else Ray starts on this "
+        "machine)",
     )
     group.add_argument(
-        "--num-gpus", type=float, metavar="N", help="GPUs of each worker of Ray (default: 0)"
+        "--num-gpus",
+        type=float,
+        metavar="N",
+        help="GPUs that Ray reserves for each worker (default: none)",
     )
     group.add_argument(
         "--task-rows",

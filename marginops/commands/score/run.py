@@ -36,11 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ...scoring import DataError, OutputError
     from ...scoring.local import WorkerError
 
+    own = (DataError, OutputError, WorkerError, ConnectionError, console.StandardOutputError)
     options = argparse.Namespace(**vars(arguments))
     try:
-        with _users_function(options, (DataError, OutputError, WorkerError)), _arguments(options):
+        with _users_function(options, own), _arguments(options):
             return _run(options)
-    except (UsageError, DataError) as error:
+    # No Ray cluster raises ConnectionError.
+    except (UsageError, DataError, ConnectionError) as error:
         return _fail(_with_option(str(error), options), 2)
     except (OutputError, WorkerError) as error:
         return _fail(_with_option(str(error), options), 1)
