@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
 from .errors import DataError, OutputError
 from .finish import finish
 from .folder import RunFolder
+from .local import WorkerError
 from .plan import Plan, Task, make_plan
 from .reductions.base import Reduction
 from .reductions.distribution import Margins
@@ -38,6 +39,7 @@ __all__ = [
     "SmallestPerClass",
     "SuspiciousLabels",
     "Task",
+    "WorkerError",
     "finish",
     "make_plan",
     "read_result",

@@ -78,6 +78,21 @@ def score_files(
         TypeError, ValueError: An argument has the wrong type or value.
 
     What is finished stays after any of these errors.
+
+    Example:
+        >>> import tempfile
+        >>> import pyarrow as pa
+        >>> import pyarrow.parquet as pq
+        >>> from marginops.scoring import Scorer, Smallest, score_files
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> files, output = f"{folder.name}/rows.parquet", f"{folder.name}/scores"
+        >>> logits = pa.array([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]], pa.list_(pa.float32(), 3))
+        >>> pq.write_table(pa.table({"id": [7, 8], "label": [0, 1], "logits": logits}), files)
+        >>> scorer = Scorer(column="logits", target="label", id="id")
+        >>> summary = score_files(files, scorer, output, reductions=[Smallest(1)], workers=1)
+        >>> pq.read_table(f"{output}/selection.parquet").to_pylist()
+        [{'id': 8, 'row': 1, 'margin': -1.0, 'target': 1}]
+        >>> folder.cleanup()
     """
     checks.check_choice("engine", engine, ("local", "ray"))
     if workers is not None:
