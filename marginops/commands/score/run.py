@@ -33,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     except UsageError as error:
         return _fail(str(error), 2)
 
-    from ...scoring import DataError, OutputError
-    from ...scoring.local import WorkerError
+    from ...scoring import DataError, OutputError, WorkerError
 
     own = (DataError, OutputError, WorkerError, ConnectionError, console.StandardOutputError)
     options = argparse.Namespace(**vars(arguments))
