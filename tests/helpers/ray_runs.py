@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,8 +123,12 @@ class DeadlyScorer(Scorer):
         return super().score(batch, first_row, **options)
 
 
-class ExitingScorer(Scorer):
-    """Ends its process in the way of a program."""
+class BoundScorer(Scorer):
+    """Needs a module that only its own process has."""
 
-    def score(self, batch: Any, first_row: int = 0, **options: Any) -> Any:
-        sys.exit(3)
+    process: int
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["process"] != os.getpid():
+            raise ModuleNotFoundError("No module named 'of_the_user'")
+        vars(self).update(state)

@@ -30,8 +30,8 @@ ray = pytest.importorskip("ray")
 from helpers.ray_runs import (  # noqa: E402
     CLASSES,
     WIDTH,
+    BoundScorer,
     DeadlyScorer,
-    ExitingScorer,
     WaitingScorer,
     add_node,
     parent,
@@ -165,13 +165,17 @@ def test_a_task_that_ends_its_process_each_time_ends_the_run(
     assert begun.items() <= expected.items()
 
 
-def test_a_process_that_exits_ends_the_run_whatever_the_user_allows_elsewhere(
-    cluster: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_that_actors_cannot_load_ends_the_run_in_one_line(
+    cluster: Any, data: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ray.data.DataContext.get_current(), "max_errored_blocks", -1)
-    exiting = scorer(data, ExitingScorer)
-    with pytest.raises(WorkerError, match="engine: expected Ray to run all tasks, got ActorDied"):
-        run(data, tmp_path / "run", exiting, engine="ray", workers=1)
+    bound = scorer(data, BoundScorer)
+    bound.process = os.getpid()
+    with pytest.raises(WorkerError) as caught:
+        run(data, tmp_path / "run", bound, engine="ray", workers=1)
+    message = str(caught.value)
+    assert message.startswith("engine: expected Ray to run all tasks, got ActorDiedError: ")
+    assert "No module named 'of_the_user'" in message
+    assert "\n" not in message
 
 
 def test_ray_goes_on_where_the_local_engine_was(
