@@ -9,7 +9,6 @@ except ModuleNotFoundError as error:
     raise ImportError(f"marginops.scoring needs pyarrow; {hint}", name=error.name) from error
 
 from .errors import DataError, OutputError
-from .finish import finish
 from .folder import RunFolder
 from .plan import Plan, Task, make_plan
 from .reductions.base import Reduction
@@ -25,6 +24,5 @@ __all__ = [
     "ScoredBatch",
     "Scorer",
     "Task",
-    "finish",
     "make_plan",
 ]
