@@ -9,7 +9,6 @@ except ModuleNotFoundError as error:
     raise ImportError(f"marginops.scoring needs pyarrow; {hint}", name=error.name) from error
 
 from .errors import DataError, OutputError
-from .finish import finish
 from .folder import RunFolder
 from .local import WorkerError
 from .plan import Plan, Task, make_plan
@@ -40,7 +39,6 @@ __all__ = [
     "SuspiciousLabels",
     "Task",
     "WorkerError",
-    "finish",
     "make_plan",
     "read_result",
     "score_files",

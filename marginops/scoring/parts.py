@@ -62,8 +62,7 @@ class TaskWriter:
         held = pa.Table.from_batches(self._held)
         if self._parquet is None:
             self._parquet = self._open_parquet(held.schema)
-        # Pages end where chunks end.
-        self._parquet.write_table(held.slice(0, rows).combine_chunks(), _GROUP_ROWS)
+        self._parquet.write_table(held.slice(0, rows), _GROUP_ROWS)
         self._held = held.slice(rows).to_batches()
         self._num_held -= rows
 
@@ -71,7 +70,7 @@ class TaskWriter:
 def write_table(file: OutputFile, table: pa.Table) -> None:
     """Write a table as a Parquet file, whose bytes follow from the rows."""
     with parquet_writer(file, table.schema) as writer:
-        writer.write_table(table.combine_chunks(), _GROUP_ROWS)
+        writer.write_table(table, _GROUP_ROWS)
 
 
 @contextlib.contextmanager
