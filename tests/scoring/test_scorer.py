@@ -103,11 +103,20 @@ def test_logits_need_no_head() -> None:
 @pytest.mark.parametrize("log_norm", [None, 1.5, 200.0])
 def test_a_statistic_alone_is_that_of_all(name: str, log_norm: float | None) -> None:
     features, label = rows(3000)
-    features[::7] = 0  # ties
     batch = {"embedding": features, "label": label}
     every = Scorer(linear, target="label", statistics=STATISTICS, log_norm=log_norm)
     alone = Scorer(linear, target="label", statistics=[name], log_norm=log_norm)
     np.testing.assert_array_equal(alone(batch)[name], every(batch)[name])
+
+
+def test_the_lowest_class_counts_among_ties() -> None:
+    logits = np.random.default_rng(0).integers(0, 3, (500, 4)).astype(np.float32)
+    label = np.arange(500) % 4
+    scorer = Scorer(target="label", statistics=CLASS_NUMBERS)
+    got = scorer({"embedding": logits, "label": label})
+    wanted = expected(logits.astype(np.float64), label, logits, np.zeros((4, 4)))
+    for name in CLASS_NUMBERS:
+        np.testing.assert_array_equal(got[name], wanted[name], name)
 
 
 def test_log_norm_divides_the_margins_alone() -> None:
