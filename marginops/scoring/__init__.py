@@ -9,9 +9,7 @@ except ModuleNotFoundError as error:
     raise ImportError(f"marginops.scoring needs pyarrow; {hint}", name=error.name) from error
 
 from .errors import DataError, OutputError
-from .folder import RunFolder
 from .local import WorkerError
-from .plan import Plan, Task, make_plan
 from .reductions.base import Reduction
 from .reductions.distribution import Margins
 from .reductions.label_issues import SuspiciousLabels
@@ -28,18 +26,14 @@ __all__ = [
     "Margins",
     "Moments",
     "OutputError",
-    "Plan",
     "Reduction",
-    "RunFolder",
     "ScoredBatch",
     "Scorer",
     "ScoringResult",
     "Smallest",
     "SmallestPerClass",
     "SuspiciousLabels",
-    "Task",
     "WorkerError",
-    "make_plan",
     "read_result",
     "score_files",
 ]

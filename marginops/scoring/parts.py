@@ -20,7 +20,7 @@ _REPEATED = ("target", "prediction", "rival")
 class TaskWriter:
     """Takes what belongs to one task: first its scores, batch by batch, then the rest.
 
-    :meth:`~marginops.scoring.RunFolder.open_task` makes one.
+    ``RunFolder.open_task`` makes one.
     """
 
     def __init__(self, open_parquet: Callable[[pa.Schema], pq.ParquetWriter]) -> None:

@@ -128,7 +128,8 @@ def make_plan(
         >>> import tempfile
         >>> import pyarrow as pa
         >>> import pyarrow.parquet
-        >>> from marginops.scoring import Scorer, make_plan
+        >>> from marginops.scoring import Scorer
+        >>> from marginops.scoring.plan import make_plan
         >>> logits = pa.array([[2.0, 0.5, 1.0]] * 10, pa.list_(pa.float32(), 3))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     table = pa.table({"logits": logits})

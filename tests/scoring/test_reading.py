@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.scoring_runs import rows_of_logits, write_parquet
-from marginops.scoring import DataError, Task
+from marginops.scoring import DataError
+from marginops.scoring.plan import Task
 from marginops.scoring.reading import read_task, rebatch, row_group_of
 
 COLUMNS = ["id", "logits"]
