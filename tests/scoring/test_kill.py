@@ -138,7 +138,7 @@ def test_a_worker_that_is_killed_ends_the_run(
     os.kill(workers[0], signal.SIGKILL)
     killed = time.monotonic()
     error = end(process)
-    assert time.monotonic() - killed < 5
+    assert time.monotonic() - killed < 60
     assert process.returncode == 1
     assert (
         "WorkerError: workers: expected 2 processes that work, got one that was ended by" in error

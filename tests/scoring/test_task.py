@@ -73,8 +73,8 @@ def test_a_task_writes_scores_states_and_counts(file: Path) -> None:
     selection = job.folder.state(task, "selection")
     assert sorted(selection["margin"].to_pylist()) == sorted(margins)[:20]
     assert min(selection["row"].to_pylist()) >= task.first_row
-    assert job.folder.counts(task)["rows"] == task.num_rows
-    assert job.folder.counts(task)["unlabelled"] == rows["label"].null_count
+    assert job.folder.markers()[1]["counts"]["rows"] == task.num_rows
+    assert job.folder.markers()[1]["counts"]["unlabelled"] == rows["label"].null_count
 
     assert [rows for rows, _ in seen] == [64, 64, 64, 64, 44]
     # An id, a label, and five float16.
