@@ -106,7 +106,10 @@ def test_planted_labels_are_found(num_classes):
     target[planted] = (truth[planted] + 1) % num_classes
     rows = rows_of_logits(logits, target)
     states = task_states(SuspiciousLabels(60), rows, [2000], range(0, 5000, 300))
-    issues = merged(SuspiciousLabels(60), states).result()
+    reduction = merged(SuspiciousLabels(60), states)
+    issues, pairs = reduction.result(), set(zip(target.tolist(), truth.tolist(), strict=True))
+    num_wrong_pairs = sum(label != right for label, right in pairs)
+    assert len(reduction.summary()["most_confused"]) == min(num_wrong_pairs, 20)
     assert sorted(issues["row"].to_pylist()) == sorted(planted.tolist())
     suggested = torch.from_numpy(issues["suggested"].to_numpy().copy())
     assert torch.equal(suggested, truth[issues["row"].to_pylist()])
