@@ -58,8 +58,8 @@ def score_files(
         output: The folder of the run, a path or a URL: a new or empty one, or that of the same run.
         reductions: What to keep of all rows.
         scores: Whether to write the statistics of all rows.
-        workers: The number of processes. By default one for each usable CPU core, or for each GPU
-            if the scorer's device is ``cuda``.
+        workers: The number of processes. By default one for two usable CPU cores, or one for each
+            GPU if the scorer's device is ``cuda``.
         engine: ``"local"`` for processes of this machine, ``"ray"`` for a Ray cluster.
         task_rows: The rows of a task, at least. Only the last task of a file may have fewer.
         progress: It is called in this process with the rows and the bytes of each scored batch. If
