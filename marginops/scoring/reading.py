@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import DataError
-from .storage import open_input
+from .storage import error_line, open_input, shown
 
 if TYPE_CHECKING:
     from .plan import Task
@@ -51,7 +51,7 @@ def read_task(
             raise _located(error, task, file, columns, batch_rows) from error
         if rows != task.num_rows:
             raise DataError(
-                f"{task.path}, {row_groups_text(task)}: expected {task.num_rows:,} rows, got "
+                f"{shown(task.path)}, {row_groups_text(task)}: expected {task.num_rows:,} rows, got "
                 f"{rows:,}; write the file anew"
             )
 
@@ -66,8 +66,8 @@ def _open(task: Task, num_bytes: int | None = None) -> Iterator[pq.ParquetFile]:
         )
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"{task.path}: expected the Parquet file that was there at the start of the run, got "
-            f"an error: {_line(error)}; put it back, and run again"
+            f"{shown(task.path)}: expected the Parquet file that was there at the start of the "
+            f"run, got an error: {error_line(error, task.path)}; put it back, and run again"
         ) from error
     with source, file:
         _check_unchanged(task, file.metadata, size, num_bytes)
@@ -84,7 +84,7 @@ def _check_unchanged(
         expected, found = f"{expected} in a file of {num_bytes:,} bytes", f"{found} in {size:,}"
     if rows != task.num_rows or num_bytes not in (None, size):
         raise DataError(
-            f"{task.path}, {row_groups_text(task)}: expected {expected} as at the start of the "
+            f"{task_place(task)}: expected {expected} as at the start of the "
             f"run, got {found}; leave files unchanged during a run, and run again in a new folder"
         )
 
@@ -102,8 +102,8 @@ def _located(
             place, error = f"row group {group}", again
             break
     return DataError(
-        f"{task.path}, {place}: expected rows that can be read, got an error: {_line(error)}; "
-        "write the file anew"
+        f"{shown(task.path)}, {place}: expected rows that can be read, got an error: "
+        f"{error_line(error, task.path)}; write the file anew"
     )
 
 
@@ -147,11 +147,8 @@ def _join(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
     return joined
 
 
-def row_groups_text(task: Task) -> str:
-    """The row groups of a task, for an error."""
+def task_place(task: Task) -> str:
+    """The file and the row groups of a task, for an error."""
     first, last = task.row_groups[0], task.row_groups[-1]
-    return f"row group {first}" if first == last else f"row groups {first} to {last}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    groups = f"row group {first}" if first == last else f"row groups {first} to {last}"
+    return f"{shown(task.path)}, {groups}"
