@@ -273,8 +273,11 @@ def _checked(weight: Any, bias: Any, place: str) -> Head:
     for name, value in given.items():
         if not value.detach().to(dtype).isfinite().all():
             raise DataError(f"head: expected finite values in {name}, got NaN or inf ({place})")
+    # Copies, because the bits of a product depend on where the memory of its arguments begins.
     weight, bias = (
-        None if value is None else value.detach().to("cpu", dtype).contiguous()
+        None
+        if value is None
+        else torch.empty(value.shape, dtype=dtype, device="cpu").copy_(value.detach())
         for value in (weight, bias)
     )
     return Head(weight, bias, place)
