@@ -99,7 +99,8 @@ def same_arithmetic(device: torch.device) -> Iterator[None]:
     """Compute as a new process does, whatever the caller has set: gradients, autocast, and float32
     products in TF32 or bfloat16.
     """
-    products: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    backends: Any = torch.backends
+    products = backends.mkldnn.matmul, backends.cuda.matmul
     before = [(product, product.fp32_precision) for product in products]
     reduced = [(product, name) for product, name in before if name not in ("none", "ieee")]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
