@@ -51,8 +51,8 @@ def read_task(
             raise _located(error, task, file, columns, batch_rows) from error
         if rows != task.num_rows:
             raise DataError(
-                f"{shown(task.path)}, {row_groups_text(task)}: expected {task.num_rows:,} rows, got "
-                f"{rows:,}; write the file anew"
+                f"{task_place(task)}: expected {task.num_rows:,} rows, got {rows:,}; write the "
+                "file anew"
             )
 
 
@@ -93,17 +93,20 @@ def _located(
     error: Exception, task: Task, file: pq.ParquetFile, columns: Sequence[str], batch_rows: int
 ) -> DataError:
     """The error with its row group, which is read again to find it."""
-    place = row_groups_text(task)
+    place = task_place(task)
     for group in task.row_groups:
         try:
             for _ in file.iter_batches(batch_rows, [group], columns, use_threads=False):
                 pass
         except (OSError, pa.ArrowException) as again:
-            place, error = f"row group {group}", again
+            place, error = f"{shown(task.path)}, row group {group}", again
             break
+    # pyarrow writes fixed_size_list with null rows, and cannot read it.
+    is_null = "Expected all lists to be of size" in str(error)
+    how = " with list in place of fixed_size_list where rows are null" if is_null else ""
     return DataError(
-        f"{shown(task.path)}, {place}: expected rows that can be read, got an error: "
-        f"{error_line(error, task.path)}; write the file anew"
+        f"{place}: expected rows that can be read, got an error: "
+        f"{error_line(error, task.path)}; write the file anew{how}"
     )
 
 

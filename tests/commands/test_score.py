@@ -204,11 +204,21 @@ def test_the_default_score_without_labels_is_the_distance_to_the_boundary(files)
     ],
 )
 def test_all_statistics_are_those_that_can_be_computed(files, options, left_out):
-    from marginops.scoring.names import STATISTICS
+    from marginops.scoring.statistics import STATISTICS
 
     assert files.run(*options, "--statistics", "all") == 0
     columns = pq.read_schema(next((files.folder / "out/scores").iterdir())).names
     assert set(columns) - {"target"} == {*STATISTICS} - left_out
+
+
+def test_a_column_of_bytes(files):
+    assert files.run("--target", "label", "--select", 9) == 0
+    content = pa.array([row.tobytes() for row in files.values], pa.binary(2 * WIDTH))
+    files.write(embedding=content)
+    options = ("--target", "label", "--select", 9, "--dtype", "float16")
+    assert files.run(*options, output="of_bytes") == 0
+    wanted = read(files.folder / "out", "selection")
+    assert read(files.folder / "of_bytes", "selection").equals(wanted)
 
 
 def test_logits_and_a_model_of_the_user(files, capsys):

@@ -177,6 +177,16 @@ def test_columns_of_other_types(files, refused):
     )
 
 
+def test_a_column_of_bytes_without_a_dtype(files, refused):
+    size = 2 * WIDTH
+    files.write(embedding=pa.array([row.tobytes() for row in files.values], pa.binary(size)))
+    message = ".*/data/a.parquet: dtype: expected float16, .* for 'embedding' of type fixed.*"
+    refused(files.run(), message)
+    refused(
+        files.run("--dtype", "float64"), ".*/data/a.parquet: column: expected rows of float64.*"
+    )
+
+
 def test_a_head_of_another_width(files, refused):
     torch.save({"weight": torch.zeros(4, WIDTH + 1)}, files.folder / "head.pt")
     message = (

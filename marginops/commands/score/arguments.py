@@ -59,6 +59,11 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
         "--column", type=text, required=True, metavar="NAME", help="column of the values"
     )
     group.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32", "float64"),
+        help="what numbers the bytes of a fixed_size_binary column are; lists say it themselves",
+    )
+    group.add_argument(
         "--target", type=text, metavar="NAME", help="column of the labels, whole numbers from 0 on"
     )
     group.add_argument(

@@ -13,7 +13,7 @@ from ...scoring import (
     SmallestPerClass,
     SuspiciousLabels,
 )
-from ...scoring.names import NEED_HEAD, NEED_TARGET, SCORES, STATISTICS
+from ...scoring.statistics import NEED_HEAD, NEED_TARGET, SCORES, STATISTICS
 from ..options import UsageError
 
 
@@ -32,6 +32,7 @@ def make_scorer(options: argparse.Namespace) -> Scorer:
         target=options.target,
         id=options.id,
         statistics=names,
+        dtype=options.dtype,
         device=options.device,
         batch_rows=options.batch_rows,
     )
