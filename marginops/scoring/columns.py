@@ -96,8 +96,8 @@ def check_type(name: str, kind: pa.DataType, dtype: str | None) -> int | None:
     if pa.types.is_fixed_size_binary(kind):
         if dtype is None:
             raise DataError(
-                f"column: expected dtype=, the dtype of the values, for {name!r} of type {kind}, "
-                f"got None; pass one of {', '.join(DTYPES)}"
+                f"column: expected the dtype of the values in {name!r} of type {kind}, got none; "
+                f"pass dtype=, one of {', '.join(DTYPES)}"
             )
         size = DTYPES[dtype].itemsize
         if kind.byte_width % size:

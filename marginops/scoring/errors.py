@@ -1,4 +1,4 @@
-"""The two errors of a scoring run that are no wrong argument."""
+"""Errors of data and of output folders."""
 
 
 class DataError(ValueError):

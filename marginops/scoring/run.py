@@ -49,14 +49,15 @@ def score_files(
     process ``RANK`` of ``WORLD_SIZE`` takes every ``WORLD_SIZE``-th task. The last one that is done
     merges the results.
 
-    Each row is read once. The memory holds a few batches for each worker and what the reductions
-    keep, whatever the number of rows.
+    Each row is read once. The memory holds a few batches of at most 16 MiB for each worker and what
+    the reductions keep, whatever the number of rows.
 
     Args:
         files: Paths, folders (all ``*.parquet`` files in them), patterns, and URLs of any of these.
         scorer: What computes the statistics of the rows.
         output: The folder of the run, a path or a URL: a new or empty one, or that of the same run.
-        reductions: What to keep of all rows.
+        reductions: What to keep of all rows, such as ``[Smallest(1000)]``, each kind once. The
+            objects themselves stay empty. :func:`read_result` reads what they kept.
         scores: Whether to write the statistics of all rows.
         workers: The number of processes. By default one for each usable CPU core, or for each GPU
             if the scorer's device is ``cuda``.
@@ -65,7 +66,9 @@ def score_files(
         progress: It is called in this process with the rows and the bytes of each scored batch. If
             it has a method ``start``, that is called first, with the number of all rows and of the
             rows that earlier calls finished.
-        options: Arguments for the engine.
+        options: With ``engine="ray"``: ``address`` of a cluster (by default that of the variable
+            ``RAY_ADDRESS``; without it, Ray starts on this machine), and what Ray reserves for each
+            worker, ``num_gpus`` (by default none) and ``num_cpus`` (by default 1, and 0 with GPUs).
 
     Returns:
         The content of ``summary.json``; None if other processes of ``torchrun`` are still at work.

@@ -21,6 +21,7 @@ import torch
 import marginops
 from helpers.score_files import CLASSES, ROWS, WIDTH, score
 from helpers.user_modules import user_modules
+from marginops.commands.score import arguments
 
 MODULE = """
 import torch
@@ -212,3 +213,21 @@ def test_json_has_times_and_the_folder_has_none(files):
     assert written["rows_per_second"] == pytest.approx(ROWS / written["seconds"])
     assert written["bytes_per_second"] == pytest.approx(written["read_bytes"] / written["seconds"])
     assert "second" not in (files.folder / "out/summary.json").read_text()
+
+
+def test_a_column_of_bytes_and_another_label_for_no_label(files, capsys):
+    files.label[:3] = -1
+    rows = [row.tobytes() for row in files.values]
+    files.write(embedding=pa.array(rows, pa.binary(2 * WIDTH)))
+    options = ("--target", "label", "--select", ROWS)
+    assert files.run(*options, "--dtype", "float16", "--ignore-index", -1) == 0
+    rows = read(files.folder / "out", "selection")["row"]
+    np.testing.assert_array_equal(rows, 3 + np.argsort(files.margin[3:], kind="stable"))
+    assert "  3 without a label" in capsys.readouterr().out.splitlines()
+
+
+def test_the_help_names_all_statistics_and_dtypes():
+    from marginops.scoring import columns, names
+
+    assert arguments.STATISTICS == names.STATISTICS
+    assert (*columns.DTYPES,) == arguments.DTYPES

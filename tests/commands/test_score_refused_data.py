@@ -30,6 +30,16 @@ def test_columns_of_other_types(files, refused):
     )
 
 
+def test_bytes_of_an_unknown_type(files, refused):
+    rows = [row.tobytes() for row in files.values]
+    files.write(embedding=pa.array(rows, pa.binary(2 * WIDTH)))
+    message = (
+        r".*/data/a.parquet: column: expected the dtype of the values in 'embedding' of type "
+        r"fixed_size_binary\[12\], got none; pass --dtype, one of float16, .*"
+    )
+    refused(files.run(), message)
+
+
 def test_a_head_of_another_width(files, refused):
     torch.save({"weight": torch.zeros(4, WIDTH + 1)}, files.folder / "head.pt")
     message = (

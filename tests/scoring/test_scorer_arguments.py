@@ -115,7 +115,10 @@ def test_logits_of_another_width_than_before() -> None:
             {"embedding": pa.float32()},
             "column: expected a fixed_size_list, list, large_list or fix",
         ),
-        ({"embedding": pa.binary(16)}, "column: expected dtype=, the dtype of the values, for 'em"),
+        (
+            {"embedding": pa.binary(16)},
+            "column: expected the dtype of the values in ",
+        ),
         ({"features": pa.list_(pa.float16(), 8)}, "column: expected one column 'embedding', got c"),
         ({"y": pa.float32()}, "target: expected a column of integers (classes), got float in 'y'"),
         ({"key": pa.bool_()}, "id: expected a column of integers or strings, got bool in 'key'"),
