@@ -53,12 +53,15 @@ def is_arrow(batch: Any) -> bool:
     return isinstance(batch, pa.RecordBatch | pa.Table)
 
 
-def column(batch: Any, name: str) -> Any:
-    """A column of a mapping, of a data frame or of a batch of Arrow, there in one piece."""
+def column(batch: Any, name: str, argument: str = "column") -> Any:
+    """A column of a mapping, of a data frame or of a batch of Arrow, there in one piece.
+
+    ``argument`` is the one that names the column, for errors.
+    """
     if is_arrow(batch):
         places = batch.schema.get_all_field_indices(name)
         if len(places) != 1:
-            raise DataError(no_column(name, batch.schema.names))
+            raise DataError(no_column(argument, name, batch.schema.names))
         values = batch.column(places[0])
     else:
         try:
@@ -69,7 +72,7 @@ def column(batch: Any, name: str) -> Any:
                     "batch: expected a mapping of arrays, a data frame, or a RecordBatch or Table "
                     f"of pyarrow, got {type(batch).__name__}"
                 ) from error
-            raise DataError(no_column(name, [*map(str, batch)])) from error
+            raise DataError(no_column(argument, name, [*map(str, batch)])) from error
     if isinstance(values, pa.ChunkedArray):
         values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
     if not isinstance(values, pa.Array | np.ndarray | Tensor | list | tuple):
@@ -77,11 +80,13 @@ def column(batch: Any, name: str) -> Any:
     return values
 
 
-def no_column(name: str, names: Sequence[str]) -> str:
+def no_column(argument: str, name: str, names: Sequence[str]) -> str:
     """The error for a column that is not there, or there several times."""
     count = list(names).count(name)
-    got = f"{count} of them" if count else f"columns {', '.join(names) or '(none)'}"
-    return f"column: expected one column {name!r}, got {got}"
+    if count:
+        return f"{argument}: expected one column {name!r}, got {count} of them; rename the others"
+    got = ", ".join(names) or "(none)"
+    return f"{argument}: expected one column {name!r}, got columns {got}; check the name"
 
 
 def check_type(name: str, kind: pa.DataType, dtype: str | None) -> int | None:
@@ -216,7 +221,7 @@ def _lists(values: pa.Array, name: str, width: int | None) -> Matrix:
         wrong = pc.index(pc.fill_null(pc.not_equal(lengths, width), False), True).as_py()
         raise DataError(
             f"column: expected rows of {width} values in {name!r}, got {lengths[wrong]} in row "
-            f"{wrong} of the batch"
+            f"{wrong} of the batch; write rows of one length, or null"
         )
     flat = _flat_values(values.flatten())
     inner = flat.values.view(len(present), width)

@@ -223,9 +223,10 @@ class Scorer:
             DataError: A column is missing, or has another type or width. The message does not name
                 the file.
         """
-        for name in self.columns:
-            if len(schema.get_all_field_indices(name)) != 1:
-                raise DataError(columns.no_column(name, schema.names))
+        for argument in ("column", "target", "id"):
+            name = getattr(self, argument)
+            if name is not None and len(schema.get_all_field_indices(name)) != 1:
+                raise DataError(columns.no_column(argument, name, schema.names))
         if self.model is None:
             kind = schema.field(self.column).type
             width = columns.check_type(self.column, kind, self.dtype)
@@ -280,7 +281,7 @@ class Scorer:
         target, label, unlabelled = self._labels(batch, rows, classes)
         ids = None
         if self.id is not None:
-            ids = labels.read_ids(columns.column(batch, self.id), self.id)
+            ids = labels.read_ids(columns.column(batch, self.id, "id"), self.id)
             self._check_rows("id", self.id, len(ids), rows)
         head = None if self.head is None else self._loaded_head()
         scores = tiles.score_rows(
@@ -319,7 +320,7 @@ class Scorer:
         """The targets, the same in [0, C), and which rows have none (None if all have one)."""
         if self.target is None:
             return None, None, None
-        column = columns.column(batch, self.target)
+        column = columns.column(batch, self.target, "target")
         target = labels.read_target(column, self.target, self.ignore_index)
         self._check_rows("target", self.target, len(target), rows)
         unlabelled = target == self.ignore_index
@@ -342,7 +343,8 @@ class Scorer:
             if width != head.width:
                 raise DataError(
                     f"column: expected rows of {head.width} values in {self.column!r}, the width "
-                    f"of the head {head.head.place}, got {width}"
+                    f"of the head {head.head.place}, got {width}; take the head of the network "
+                    "that the rows come from"
                 )
             return int(head.num_classes)
         if width < 2:

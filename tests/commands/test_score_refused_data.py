@@ -18,7 +18,8 @@ from helpers.score_files import WIDTH, score
 
 @pytest.mark.parametrize("option", ["--column", "--target", "--id"])
 def test_a_missing_column(files, refused, option):
-    message = "[a-z]+: expected one column 'nothing', got columns id, label, embedding"
+    columns = "id, label, embedding; check the name"
+    message = f"{option[2:]}: expected one column 'nothing', got columns {columns}"
     refused(files.run(option, "nothing"), f".*/data/a.parquet: {message}")
     assert not (files.folder / "out").exists()
 
@@ -44,7 +45,7 @@ def test_a_head_of_another_width(files, refused):
     torch.save({"weight": torch.zeros(4, WIDTH + 1)}, files.folder / "head.pt")
     message = (
         f".*/data/a.parquet: column: expected rows of {WIDTH + 1} values in 'embedding', the width "
-        f"of the head .*/head.pt, got {WIDTH}"
+        f"of the head .*/head.pt, got {WIDTH}; take the head of the network that the rows come from"
     )
     refused(files.run(), message)
 
@@ -81,7 +82,7 @@ def test_rows_of_several_lengths(files, refused):
     files.write(embedding=pa.array(rows, pa.list_(pa.float16())))
     message = (
         ".*/data/b.parquet, row group 0: column: expected rows of 6 values in 'embedding', got 5 "
-        "in row 83 of the row group"
+        "in row 83 of the row group; write rows of one length, or null"
     )
     refused(files.run(), message)
     assert len(list((files.folder / "out/done").iterdir())) == 4  # the tasks before
@@ -90,7 +91,10 @@ def test_rows_of_several_lengths(files, refused):
 def test_a_label_out_of_range(files, refused):
     files.label[655] = 4
     files.write()
-    message = r".*/data/b.parquet, row group 3: target: expected .*4.*"
+    message = (
+        r".*/data/b.parquet, row group 3: target: expected classes in \[0, 4\), null or "
+        "ignore_index -100 in 'label', got 4 in row 5 of the row group; count classes from 0 on"
+    )
     refused(files.run("--target", "label"), message)
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from ..options import UsageError, device, is_place, path, place, text, whole_number
 
-# Their own module needs pyarrow.
+# Copies, because the modules that define them need pyarrow.
 STATISTICS = (
     *("margin", "rival", "top2_margin", "loss", "confidence", "entropy", "correct", "el2n"),
     *("gradient_norm", "prediction", "minimal_margin", "probability_margin"),
