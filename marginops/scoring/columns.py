@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -48,21 +47,13 @@ class Matrix:
     missing: Tensor | None
 
 
-def is_arrow(batch: Any) -> bool:
-    """Whether a batch is a RecordBatch or Table of pyarrow."""
-    return isinstance(batch, pa.RecordBatch | pa.Table)
-
-
-def column(batch: Any, name: str, argument: str = "column") -> Any:
+def column(batch: Any, argument: str, name: str) -> Any:
     """A column of a mapping, of a data frame or of a batch of Arrow, there in one piece.
 
-    ``argument`` is the one that names the column, for errors.
+    ``argument`` of the scorer holds the name.
     """
-    if is_arrow(batch):
-        places = batch.schema.get_all_field_indices(name)
-        if len(places) != 1:
-            raise DataError(no_column(argument, name, batch.schema.names))
-        values = batch.column(places[0])
+    if isinstance(batch, pa.RecordBatch | pa.Table):
+        values = batch.column(column_place(batch.schema, argument, name))
     else:
         try:
             values = batch[name]
@@ -72,21 +63,30 @@ def column(batch: Any, name: str, argument: str = "column") -> Any:
                     "batch: expected a mapping of arrays, a data frame, or a RecordBatch or Table "
                     f"of pyarrow, got {type(batch).__name__}"
                 ) from error
-            raise DataError(no_column(argument, name, [*map(str, batch)])) from error
+            raise _no_column(argument, name, [*map(str, batch)]) from error
     if isinstance(values, pa.ChunkedArray):
         values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+    if isinstance(values, pa.DictionaryArray):
+        values = values.dictionary_decode()
     if not isinstance(values, pa.Array | np.ndarray | Tensor | list | tuple):
         values = np.asarray(values)  # a Series
     return values
 
 
-def no_column(argument: str, name: str, names: Sequence[str]) -> str:
-    """The error for a column that is not there, or there several times."""
-    count = list(names).count(name)
+def column_place(schema: pa.Schema, argument: str, name: str) -> int:
+    """The position of a column, which must be there once."""
+    places = schema.get_all_field_indices(name)
+    if len(places) != 1:
+        raise _no_column(argument, name, schema.names)
+    return int(places[0])
+
+
+def _no_column(argument: str, name: str, names: Sequence[str]) -> DataError:
+    count = names.count(name)
+    got = f"columns {', '.join(names) or '(none)'}; check the name"
     if count:
-        return f"{argument}: expected one column {name!r}, got {count} of them; rename the others"
-    got = ", ".join(names) or "(none)"
-    return f"{argument}: expected one column {name!r}, got columns {got}; check the name"
+        got = f"{count} of them; rename the others"
+    return DataError(f"{argument}: expected one column {name!r}, got {got}")
 
 
 def check_type(name: str, kind: pa.DataType, dtype: str | None) -> int | None:
@@ -101,8 +101,8 @@ def check_type(name: str, kind: pa.DataType, dtype: str | None) -> int | None:
     if pa.types.is_fixed_size_binary(kind):
         if dtype is None:
             raise DataError(
-                f"column: expected the dtype of the values in {name!r} of type {kind}, got none; "
-                f"pass dtype=, one of {', '.join(DTYPES)}"
+                f"dtype: expected {', '.join(DTYPES)} for {name!r} of type {kind}, got None; say "
+                "which numbers the bytes are"
             )
         size = DTYPES[dtype].itemsize
         if kind.byte_width % size:
@@ -126,6 +126,8 @@ def read_matrix(values: Any, name: str, dtype: str | None, width: int | None) ->
 
     ``width`` is the D of missing rows where no row tells it. Rows of one other width are no error.
     """
+    if isinstance(values, np.ndarray) and values.dtype == object:
+        values = [*values]
     if isinstance(values, list | tuple):
         values = _from_list(values, name)
     if isinstance(values, pa.Array):
@@ -137,10 +139,7 @@ def read_matrix(values: Any, name: str, dtype: str | None, width: int | None) ->
             tensor = tensor.view(wanted)  # from bytes, or the bits of bfloat16
         return Matrix(tensor, matrix.missing)
     if isinstance(values, np.ndarray):
-        if values.dtype == object:
-            stacked, missing = _stack(values, name, width)
-            return Matrix(read_matrix(stacked, name, dtype, width).values, missing)
-        values = as_tensor(values)
+        values = as_tensor(values, name)
     if values.dtype == torch.uint16:
         values = values.view(torch.bfloat16)
     if values.dim() != 2 or values.dtype not in DTYPES.values():
@@ -169,11 +168,11 @@ def read_inputs(values: Any, name: str) -> tuple[Tensor | list[Any], Tensor | No
         missing = _booleans(values.is_null()) if values.null_count else None
         return values.to_pylist(), missing
     if isinstance(values, np.ndarray) and values.dtype.kind in "fiu":
-        return as_tensor(values), None
+        return as_tensor(values, name), None
     if isinstance(values, Tensor):
         return values, None
     items = list(values)
-    missing = torch.tensor([item is None for item in items], dtype=torch.bool)
+    missing = torch.tensor([item is None for item in items], dtype=torch.bool, device="cpu")
     return items, missing if missing.any() else None
 
 
@@ -258,52 +257,28 @@ def _booleans(values: pa.Array) -> Tensor:
     return torch.from_numpy(np.array(values.to_numpy(zero_copy_only=False), dtype=bool))
 
 
-def as_tensor(values: np.ndarray[Any, Any]) -> Tensor:
+def as_tensor(values: np.ndarray[Any, Any], name: str) -> Tensor:
     """A tensor in the memory of an array, also of one that cannot be written."""
     if not values.dtype.isnative:
         values = values.astype(values.dtype.newbyteorder("="))
     if values.dtype.name == "bfloat16":  # of ml_dtypes
-        return as_tensor(values.view(np.uint16)).view(torch.bfloat16)
-    if values.flags.writeable and all(stride >= 0 for stride in values.strides):
-        return torch.from_numpy(values)
-    # torch.from_numpy warns of memory that cannot be written. pyarrow takes it as it is.
-    flat = np.ascontiguousarray(values).reshape(-1)
-    return from_dlpack(pa.array(flat)).view(values.shape)
-
-
-def _from_list(values: Sequence[Any], name: str) -> Any:
-    if values and all(isinstance(row, Tensor) for row in values):
-        return torch.stack([*values])
-    if any(isinstance(row, np.ndarray) for row in values):
-        rows = np.empty(len(values), dtype=object)
-        rows[:] = values
-        return rows
+        return as_tensor(values.view(np.uint16), name).view(torch.bfloat16)
     try:
-        return pa.array(values, type=pa.list_(pa.float64()) if not values else None)
-    except pa.ArrowException as error:
+        if values.flags.writeable and all(stride >= 0 for stride in values.strides):
+            return torch.from_numpy(values)
+        # torch.from_numpy warns of memory that cannot be written. pyarrow takes it as it is.
+        flat = np.ascontiguousarray(values).reshape(-1)
+        return from_dlpack(pa.array(flat)).view(values.shape)
+    except (TypeError, pa.ArrowException) as error:
+        raise DataError(f"column: expected numbers in {name!r}, got {values.dtype}") from error
+
+
+def _from_list(values: Sequence[Any], name: str) -> Tensor | pa.Array:
+    """The rows of a list or of an array of objects, in which None is a missing row."""
+    try:
+        if values and all(isinstance(row, Tensor) for row in values):
+            return torch.stack([*values])
+        is_known = any(row is not None for row in values)
+        return pa.array(values, None if is_known else pa.list_(pa.float32()))
+    except (RuntimeError, pa.ArrowException) as error:
         raise DataError(f"column: expected rows of one form in {name!r}, got {error}") from error
-
-
-def _stack(
-    values: np.ndarray[Any, Any], name: str, width: int | None
-) -> tuple[np.ndarray[Any, Any], Tensor | None]:
-    """The matrix of an array of arrays, in which None is a missing row."""
-    present = [np.asarray(row) for row in values if row is not None]
-    shapes = {row.shape for row in present} or {(width or 0,)}
-    if len(shapes) == 1:
-        (width,) = map(prod, shapes)
-    elif width is None:
-        width = present[0].size
-    for index, row in enumerate(values):
-        if row is not None and np.shape(row) != (width,):
-            raise DataError(
-                f"column: expected rows of {width} values in {name!r}, got shape "
-                f"{list(np.shape(row))} in row {index} of the batch"
-            )
-    stacked = np.stack(present) if present else np.zeros((0, width), np.float32)
-    if len(present) == len(values):
-        return stacked, None
-    missing = np.array([row is None for row in values])
-    rows = np.zeros((len(values), width), stacked.dtype)
-    rows[~missing] = stacked
-    return rows, torch.from_numpy(missing)

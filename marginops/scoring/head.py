@@ -176,17 +176,13 @@ def _from_safetensors(path: str, layer: str | None) -> tuple[Any, Any]:
 def _load(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason"
-        raise DataError(
-            f"head: expected a file of tensors, which torch.load reads with weights_only=True, got "
-            f"{path} ({reason}); save model.state_dict() and not the model"
-        ) from error
-    except (EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"head: expected a whole file of safetensors or torch.save, got {path} ({reason})"
-        ) from error
+    except Exception as error:  # damaged files raise errors of many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        expected, todo = "a whole file of safetensors or torch.save", ""
+        if isinstance(error, pickle.UnpicklingError):
+            expected = "a file of tensors, which torch.load reads with weights_only=True"
+            todo = "; save model.state_dict() and not the model"
+        raise DataError(f"head: expected {expected}, got {path} ({reason}){todo}") from error
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Tensor]:
@@ -273,8 +269,11 @@ def _checked(weight: Any, bias: Any, place: str) -> Head:
     for name, value in given.items():
         if not value.detach().to(dtype).isfinite().all():
             raise DataError(f"head: expected finite values in {name}, got NaN or inf ({place})")
+    # Copies, because the bits of a product depend on where the memory of its arguments begins.
     weight, bias = (
-        None if value is None else value.detach().to("cpu", dtype).contiguous()
+        None
+        if value is None
+        else torch.empty(value.shape, dtype=dtype, device="cpu").copy_(value.detach())
         for value in (weight, bias)
     )
     return Head(weight, bias, place)

@@ -16,7 +16,7 @@ from .errors import DataError
 
 def check_target_type(name: str, kind: Any) -> None:
     """Check the type of a column of labels."""
-    if not pa.types.is_integer(kind):
+    if not pa.types.is_integer(_decoded(kind)):
         raise DataError(
             f"target: expected a column of integers (classes), got {kind} in {name!r}; write the "
             "labels as integers"
@@ -60,11 +60,14 @@ def check_classes(
 
 def check_id_type(name: str, kind: Any) -> None:
     """Check the type of a column of ids."""
-    types = pa.types
-    if isinstance(kind, pa.DictionaryType):
-        kind = kind.value_type
-    if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+    types, plain = pa.types, _decoded(kind)
+    if not (types.is_integer(plain) or types.is_string(plain) or types.is_large_string(plain)):
         raise DataError(f"id: expected a column of integers or strings, got {kind} in {name!r}")
+
+
+def _decoded(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a column, also of one with a dictionary."""
+    return kind.value_type if isinstance(kind, pa.DictionaryType) else kind
 
 
 def read_ids(values: Any, name: str) -> pa.Array:
@@ -74,8 +77,6 @@ def read_ids(values: Any, name: str) -> pa.Array:
     if not isinstance(values, pa.Array):
         values = _one_dimension(values, "id", name)
     check_id_type(name, values.type)
-    if isinstance(values.type, pa.DictionaryType):
-        values = values.dictionary_decode()
     if values.null_count:
         row = pc.index(values.is_null(), True).as_py()
         raise DataError(

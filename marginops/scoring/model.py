@@ -30,7 +30,6 @@ class PlacedModel:
         state = self._model.state_dict().items()
         return hash_tensors({name: value for name, value in state if isinstance(value, Tensor)})
 
-    @torch.no_grad()
     def logits(self, inputs: Tensor | list[Any], missing: Tensor | None) -> Tensor:
         """The logits ``[N, C]``, with zeros in missing rows. The network does not see these.
 
@@ -59,11 +58,15 @@ class PlacedModel:
         return whole
 
     def _placed(self, inputs: Tensor) -> Tensor:
-        """Inputs on the device. Those that are no integers get the dtype of the network."""
-        parameters = self._model.parameters()
-        dtypes = [value.dtype for value in parameters if value.is_floating_point()]
-        dtype = (dtypes or [torch.float32])[0]
-        return inputs.to(self._device, dtype if inputs.is_floating_point() else None)
+        """A copy on the device. What is no integer gets the dtype of the network.
+
+        The network may write into it, and its memory begins where that of each new tensor does.
+        """
+        dtype = inputs.dtype
+        if inputs.is_floating_point():
+            dtypes = (value.dtype for value in self._model.parameters())
+            dtype = next((kind for kind in dtypes if kind.is_floating_point), torch.float32)
+        return inputs.to(self._device, dtype, copy=True)
 
 
 def judge_inputs(kinds: Tensor, inputs: Tensor | list[Any]) -> None:

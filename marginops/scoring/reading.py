@@ -87,9 +87,12 @@ def _read_group(
             rows += len(batch)
             yield batch
     except (OSError, pa.ArrowException) as error:
+        # pyarrow writes fixed_size_list with null rows, and cannot read it.
+        is_null = "Expected all lists to be of size" in str(error)
+        how = " with list in place of fixed_size_list where rows are null" if is_null else ""
         raise DataError(
             f"{path}, row group {group}: expected {expected:,} rows, got an error after row "
-            f"{rows:,}: {_line(error)}; write the file anew"
+            f"{rows:,}: {_line(error)}; write the file anew{how}"
         ) from error
     if rows != expected:
         raise DataError(

@@ -70,7 +70,8 @@ class Scorer:
         log_norm: Natural logarithm of the norm product by which margins are divided, see
             :func:`marginops.classification_margin`.
         dtype: ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"float64"``: the dtype of the
-            values in the column, which only ``fixed_size_binary`` needs.
+            values. Only a column of ``fixed_size_binary`` needs it: its values are the bytes of
+            the numbers in the order of this machine.
         device: ``"cpu"`` or ``"cuda"``, where to compute. Results are on the CPU.
         batch_rows: The number of rows of a batch in runs over files; by default it follows from the
             data.
@@ -95,13 +96,15 @@ class Scorer:
     float64 values or a float64 head are computed in float64, all others in float32. The scorer
     reads the values once, in tiles of at most 2,048 rows (65,536 on CUDA) that are cut from the
     first row of the batch. Beside batch, head and results it needs one buffer for the values and
-    one for the logits of a tile, of at most 16 MiB each (128 MiB on CUDA) or one row. Where fewer
+    one for the logits of a tile, of at most 16 MiB each (128 MiB on CUDA) or 16 rows. Where fewer
     than 1,024 rows of logits fit, it computes the logits of a few classes at a time, once for each
     kind of statistic, as :func:`marginops.linear_sample_statistics` does.
 
     The same batch gives the same bits each time, in each process of the same kind of machine with
-    the same number of threads and the same libraries. The same row in a batch of another size may
-    differ in the last bits, because matrix products of another size may round differently.
+    the same number of threads and the same libraries, wherever its memory begins. Autocast and the
+    precision that :func:`torch.set_float32_matmul_precision` sets do not reach the scorer; a model
+    may still use autocast inside. The same row in a batch of another size may differ in the last
+    bits, because matrix products of another size may round differently.
 
     Example:
         >>> import numpy as np
@@ -140,6 +143,11 @@ class Scorer:
             checks.check_int("batch_rows", batch_rows, 1)
         if dtype is not None:
             checks.check_choice("dtype", dtype, [*columns.DTYPES])
+            if model is not None:
+                raise ValueError(
+                    f"dtype: expected None with model, which gets the values as they are, got "
+                    f"{dtype!r}"
+                )
         self.head = None if head is None else checked_source("head", head)
         self.model = None if model is None else checked_source("model", model, allow_file=False)
         self.layer = layer
@@ -151,6 +159,7 @@ class Scorer:
         names = default_statistics(has_target, has_head) if statistics is None else statistics
         self.statistics = self._checked(names)
         self._num_classes: int | None = None
+        self._logits_dtype: torch.dtype | None = None
         self._head: tiles.PlacedHead | None = None
         self._model: PlacedModel | None = None
 
@@ -176,8 +185,12 @@ class Scorer:
     @property
     def columns(self) -> list[str]:
         """The names of the columns that it reads."""
-        names = (self.column, self.target, self.id)
-        return [*dict.fromkeys(name for name in names if name is not None)]
+        return [*dict.fromkeys(self._named_columns().values())]
+
+    def _named_columns(self) -> dict[str, str]:
+        """The name of each column by the argument that holds it."""
+        names = {"column": self.column, "target": self.target, "id": self.id}
+        return {argument: name for argument, name in names.items() if name is not None}
 
     @property
     def num_classes(self) -> int | None:
@@ -223,10 +236,8 @@ class Scorer:
             DataError: A column is missing, or has another type or width. The message does not name
                 the file.
         """
-        for argument in ("column", "target", "id"):
-            name = getattr(self, argument)
-            if name is not None and len(schema.get_all_field_indices(name)) != 1:
-                raise DataError(columns.no_column(argument, name, schema.names))
+        for argument, name in self._named_columns().items():
+            columns.column_place(schema, argument, name)
         if self.model is None:
             kind = schema.field(self.column).type
             width = columns.check_type(self.column, kind, self.dtype)
@@ -252,7 +263,7 @@ class Scorer:
         if self.id is not None and scored.ids is not None:
             result[self.id] = scored.ids.to_numpy(zero_copy_only=False)
         if self.target is not None and scored.target is not None:
-            result[self.target] = scored.target.numpy()
+            result[self.target] = scored.target.numpy().copy()  # it may share the batch's memory
         return result | {name: value.numpy() for name, value in scored.values.items()}
 
     def score(self, batch: Any, first_row: int = 0, *, features: bool = False) -> ScoredBatch:
@@ -267,21 +278,30 @@ class Scorer:
         Raises:
             DataError: See the class. A row is counted from the start of the batch.
         """
-        column = columns.column(batch, self.column)
+        with tiles.same_arithmetic(self.device):
+            return self._score(batch, first_row, features)
+
+    def _score(self, batch: Any, first_row: int, features: bool) -> ScoredBatch:
+        column = columns.column(batch, "column", self.column)
         inputs: Tensor | list[Any] | None = None
         if self.model is None:
-            width = None if self.head is None else self._loaded_head().width
+            width = self._num_classes if self.head is None else self._loaded_head().width
             matrix = columns.read_matrix(column, self.column, self.dtype, width)
             values, missing = matrix.values, matrix.missing
         else:
             inputs, missing = columns.read_inputs(column, self.column)
             values = self._logits(inputs, missing)
         rows = len(values)
+        if rows and not values.shape[1] and missing is not None and missing.all():
+            raise DataError(
+                f"column: expected a value in the first rows of {self.column!r}, from which the "
+                "number of classes is known, got null in all of them"
+            )
         classes = self._check_width(values.shape[1]) if rows else self.num_classes or 0
         target, label, unlabelled = self._labels(batch, rows, classes)
         ids = None
         if self.id is not None:
-            ids = labels.read_ids(columns.column(batch, self.id, "id"), self.id)
+            ids = labels.read_ids(columns.column(batch, "id", self.id), self.id)
             self._check_rows("id", self.id, len(ids), rows)
         head = None if self.head is None else self._loaded_head()
         scores = tiles.score_rows(
@@ -320,7 +340,7 @@ class Scorer:
         """The targets, the same in [0, C), and which rows have none (None if all have one)."""
         if self.target is None:
             return None, None, None
-        column = columns.column(batch, self.target, "target")
+        column = columns.column(batch, "target", self.target)
         target = labels.read_target(column, self.target, self.ignore_index)
         self._check_rows("target", self.target, len(target), rows)
         unlabelled = target == self.ignore_index
@@ -372,15 +392,12 @@ class Scorer:
         return self._model
 
     def _logits(self, inputs: Tensor | list[Any], missing: Tensor | None) -> Tensor:
-        rows = len(inputs)
-        if not rows or (missing is not None and missing.all()):
-            if rows and self._num_classes is None:
-                raise DataError(
-                    f"column: expected a value in the first rows of {self.column!r}, from which "
-                    "the number of classes is known, got null in all of them"
-                )
-            return torch.zeros(rows, self._num_classes or 0)
-        return self._loaded_model().logits(inputs, missing)
+        if not len(inputs) or (missing is not None and missing.all()):
+            shape, dtype = (len(inputs), self._num_classes or 0), self._logits_dtype
+            return torch.zeros(shape, dtype=dtype or torch.float32, device="cpu")
+        logits = self._loaded_model().logits(inputs, missing)
+        self._logits_dtype = logits.dtype
+        return logits
 
 
 def _checked_log_norm(log_norm: Any) -> float | None:

@@ -24,12 +24,15 @@ _UNLABELLED: dict[str, float | int | bool] = {
     "el2n": 0.0,
     "gradient_norm": 0.0,
 }
-LABELLED = frozenset(_UNLABELLED)
+NEED_TARGET = frozenset(_UNLABELLED)
+NEED_HEAD = frozenset({"gradient_norm", "minimal_margin"})
 STATISTICS = (
     *("margin", "rival", "top2_margin", "loss", "confidence", "entropy", "correct", "el2n"),
     *("gradient_norm", "prediction", "minimal_margin", "probability_margin"),
 )
 CLASSES = frozenset({"rival", "prediction"})
+# Classes and truth values are no scores.
+SCORES = tuple(name for name in STATISTICS if name not in CLASSES | {"correct"})
 # Only the op for all statistics has these.
 _OF_ALL = frozenset({"loss", "confidence", "entropy", "el2n", "gradient_norm"})
 # These follow from the margin and its rival.
@@ -58,11 +61,11 @@ def checked_statistics(names: Any, has_target: bool, has_head: bool) -> tuple[st
             raise ValueError(
                 f"statistics: expected names out of {', '.join(STATISTICS)}, got {name!r}"
             )
-        if name in LABELLED and not has_target:
+        if name in NEED_TARGET and not has_target:
             raise ValueError(
                 f"statistics: expected target, the column of labels, for {name}, got None"
             )
-        if name in ("minimal_margin", "gradient_norm") and not has_head:
+        if name in NEED_HEAD and not has_head:
             raise ValueError(
                 f"statistics: expected head for {name}, got None; the last layer's weight and "
                 "input are needed"
@@ -150,7 +153,7 @@ def _fields(statistics: SampleStatistics, target: Tensor) -> dict[str, Tensor]:
 
 def mark_unlabelled(values: dict[str, Tensor], unlabelled: Tensor) -> None:
     """Write what rows without a label have."""
-    for name in values.keys() & LABELLED:
+    for name in values.keys() & NEED_TARGET:
         values[name].masked_fill_(unlabelled, _UNLABELLED[name])
 
 

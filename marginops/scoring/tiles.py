@@ -6,9 +6,10 @@ The tiles are cut from the first row of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ _CPU_ROWS = 2048
 _CUDA_ROWS = 65536
 # Below this number of rows a product spends its time on reading the weight.
 _ENOUGH_ROWS = 1024
+# The bits of a product depend on where its arguments begin within so many bytes. Buffers of torch
+# begin on a multiple, and so does every tile of a multiple of 16 rows.
+_ALIGNMENT = 64
+_ALIGNED_ROWS = 16
 
 KINDS = ("finite", "missing", "nan", "infinite", "overflow")
 MISSING, NAN, INFINITE, OVERFLOW = range(1, 5)
@@ -89,7 +94,25 @@ class PlacedHead:
         return self._copies[dtype]
 
 
-@torch.no_grad()
+@contextmanager
+def same_arithmetic(device: torch.device) -> Iterator[None]:
+    """Compute as a new process does, whatever the caller has set: gradients, autocast, and float32
+    products in TF32 or bfloat16.
+    """
+    backends: Any = torch.backends
+    products = backends.mkldnn.matmul, backends.cuda.matmul
+    before = [(product, product.fp32_precision) for product in products]
+    reduced = [(product, name) for product, name in before if name not in ("none", "ieee")]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            for product, _ in reduced:
+                product.fp32_precision = "ieee"
+            yield
+        finally:
+            for product, name in reduced:
+                product.fp32_precision = name
+
+
 def score_rows(
     values: Tensor,
     label: Tensor | None,
@@ -119,6 +142,7 @@ def score_rows(
         dtype = torch.promote_types(dtype, head.dtype)
     rows, width = values.shape
     is_ready = values.dtype == dtype and values.is_contiguous()
+    is_ready = is_ready and values.data_ptr() % _ALIGNMENT == 0
     converted = values if is_ready else None
     if keep_features and converted is None:
         converted = values.new_empty(values.shape, dtype=dtype)
@@ -134,24 +158,23 @@ def score_rows(
         name: torch.empty(rows, dtype=result_type(name, dtype), device=device)
         for name in statistics
     }
-    with torch.autocast(device.type, enabled=False):
-        for start in range(0, rows, tile_rows):
-            piece = slice(start, min(start + tile_rows, rows))
-            size = piece.stop - start
-            tile = converted[piece] if converted is not None else buffer[:size]  # type: ignore[index]
-            if not is_ready:
-                tile.copy_(values[piece])
-            found = _score_tile(
-                tile,
-                None if label is None else label[piece],
-                statistics,
-                head,
-                None if product is None else product[:size],
-                log_norm,
-                kinds[piece],
-            )
-            for name, result in results.items():
-                result[piece] = found[name]
+    for start in range(0, rows, tile_rows):
+        piece = slice(start, min(start + tile_rows, rows))
+        size = piece.stop - start
+        tile = converted[piece] if converted is not None else buffer[:size]  # type: ignore[index]
+        if not is_ready:
+            tile.copy_(values[piece])
+        found = _score_tile(
+            tile,
+            None if label is None else label[piece],
+            statistics,
+            head,
+            None if product is None else product[:size],
+            log_norm,
+            kinds[piece],
+        )
+        for name, result in results.items():
+            result[piece] = found[name]
     if unlabelled is not None:
         mark_unlabelled(results, unlabelled.to(device))
     kept = converted.cpu() if keep_features and converted is not None else None
@@ -162,11 +185,17 @@ def _tile_rows(values: Tensor, dtype: torch.dtype, head: PlacedHead | None) -> t
     """The number of rows of a tile, and whether it has too many classes for a buffer of logits."""
     most = _CUDA_ROWS if values.is_cuda else _CPU_ROWS
     capacity = default_chunk_bytes(values) // dtype.itemsize
-    most = max(min(most, capacity // max(values.shape[1], 1)), 1)
+    most = _whole_rows(min(most, capacity // max(values.shape[1], 1)))
     if head is None:
         return most, False
     fitting = min(most, capacity // head.num_classes)
-    return (most, True) if fitting < min(most, _ENOUGH_ROWS) else (fitting, False)
+    is_few = fitting < min(most, _ENOUGH_ROWS)
+    return (most, True) if is_few else (_whole_rows(fitting), False)
+
+
+def _whole_rows(rows: int) -> int:
+    """The number of rows, rounded to one after which the next tile is aligned."""
+    return max(rows - rows % _ALIGNED_ROWS, _ALIGNED_ROWS)
 
 
 def _score_tile(

@@ -166,11 +166,21 @@ def test_the_default_score_without_labels_is_the_distance_to_the_boundary(files)
     ],
 )
 def test_all_statistics_are_those_that_can_be_computed(files, options, left_out):
-    from marginops.scoring.names import STATISTICS
+    from marginops.scoring.statistics import STATISTICS
 
     assert files.run(*options, "--statistics", "all") == 0
     columns = pq.read_schema(next((files.folder / "out/scores").iterdir())).names
     assert set(columns) - {"target"} == {*STATISTICS} - left_out
+
+
+def test_a_column_of_bytes(files):
+    assert files.run("--target", "label", "--select", 9) == 0
+    content = pa.array([row.tobytes() for row in files.values], pa.binary(2 * WIDTH))
+    files.write(embedding=content)
+    options = ("--target", "label", "--select", 9, "--dtype", "float16")
+    assert files.run(*options, output="of_bytes") == 0
+    wanted = read(files.folder / "out", "selection")
+    assert read(files.folder / "of_bytes", "selection").equals(wanted)
 
 
 def test_logits_and_a_model_of_the_user(files, capsys):
@@ -215,19 +225,17 @@ def test_json_has_times_and_the_folder_has_none(files):
     assert "second" not in (files.folder / "out/summary.json").read_text()
 
 
-def test_a_column_of_bytes_and_another_label_for_no_label(files, capsys):
+def test_another_label_of_rows_without_one(files, capsys):
     files.label[:3] = -1
-    rows = [row.tobytes() for row in files.values]
-    files.write(embedding=pa.array(rows, pa.binary(2 * WIDTH)))
-    options = ("--target", "label", "--select", ROWS)
-    assert files.run(*options, "--dtype", "float16", "--ignore-index", -1) == 0
+    files.write()
+    assert files.run("--target", "label", "--select", ROWS, "--ignore-index", -1) == 0
     rows = read(files.folder / "out", "selection")["row"]
     np.testing.assert_array_equal(rows, 3 + np.argsort(files.margin[3:], kind="stable"))
     assert "  3 without a label" in capsys.readouterr().out.splitlines()
 
 
 def test_the_help_names_all_statistics_and_dtypes():
-    from marginops.scoring import columns, names
+    from marginops.scoring import columns, statistics
 
-    assert arguments.STATISTICS == names.STATISTICS
+    assert arguments.STATISTICS == statistics.STATISTICS
     assert (*columns.DTYPES,) == arguments.DTYPES

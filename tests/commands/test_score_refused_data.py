@@ -31,14 +31,14 @@ def test_columns_of_other_types(files, refused):
     )
 
 
-def test_bytes_of_an_unknown_type(files, refused):
-    rows = [row.tobytes() for row in files.values]
-    files.write(embedding=pa.array(rows, pa.binary(2 * WIDTH)))
-    message = (
-        r".*/data/a.parquet: column: expected the dtype of the values in 'embedding' of type "
-        r"fixed_size_binary\[12\], got none; pass --dtype, one of float16, .*"
-    )
+def test_a_column_of_bytes_without_a_dtype(files, refused):
+    size = 2 * WIDTH
+    files.write(embedding=pa.array([row.tobytes() for row in files.values], pa.binary(size)))
+    message = ".*/data/a.parquet: dtype: expected float16, .* for 'embedding' of type fixed.*"
     refused(files.run(), message)
+    refused(
+        files.run("--dtype", "float64"), ".*/data/a.parquet: column: expected rows of float64.*"
+    )
 
 
 def test_a_head_of_another_width(files, refused):

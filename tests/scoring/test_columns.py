@@ -117,12 +117,53 @@ def test_rows_of_other_lengths() -> None:
         with pytest.raises(DataError, match="got 1 in row 1 of the batch"):
             read_matrix(pa.array(rows, kind).slice(1), "x", None, 2)
     arrays = [None if row is None else np.array(row) for row in rows]
-    with pytest.raises(DataError, match=re.escape("got shape [1] in row 2 of the batch")):
-        read_matrix(arrays, "x", None, None)
+    objects = np.empty(4, dtype=object)
+    objects[:] = arrays
+    for form in (arrays, objects):
+        with pytest.raises(DataError, match=message):
+            read_matrix(form, "x", None, None)
+
+
+def test_rows_of_objects() -> None:
+    objects = np.empty(4, dtype=object)
+    objects[:] = [np.array([1, 2], np.float16), None, [3.0, 4.0], np.array([5.0, None])]
+    for form in (objects, [*objects], tuple(objects)):
+        matrix = read_matrix(form, "x", None, None)
+        assert matrix.missing is not None
+        assert matrix.missing.tolist() == [False, True, False, True]
+        assert matrix.values[::2].tolist() == [[1, 2], [3, 4]]
+    square = np.array([[1.0, 2.0], [None, 3.0]], dtype=object)
+    matrix = read_matrix(square, "x", None, None)
+    assert matrix.missing is not None
+    assert matrix.missing.tolist() == [False, True]
+    for nothing in ([None, None], objects[1:2], []):
+        matrix = read_matrix(nothing, "x", None, 3)
+        assert matrix.values.shape == (len(nothing), 3)
+        assert matrix.values.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[1.0], "a"],
+        [torch.ones(2), torch.ones(3)],
+        [torch.ones(2), [1.0, 2.0]],
+        [np.ones((2, 2))],
+        np.array([[1.0, "a"]], dtype=object),
+    ],
+)
+def test_rows_of_several_forms(values: Any) -> None:
     with pytest.raises(
         DataError, match=re.escape("column: expected rows of one form in 'x', got ")
     ):
-        read_matrix([[1.0], "a"], "x", None, None)
+        read_matrix(values, "x", None, None)
+
+
+@pytest.mark.parametrize("dtype", [np.longdouble, "U1", "S1", "datetime64[s]", "complex64"])
+def test_arrays_that_are_no_numbers_of_torch(dtype: Any) -> None:
+    for values in (np.zeros((2, 2), dtype), np.zeros((2, 2), dtype)[::-1]):
+        with pytest.raises(DataError, match=r"column: expected .* in 'x', got "):
+            read_matrix(values, "x", None, None)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +184,11 @@ def test_types_that_are_no_rows_of_numbers(array: pa.Array, message: str) -> Non
 def test_a_column_that_is_there_twice() -> None:
     table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
     with pytest.raises(DataError, match="column: expected one column 'x', got 2 of them"):
-        column(table, "x")
+        column(table, "column", "x")
     with pytest.raises(DataError, match="column: expected one column 'y', got columns x, x"):
-        column(table, "y")
+        column(table, "column", "y")
     with pytest.raises(DataError, match=r"column: expected one column 'y', got columns \(none\)"):
-        column({}, "y")
+        column({}, "column", "y")
 
 
 def test_inputs_of_a_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 from collections import OrderedDict
@@ -107,6 +108,13 @@ def test_files_that_are_no_heads(tmp_path: Path) -> None:
     for path in (*cut.values(), tmp_path / "text"):
         with pytest.raises(DataError, match=f"head: expected .*got {re.escape(str(path))} "):
             load_head(str(path), None)
+    damaged = bytearray(Path(save(tmp_path / "legacy", {"weight": WEIGHT}, "legacy")).read_bytes())
+    for place in range(0, len(damaged), 7):
+        for value in (0, ord("."), 255):
+            path = tmp_path / "damaged"
+            path.write_bytes(damaged[:place] + bytes([value]) + damaged[place + 1 :])
+            with contextlib.suppress(DataError):
+                load_head(str(path), None)
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(DataError, match="head: expected a file that can be read, got "):
             load_head(str(path), None)

@@ -112,6 +112,24 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
     assert most < 6_000_000
 
 
+def test_null_rows_need_lists_of_any_length(tmp_path: Path) -> None:
+    rows = [[1.0, 2.0], None, [3.0, 4.0]]
+    for kind in (pa.list_(pa.float32()), pa.list_(pa.float32(), 2)):
+        path = tmp_path / f"{kind.id}.parquet"
+        pq.write_table(pa.table({"logits": pa.array(rows, kind)}), path)
+        if not pa.types.is_fixed_size_list(kind):
+            (batch,) = read_task(task_of(path, 0), ["logits"])
+            assert batch["logits"].to_pylist() == rows
+            continue
+        message = (
+            f"{path}, row group 0: expected 3 rows, got an error after row 0: Expected all lists "
+            "to be of size=2 but index 2 had size=0; write the file anew with list in place of "
+            "fixed_size_list where rows are null"
+        )
+        with pytest.raises(DataError, match=re.escape(message)):
+            list(read_task(task_of(path, 0), ["logits"]))
+
+
 @pytest.mark.parametrize("part", ["page header", "levels", "truncated", "zeros"])
 def test_a_damaged_row_group_is_named(file: Path, part: str) -> None:
     task = task_of(file, 1, 2, 3)

@@ -144,6 +144,15 @@ def test_default_statistic(arguments: dict[str, Any], default: str) -> None:
     assert Scorer(**arguments).statistics == (default,)
 
 
+def test_results_share_no_memory_with_the_batch() -> None:
+    features, label = rows(10)
+    table = pa.table({"embedding": fixed_lists(features), "label": label})
+    result = Scorer(linear, target="label", statistics=STATISTICS)(table)
+    for value in result.values():
+        value[:] = 0
+    assert table["label"].to_pylist() == label.tolist()
+
+
 def test_every_form_of_a_batch_gives_the_same_bits() -> None:
     features, label = rows(2500, "float16")
     ids = [f"s{row}" for row in range(2500)]

@@ -44,6 +44,11 @@ FEATURES = np.zeros((3, WIDTH), np.float32)
         ({"log_norm": "1"}, TypeError, "log_norm: expected a number, got str"),
         ({"log_norm": float("nan")}, ValueError, "log_norm: expected a finite number, got nan"),
         ({"dtype": "half"}, ValueError, 'dtype: expected "float16", "bfloat16", "float32" or "fl'),
+        (
+            {"model": linear, "dtype": "float16"},
+            ValueError,
+            "dtype: expected None with model, whi",
+        ),
         ({"device": "meta"}, ValueError, "device: expected cpu or cuda, got 'meta'"),
         ({"device": "gpu"}, ValueError, "device: expected cpu or cuda, got 'gpu'"),
         ({"batch_rows": 0}, ValueError, "batch_rows: expected at least 1, got 0"),
@@ -58,6 +63,7 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
     ("batch", "message"),
     [
         ({"features": FEATURES}, "column: expected one column 'embedding', got columns features"),
+        ({"embedding": FEATURES}, "target: expected one column 'y', got columns embedding"),
         ({"embedding": FEATURES[:, 1:]}, "column: expected rows of 8 values in 'embedding', the w"),
         ({"embedding": FEATURES.astype(int)}, "column: expected [N, D] of float16, bfloat16, floa"),
         ({"embedding": FEATURES[0]}, "in 'embedding', got [8] of torch.float32"),
@@ -117,12 +123,14 @@ def test_logits_of_another_width_than_before() -> None:
         ),
         (
             {"embedding": pa.binary(16)},
-            "column: expected the dtype of the values in ",
+            "dtype: expected float16, bfloat16, float32, float64 for '",
         ),
         ({"features": pa.list_(pa.float16(), 8)}, "column: expected one column 'embedding', got c"),
         ({"y": pa.float32()}, "target: expected a column of integers (classes), got float in 'y'"),
         ({"key": pa.bool_()}, "id: expected a column of integers or strings, got bool in 'key'"),
         ({"key": pa.dictionary(pa.int8(), pa.string())}, None),
+        ({"y": pa.dictionary(pa.int8(), pa.int64())}, None),
+        ({"y": pa.dictionary(pa.int8(), pa.string())}, "target: expected a column of integers (cl"),
     ],
 )
 def test_schema(fields: dict[str, pa.DataType], message: str | None) -> None:
@@ -131,6 +139,11 @@ def test_schema(fields: dict[str, pa.DataType], message: str | None) -> None:
         del right["embedding"]
     schema = pa.schema([*(right | fields).items()])
     scorer = Scorer(linear, target="y", id="key")
+    for missing, argument in (("y", "target"), ("key", "id")):
+        part = pa.schema([field for field in schema if field.name != missing])
+        if "embedding" in part.names and message is None:
+            with pytest.raises(DataError, match=f"{argument}: expected one column '{missing}', go"):
+                scorer.check_schema(part)
     assert scorer.columns == ["embedding", "y", "key"]
     if message is None:
         scorer.check_schema(schema)
@@ -232,3 +245,6 @@ def test_ids_keep_their_type() -> None:
     words = pa.array(["b", "a", "b"]).dictionary_encode()
     table = pa.table({"embedding": fixed_lists(FEATURES), "key": words})
     assert Scorer(linear, id="key")(table)["key"].tolist() == ["b", "a", "b"]
+    labels = pa.array([4, None, 4]).dictionary_encode()
+    table = pa.table({"embedding": fixed_lists(FEATURES), "y": labels})
+    assert Scorer(linear, target="y")(table)["y"].tolist() == [4, -100, 4]

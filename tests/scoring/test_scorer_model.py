@@ -35,6 +35,24 @@ def inputs() -> nn.Module:
     return Inputs()
 
 
+class Doubled(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values.double()
+
+
+def doubled() -> nn.Module:
+    return Doubled()
+
+
+class Writing(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values.mul_(2)
+
+
+def writing() -> nn.Module:
+    return Writing()
+
+
 class Overflowing(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return values * 1e38
@@ -98,6 +116,15 @@ def test_rows_of_a_model_that_are_not_finite() -> None:
     np.testing.assert_array_equal(scored.values["top2_margin"], [1, np.nan, np.nan, np.nan])
 
 
+def test_a_network_may_write_into_its_input() -> None:
+    values = np.arange(24, dtype=np.float32).reshape(12, 2)
+    table = pa.table({"embedding": fixed_lists(values.copy())})
+    for batch in (table, {"embedding": torch.from_numpy(values.copy())}):
+        scored = [Scorer(model=writing)(batch)["top2_margin"].tolist() for _ in range(2)]
+        assert scored == [[2.0] * 12] * 2
+    assert table["embedding"].combine_chunks().flatten().to_pylist() == values.ravel().tolist()
+
+
 def test_batches_without_values() -> None:
     scorer = Scorer(model=heads.words, column="text", target="y")
     empty = pa.table({"text": pa.array([], pa.string()), "y": pa.array([], pa.int64())})
@@ -107,6 +134,19 @@ def test_batches_without_values() -> None:
         scorer(nulls)
     scorer({"text": ["a"], "y": [0]})
     assert np.isnan(scorer(nulls)["margin"]).tolist() == [True]
+    logits = pa.table({"embedding": pa.array([None, [1.0, 2.0]], pa.list_(pa.float64()))})
+    scorer = Scorer()
+    with pytest.raises(DataError, match="expected a value in the first rows of 'embedding', from"):
+        scorer(logits[:1])
+    scorer(logits[1:])
+    assert np.isnan(scorer(logits[:1])["top2_margin"]).tolist() == [True]
+
+
+def test_a_batch_without_values_has_the_dtype_of_the_others() -> None:
+    scorer = Scorer(model=doubled)
+    rows = pa.table({"embedding": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))})
+    assert scorer(rows)["top2_margin"].dtype == np.float64
+    assert scorer(rows[1:])["top2_margin"].dtype == np.float64
 
 
 @pytest.mark.parametrize(

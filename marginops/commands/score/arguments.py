@@ -72,7 +72,7 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="type of the values, for a column of fixed_size_binary, whose type does not tell it",
+        help="what numbers the bytes of a fixed_size_binary column are; lists say it themselves",
     )
     group.add_argument(
         "--target", type=text, metavar="NAME", help="column of the labels, whole numbers from 0 on"

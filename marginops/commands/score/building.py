@@ -13,7 +13,7 @@ from ...scoring import (
     SmallestPerClass,
     SuspiciousLabels,
 )
-from ...scoring.names import NEED_HEAD, NEED_TARGET, SCORES, STATISTICS
+from ...scoring.statistics import NEED_HEAD, NEED_TARGET, SCORES, STATISTICS
 from ..options import UsageError
 
 

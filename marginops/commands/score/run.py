@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -152,10 +151,10 @@ def _arguments(options: argparse.Namespace) -> Iterator[None]:
 
 def _with_option(message: str, options: argparse.Namespace) -> str:
     """A message that names the option instead of the argument."""
-    message = re.sub(r"\bpass (layer|dtype)=", r"pass --\1", message)
     name, found, rest = message.partition(": expected ")
     if not found or name not in vars(options) or name == "files":
         return message
+    rest = rest.replace("layer=", "--layer")
     return f"--{name.replace('_', '-')}: expected {rest}"
 
 

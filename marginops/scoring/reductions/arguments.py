@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ... import _checks as checks
-from ..names import SCORES
 from ..scored import ScoredBatch
+from ..statistics import SCORES
 
 
 def check_selection(k: Any, by: Any, largest: Any) -> None:

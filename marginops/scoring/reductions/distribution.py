@@ -10,8 +10,8 @@ import pyarrow as pa
 import torch
 
 from ...ops.distribution import BINS, INFINITE_BIN
-from ..names import NEED_TARGET, SCORES
 from ..scored import ScoredBatch
+from ..statistics import NEED_TARGET, SCORES
 from .arguments import check_by, values_of
 from .base import Reduction
 from .states import json_number, pack, unpack
@@ -19,6 +19,7 @@ from .states import json_number, pack, unpack
 if TYPE_CHECKING:
     from ...metrics import MarginDistribution
 
+_CPU = torch.device("cpu")  # whatever the default of the caller is
 _NUMBERS = ("counts", "sums", "minimum", "maximum")
 
 
@@ -58,8 +59,9 @@ class Margins(Reduction):
 
         check_by(by, SCORES)
         self.by = by
-        self._metric: MarginDistribution = MarginDistribution()
-        self._metric.update(torch.empty(0))  # the metric warns if there was no update
+        with _CPU:
+            self._metric: MarginDistribution = MarginDistribution()
+            self._metric.update(torch.empty(0))  # the metric warns if there was no update
         self._counts = {"rows": 0, "left_out": 0}
 
     @property
@@ -103,18 +105,19 @@ class Margins(Reduction):
     def merge(self, state: pa.Table) -> None:
         """Add a state."""
         numbers = unpack(self, state)
-        metric_state: dict[str, Any] = dict(self._metric.metric_state)
-        for name in _NUMBERS:
-            like = metric_state[name]
-            number = int if name == "counts" else float
-            values = [number(text) for text in numbers[name]]
-            metric_state[name] = torch.tensor(values, dtype=like.dtype).reshape(like.shape)
-        bins, counts = (
-            torch.from_numpy(state[name].to_numpy().copy()) for name in ("bin", "count")
-        )
-        metric_state["bin_counts"] = torch.zeros(BINS, dtype=torch.int64)
-        metric_state["bin_counts"][bins.long()] = counts
-        self._metric.merge_state(metric_state)
+        with _CPU:
+            metric_state: dict[str, Any] = dict(self._metric.metric_state)
+            for name in _NUMBERS:
+                like = metric_state[name]
+                number = int if name == "counts" else float
+                values = [number(text) for text in numbers[name]]
+                metric_state[name] = torch.tensor(values, dtype=like.dtype).reshape(like.shape)
+            bins, counts = (
+                torch.from_numpy(state[name].to_numpy().copy()) for name in ("bin", "count")
+            )
+            metric_state["bin_counts"] = torch.zeros(BINS, dtype=torch.int64)
+            metric_state["bin_counts"][bins.long()] = counts
+            self._metric.merge_state(metric_state)
         for name in self._counts:
             self._counts[name] += numbers[name]
 
@@ -133,7 +136,8 @@ class Margins(Reduction):
 
     def summary(self) -> dict[str, Any]:
         """The fields of ``MarginSummary``, and the numbers of rows."""
-        summary = self._metric.compute()
+        with _CPU:
+            summary = self._metric.compute()
         fields = {name: value.tolist() for name, value in summary._asdict().items()}
         quantiles = zip(summary.probabilities or (), fields["quantiles"], strict=True)
         return {

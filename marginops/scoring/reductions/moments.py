@@ -68,7 +68,7 @@ class Moments(Reduction):
         # Tiles of 4 MiB in float64 stay in the cache. Tiles of few rows would mostly merge.
         num_rows = max(2**19 // features.shape[1], 4 * num_classes)
         for tile, label in zip(features.split(num_rows), target.split(num_rows), strict=True):
-            occurs = torch.zeros(num_classes, dtype=torch.bool)
+            occurs = torch.zeros(num_classes, dtype=torch.bool, device="cpu")
             occurs[label[label >= 0]] = True
             classes = occurs.nonzero().squeeze(1)
             dense = torch.where(label < 0, -1, (occurs.cumsum(0) - 1)[label])
@@ -104,7 +104,7 @@ class Moments(Reduction):
             integers, floats = pa.array([], pa.int64()), pa.array([], pa.float64())
             lists = pa.array([], pa.list_(pa.float64()))
             return pa.table({"class": integers, "count": integers, "mean": lists, "radius": floats})
-        return _table(torch.arange(len(self._moments.count)), self._moments)
+        return _table(torch.arange(len(self._moments.count), device="cpu"), self._moments)
 
     def summary(self) -> dict[str, Any]:
         """The number of rows, of classes without rows, and the mean radius of the others."""
@@ -128,9 +128,10 @@ class Moments(Reduction):
 
 @torch.inference_mode(False)  # the tensors change later, in any mode
 def _empty(num_classes: int, num_features: int) -> ClassMoments:
-    count = torch.zeros(num_classes, dtype=torch.int64)
-    mean = torch.full((num_classes, num_features), torch.nan, dtype=torch.float64)
-    return ClassMoments(count, mean, torch.full((num_classes,), torch.nan, dtype=torch.float64))
+    with torch.device("cpu"):
+        count = torch.zeros(num_classes, dtype=torch.int64)
+        mean = torch.full((num_classes, num_features), torch.nan, dtype=torch.float64)
+        return ClassMoments(count, mean, mean.new_full((num_classes,), torch.nan))
 
 
 def _table(classes: Tensor, moments: ClassMoments) -> pa.Table:

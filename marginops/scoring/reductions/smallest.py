@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..names import NEED_TARGET
 from ..scored import ScoredBatch
+from ..statistics import NEED_TARGET
 from .arguments import target_of
 from .candidates import Array
 from .selection import RowSelection
