@@ -8,8 +8,7 @@ except ModuleNotFoundError as error:
     hint = 'run pip install "marginops[score]"'
     raise ImportError(f"marginops.scoring needs pyarrow; {hint}", name=error.name) from error
 
-from .errors import DataError, OutputError
-from .local import WorkerError
+from .errors import DataError, OutputError, WorkerError
 from .reductions.base import Reduction
 from .reductions.distribution import Margins
 from .reductions.label_issues import SuspiciousLabels

@@ -23,6 +23,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything that the files of a run depend on, as JSON.
 
+    The last bits of sums and products depend on the instructions that the processor has.
+
     Args:
         scorer: What computes the statistics.
         plan: Which rows there are.
@@ -34,6 +36,7 @@ def describe_run(
         "marginops": __version__,
         "torch": str(torch.__version__),
         "pyarrow": pa.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
         "scores": scores,
         "scorer": scorer.describe(),
         "reductions": {reduction.name: reduction.describe() for reduction in reductions},

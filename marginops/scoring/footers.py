@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from .errors import DataError
 from .inputs import InputFile
-from .storage import shown
+from .storage import error_line, shown
 
 _TAIL_BYTES = 64 << 10  # most footers fit, so that one read is enough
 _MAGIC = b"PAR1"
@@ -54,10 +54,9 @@ def read_footer(file: InputFile, column: str) -> Footer:
     except DataError:
         raise
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"{shown(file.location)}: expected a Parquet file, got an error: {reason}; write the "
-            "file anew, or leave it out"
+            f"{shown(file.location)}: expected a Parquet file, got an error: "
+            f"{error_line(error, file.location)}; write the file anew, or leave it out"
         ) from error
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     return Footer(

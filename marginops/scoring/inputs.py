@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pyarrow.fs as pafs
 
 from .errors import DataError
-from .storage import resolve, shown
+from .storage import error_line, resolve, shown
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _expand(name: str) -> Iterator[InputFile]:
     except OSError as error:
         raise DataError(
             f"{shown(name)}: expected a file that can be read, got an error: "
-            f"{' '.join(str(error).split())}; check the path and its permissions"
+            f"{error_line(error, name)}; check the path and its permissions"
         ) from error
     if not paths:
         raise DataError(f"{shown(name)}: expected {expected}")

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from .reading import row_groups_text
+from .errors import WorkerError, WorkerTracebackError
+from .reading import task_place
 from .task import Job, Progress, one_gpu, run_task
 
 if TYPE_CHECKING:
@@ -30,18 +31,6 @@ _SERVER = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path}; "
     "from marginops.scoring.worker import serve; serve({ends})"
 )
-_PATIENCE = 5  # seconds until the server tells how a worker ended
-
-
-class WorkerError(RuntimeError):
-    """A worker process was killed, or it crashed."""
-
-
-class WorkerTracebackError(Exception):
-    """The traceback of an error in a worker, as text."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 def default_workers(device: torch.device) -> int:
@@ -50,12 +39,19 @@ def default_workers(device: torch.device) -> int:
     Processes of ``torchrun`` on this machine share them.
     """
     if device.type == "cpu":
-        count = len(os.sched_getaffinity(0))
+        count = usable_cores()
     elif device.index is not None:
         count = 1
     else:
         count = torch.get_device_module(device).device_count()
     return max(count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _first_gpu(workers: int) -> int:
@@ -205,10 +201,11 @@ class _Workers:
         code = self._exit_code(self.connections.index(connection))
         cause = "ended" if code is None else f"ended with exit code {code}"
         if code is not None and code < 0:
-            cause = f"was ended by {signal.Signals(-code).name}"
+            names = {number.value: number.name for number in signal.Signals}
+            cause = f"was ended by {names.get(-code, f'signal {-code}')}"
         at_work = "before its first task"
         if task is not None:
-            at_work = f"in task {task.index} ({task.path}, {row_groups_text(task)})"
+            at_work = f"in task {task.index} ({task_place(task)})"
         return WorkerError(
             f"workers: expected {len(self.connections)} processes that work, got one that {cause} "
             f"{at_work}; if memory is short, take fewer workers; run again to do what is missing"
@@ -217,7 +214,8 @@ class _Workers:
     def _exit_code(self, index: int) -> int | None:
         """How a worker ended; None if the server has ended too."""
         with contextlib.suppress(EOFError, OSError):
-            while index not in self._exit_codes and self._control.poll(_PATIENCE):
+            # The server tells it before the end of the worker's connection is seen.
+            while index not in self._exit_codes:
                 ended, code = self._control.recv()
                 self._exit_codes[ended] = code
         return self._exit_codes.get(index)

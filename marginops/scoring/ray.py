@@ -27,7 +27,8 @@ except ModuleNotFoundError as error:
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .. import _checks as checks
-from .local import WorkerError, WorkerTracebackError
+from .errors import WorkerError, WorkerTracebackError
+from .local import usable_cores
 from .plan import Task
 from .ray_work import Actor, Reading, Starts
 from .task import Job, Progress
@@ -176,7 +177,7 @@ def _cluster(address: str | None, object_store: int | None) -> Iterator[None]:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(
                 "local",
-                num_cpus=len(os.sched_getaffinity(0)),
+                num_cpus=usable_cores(),
                 object_store_memory=object_store,
                 include_dashboard=False,
                 **quiet,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,9 +14,9 @@ import ray.data
 import torch
 from ray.data.block import BlockMetadata
 
-from .local import WorkerError
+from .errors import WorkerError, portable
 from .plan import Task
-from .reading import read_task, rebatch, row_groups_text
+from .reading import read_task, rebatch, task_place
 from .task import Job, run_task, score_batches
 
 # How often the same work may begin. Without a limit, a task that needs more memory than there is
@@ -135,8 +134,8 @@ def _count_start(starts: Any, task: Task, work: str) -> None:
     if ray.get(starts.add.remote(task.index, work)) > _STARTS:
         raise WorkerError(
             f"engine: expected processes that work, got {_STARTS} that ended in task {task.index} "
-            f"({task.path}, {row_groups_text(task)}); if memory is short, take fewer workers; run "
-            "again to do what is missing"
+            f"({task_place(task)}); if memory is short, take fewer workers; run again to do what "
+            "is missing"
         )
 
 
@@ -145,11 +144,5 @@ def _error_of(run: Callable[[], None]) -> bytes:
     try:
         run()
     except Exception as error:
-        text = traceback.format_exc()
-        try:
-            content = pickle.dumps((error, text))
-            pickle.loads(content)
-        except Exception:
-            content = pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))
-        return content
+        return pickle.dumps(portable(error))
     return b""

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import DataError
-from .storage import open_input
+from .storage import error_line, open_input, shown
 
 if TYPE_CHECKING:
     from .plan import Task
@@ -55,8 +55,8 @@ def _open(task: Task, num_bytes: int | None = None) -> Iterator[pq.ParquetFile]:
         )
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"{task.path}: expected the Parquet file that was there at the start of the run, got "
-            f"an error: {_line(error)}; put it back, and run again"
+            f"{shown(task.path)}: expected the Parquet file that was there at the start of the "
+            f"run, got an error: {error_line(error, task.path)}; put it back, and run again"
         ) from error
     with source, file:
         _check_unchanged(task, file.metadata, size, num_bytes)
@@ -73,7 +73,7 @@ def _check_unchanged(
         expected, found = f"{expected} in a file of {num_bytes:,} bytes", f"{found} in {size:,}"
     if rows != task.num_rows or num_bytes not in (None, size):
         raise DataError(
-            f"{task.path}, {row_groups_text(task)}: expected {expected} as at the start of the "
+            f"{task_place(task)}: expected {expected} as at the start of the "
             f"run, got {found}; leave files unchanged during a run, and run again in a new folder"
         )
 
@@ -91,12 +91,12 @@ def _read_group(
         is_null = "Expected all lists to be of size" in str(error)
         how = " with list in place of fixed_size_list where rows are null" if is_null else ""
         raise DataError(
-            f"{path}, row group {group}: expected {expected:,} rows, got an error after row "
-            f"{rows:,}: {_line(error)}; write the file anew{how}"
+            f"{shown(path)}, row group {group}: expected {expected:,} rows, got an error after row "
+            f"{rows:,}: {error_line(error, path)}; write the file anew{how}"
         ) from error
     if rows != expected:
         raise DataError(
-            f"{path}, row group {group}: expected {expected:,} rows, got {rows:,}; "
+            f"{shown(path)}, row group {group}: expected {expected:,} rows, got {rows:,}; "
             "write the file anew"
         )
 
@@ -141,11 +141,8 @@ def _join(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
     return joined
 
 
-def row_groups_text(task: Task) -> str:
-    """The row groups of a task, for an error."""
+def task_place(task: Task) -> str:
+    """The file and the row groups of a task, for an error."""
     first, last = task.row_groups[0], task.row_groups[-1]
-    return f"row group {first}" if first == last else f"row groups {first} to {last}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    groups = f"row group {first}" if first == last else f"row groups {first} to {last}"
+    return f"{shown(task.path)}, {groups}"

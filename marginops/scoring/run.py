@@ -13,7 +13,7 @@ from .description import describe_run
 from .finish import finish
 from .folder import RunFolder
 from .local import default_workers, run_tasks
-from .plan import make_plan
+from .plan import Task, make_plan
 from .reductions.base import Reduction
 from .task import Job, Progress
 
@@ -32,7 +32,9 @@ def score_files(
     engine: str = "local",
     task_rows: int = 262144,
     progress: Progress | None = None,
-    **options: Any,
+    address: str | None = None,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
 ) -> dict[str, Any] | None:
     """Score all rows of Parquet files, and write scores and reductions into a folder.
 
@@ -64,11 +66,15 @@ def score_files(
         engine: ``"local"`` for processes of this machine, ``"ray"`` for a Ray cluster.
         task_rows: The rows of a task, at least. Only the last task of a file may have fewer.
         progress: It is called in this process with the rows and the bytes of each scored batch. If
-            it has a method ``start``, that is called first, with the number of all rows and of the
-            rows that earlier calls finished.
-        options: With ``engine="ray"``: ``address`` of a cluster (by default that of the variable
-            ``RAY_ADDRESS``; without it, Ray starts on this machine), and what Ray reserves for each
-            worker, ``num_gpus`` (by default none) and ``num_cpus`` (by default 1, and 0 with GPUs).
+            it has a method ``start``, that is called first, with three numbers of rows: all rows,
+            those that earlier calls finished, and those that this process will score.
+        address: With ``engine="ray"``, a cluster that runs: ``"auto"`` or ``"HOST:PORT"``. By
+            default the one that the variable ``RAY_ADDRESS`` names. Without it, Ray starts on this
+            machine and ends with the run.
+        num_cpus: With ``engine="ray"``, the CPUs that Ray reserves for each of the ``workers``; by
+            default 1, and 0 with GPUs.
+        num_gpus: With ``engine="ray"``, the GPUs that Ray reserves for each of the ``workers``; by
+            default none.
 
     Returns:
         The content of ``summary.json``; None if other processes of ``torchrun`` are still at work.
@@ -78,6 +84,7 @@ def score_files(
             and the row group), or the folder is that of another run.
         OutputError: The folder cannot be written, for example because the disk is full.
         WorkerError: A worker was killed. The message names its task.
+        ConnectionError: There is no Ray cluster at ``address``.
         TypeError, ValueError: An argument has the wrong type or value.
 
     What is finished stays after any of these errors.
@@ -100,11 +107,13 @@ def score_files(
     checks.check_choice("engine", engine, ("local", "ray"))
     if workers is not None:
         checks.check_int("workers", workers, 1)
-    if engine == "local" and options:
-        raise TypeError(
-            f'{min(options)}: expected an argument for engine="local", got one for another engine; '
-            "leave it out"
-        )
+    of_ray = {"address": address, "num_cpus": num_cpus, "num_gpus": num_gpus}
+    for name, value in of_ray.items():
+        if engine != "ray" and value is not None:
+            raise ValueError(
+                f'{name}: expected none with engine="{engine}", got {value!r}; leave it out, or '
+                'pass engine="ray"'
+            )
     if worker.is_worker:
         raise RuntimeError(
             "score_files: expected a call in the main process, got one while a worker imports the "
@@ -112,21 +121,33 @@ def score_files(
         )
     job = make_job(files, scorer, output, reductions, scores=scores, task_rows=task_rows)
     finished = job.folder.finished()
-    start = getattr(progress, "start", None)
-    if start is not None:
-        rows = sum(task.num_rows for task in job.plan.tasks if task.index in finished)
-        start(job.plan.num_rows, rows)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tasks = [task for task in job.plan.tasks[rank::world_size] if task.index not in finished]
+    start = getattr(progress, "start", None)
+    if start is not None:
+        done = [task for task in job.plan.tasks if task.index in finished]
+        start(job.plan.num_rows, _num_rows(done), _num_rows(tasks))
     if engine == "ray":
         from .ray import run_on_ray
 
-        run_on_ray(job, tasks, workers, progress, **options)
+        run_on_ray(
+            job,
+            tasks,
+            workers,
+            progress,
+            address=address,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+        )
     else:
         run_tasks(job, tasks, workers or default_workers(job.scorer.device), progress)
     if len(job.folder.finished()) < len(job.plan.tasks):
         return None
     return finish(job.folder, job.plan, job.reductions)
+
+
+def _num_rows(tasks: Sequence[Task]) -> int:
+    return sum(task.num_rows for task in tasks)
 
 
 def make_job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from .errors import DataError
 from .outputs import OutputFile, is_temporary, open_local, open_object, output_errors
 
 _ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+# What stands before the host. In the second form, a key has a slash that should be encoded.
+_KEYS = re.compile(r"^[^/]*@|^[^/@]*:(?!\d+/)[^@]*@")
 
 
 def resolve(location: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -50,8 +53,12 @@ def shown(location: str) -> str:
     scheme, mark, rest = location.rpartition("://")
     if not mark:
         return location
-    host, slash, path = rest.partition("?")[0].partition("/")
-    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"
+    return f"{scheme}{mark}{_KEYS.sub('', rest.partition('?')[0])}"
+
+
+def error_line(error: Exception, location: str) -> str:
+    """The text of an error in one line, without the keys of the location that it may name."""
+    return " ".join(str(error).replace(location, shown(location)).split())
 
 
 def open_input(location: str | Path) -> pa.NativeFile:
@@ -205,8 +212,7 @@ class Storage:
 
 
 def _unreachable(location: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())
     return DataError(
         f"{shown(location)}: expected a path, or a URL that pyarrow or fsspec knows, got an error: "
-        f"{reason}; check the URL, or install the package of its file system"
+        f"{error_line(error, location)}; check the URL, or install the package of its file system"
     )

@@ -18,6 +18,7 @@ from .errors import DataError
 from .reading import read_task, rebatch, row_group_of
 from .reductions.base import Reduction
 from .scored import ScoredBatch
+from .storage import shown
 
 if TYPE_CHECKING:
     from .folder import RunFolder
@@ -127,7 +128,7 @@ def _located(error: DataError, task: Task, first_row: int) -> DataError:
     row = first_row + (int(found[1]) if found else 0)
     group, first_of_group = row_group_of(task, row)
     text = _ROW.sub(f"row {row - first_of_group} of the row group", str(error))
-    return DataError(f"{task.path}, row group {group}: {text}")
+    return DataError(f"{shown(task.path)}, row group {group}: {text}")
 
 
 def _columns(scored: ScoredBatch) -> pa.RecordBatch:

@@ -11,18 +11,20 @@ import multiprocessing
 import os
 import pickle
 import queue
+import socket
 import sys
 import threading
-import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing import spawn
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import pyarrow as pa
 import torch
 
+from .errors import portable
 from .task import one_gpu, run_task
 
 is_worker = False
@@ -45,7 +47,8 @@ def serve(ends: Sequence[int]) -> None:
         pa.set_cpu_count(1)
         spawn.prepare(setup)
     except BaseException as error:
-        connections[0].send(_failure(error))
+        for connection in connections:
+            _send(connection, ("error", portable(error)))
         return
     context = multiprocessing.get_context("fork")
     processes: list[BaseProcess] = []
@@ -53,15 +56,24 @@ def serve(ends: Sequence[int]) -> None:
         arguments = control, connections, index, gpu + index, job
         processes.append(context.Process(target=_work, args=arguments))
         processes[-1].start()
-    for connection in connections:
-        connection.close()
-    running = dict(enumerate(processes))
-    while running:
-        wait([process.sentinel for process in running.values()])
-        for index, process in list(running.items()):
-            if not process.is_alive():
-                _send(control, (index, process.exitcode))
-                del running[index]
+    # From here on there are threads, so nothing is forked any more.
+    with ThreadPoolExecutor(len(processes)) as threads:
+        joined = {threads.submit(process.join): index for index, process in enumerate(processes)}
+        for future in as_completed(joined):
+            index = joined[future]
+            _send(control, (index, processes[index].exitcode))
+            _shut_down(connections[index])
+
+
+def _shut_down(connection: Connection) -> None:
+    """Let the main process see the end of a connection, whoever else holds it.
+
+    The server holds it, and so do processes that the worker forked. How the worker ended is told
+    before.
+    """
+    # An OSError: the main process has closed the other end.
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
 
 
 def _work(
@@ -70,7 +82,6 @@ def _work(
     """Be a worker: run the tasks that arrive, and answer each."""
     connection = connections[index]
     for other in (control, *connections):
-        # An end of file comes when nobody holds an end.
         if other is not connection:
             other.close()
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -83,7 +94,7 @@ def _work(
                 run_task(job, tasks.get(), lambda *done: connection.send(("progress", done)))
                 connection.send(("done", None))
     except BaseException as error:
-        _send(connection, _failure(error))
+        _send(connection, ("error", portable(error)))
 
 
 def _receive(connection: Connection, tasks: queue.SimpleQueue[Any]) -> None:
@@ -98,14 +109,3 @@ def _receive(connection: Connection, tasks: queue.SimpleQueue[Any]) -> None:
 def _send(connection: Connection, message: object) -> None:
     with contextlib.suppress(OSError):  # The main process may have ended.
         connection.send(message)
-
-
-def _failure(error: BaseException) -> tuple[str, tuple[Exception, str]]:
-    text = "".join(traceback.format_exception(error))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    if not isinstance(error, Exception):
-        error = RuntimeError(f"a worker ended by {type(error).__name__}: {error}")
-    return "error", (error, text)

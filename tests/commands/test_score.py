@@ -220,8 +220,9 @@ def test_json_has_times_and_the_folder_has_none(files):
     assert written["summary"] == summary
     assert written["scored_rows"] == ROWS == summary["rows"]["rows"]
     assert written["read_bytes"] == pytest.approx(ROWS * (2 * WIDTH + 8), rel=0.05)
-    assert written["rows_per_second"] == pytest.approx(ROWS / written["seconds"])
-    assert written["bytes_per_second"] == pytest.approx(written["read_bytes"] / written["seconds"])
+    bytes_per_row = written["bytes_per_second"] / written["rows_per_second"]
+    assert bytes_per_row == pytest.approx(written["read_bytes"] / ROWS, rel=0.05)
+    assert written["seconds"] > 0
     assert "second" not in (files.folder / "out/summary.json").read_text()
 
 

@@ -30,8 +30,9 @@ def clock(monkeypatch):
 
 
 def test_progress_without_a_terminal_is_a_line_every_ten_seconds(clock, capsys):
-    progress = Progress(1, quiet=False)
-    progress.start(4_000_000, 1_000_000)
+    progress = Progress(quiet=False)
+    progress.start(4_000_000, 1_000_000, 3_000_000)
+    clock.now += 4  # Workers start.
     for _ in range(25):
         clock.now += 1
         progress(100_000, 25_600_000)
@@ -42,15 +43,17 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(clock, capsys):
         "2.00M of 4.00M rows, 100k rows/s, 25.6MB/s, 00:20 left",
         "3.00M of 4.00M rows, 100k rows/s, 25.6MB/s, 00:10 left",
     ]
-    assert (progress.rows, progress.bytes, progress.seconds) == (2_500_000, 640_000_000, 25)
+    assert (progress.rows, progress.bytes, progress.seconds) == (2_500_000, 640_000_000, 29)
+    assert progress.rates == (100_000, 25_600_000)
 
 
 def test_progress_on_a_terminal_is_a_bar(clock, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = Progress(1, quiet=False)
-    progress.start(4_000_000, 0)
+    progress = Progress(quiet=False)
+    progress.start(4_000_000, 0, 4_000_000)
+    clock.now += 4
     for _ in range(10):
         clock.now += 1
         progress(100_000, 25_600_000)
@@ -62,16 +65,18 @@ def test_progress_on_a_terminal_is_a_bar(clock, monkeypatch):
 
 
 def test_progress_of_one_of_several_processes_counts_its_share(clock, capsys):
-    progress = Progress(3, quiet=False)
-    progress.start(1000, 100)
+    progress = Progress(quiet=False)
+    progress.start(1000, 100, 350)
+    progress(50, 1)
+    assert progress.rates is None
     clock.now += 10
     progress(200, 1)
-    assert capsys.readouterr().err.splitlines()[1].startswith("300 of 400 rows, 20.0 rows/s")
+    assert capsys.readouterr().err.splitlines()[1].startswith("350 of 450 rows, 20.0 rows/s")
 
 
 def test_quiet_progress_counts_and_shows_nothing(clock, capsys):
-    progress = Progress(1, quiet=True)
-    progress.start(1000, 500)
+    progress = Progress(quiet=True)
+    progress.start(1000, 500, 500)
     clock.now += 20
     progress(500, 1000)
     progress.close()

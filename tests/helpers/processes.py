@@ -30,12 +30,12 @@ def python(code: str, *arguments: object, **variables: str) -> subprocess.Popen[
     )
 
 
-def wait_until(true: Callable[[], bool]) -> None:
-    """Waits for a condition, and fails if it does not come."""
+def wait_until(true: Callable[[], bool], every: float = 0.05) -> None:
+    """Waits for a condition, and fails if it does not come. It looks ``every`` so many seconds."""
     deadline = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 def alive(process: int) -> bool:

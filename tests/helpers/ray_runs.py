@@ -1,4 +1,4 @@
-"""Nodes of Ray on this machine, and scorers that wait or end their process."""
+"""Nodes of Ray on this machine, and scorers that end their process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
-from helpers.processes import INSTALLED, wait_until
+from helpers.processes import INSTALLED
 from marginops.scoring import Scorer
 
 WIDTH, CLASSES = 17, 5
@@ -87,29 +87,6 @@ def parent(process: int) -> int:
         text = Path(f"/proc/{process}/stat").read_text()
         return int(text.rpartition(")")[2].split()[1])
     return 0
-
-
-class WaitingScorer(Scorer):
-    """Notes its process at a gate and waits there, before it scores row ``first_row`` or later."""
-
-    gate: Path
-    first_row: int
-
-    def behind(self, gate: Path, first_row: int) -> WaitingScorer:
-        gate.mkdir()
-        self.gate, self.first_row = gate, first_row
-        return self
-
-    def score(self, batch: Any, first_row: int = 0, **options: Any) -> Any:
-        if first_row >= self.first_row:
-            (self.gate / str(os.getpid())).touch()
-            wait_until((self.gate / "open").exists)
-        return super().score(batch, first_row, **options)
-
-
-def waiting(gate: Path) -> list[int]:
-    """The processes that wait at a gate, or waited."""
-    return [int(path.name) for path in gate.iterdir() if path.name != "open"]
 
 
 class DeadlyScorer(Scorer):

@@ -83,6 +83,10 @@ CHANGES = {
         r"\(files: 1 changed, such as b\.parquet\)",
     ),
     "order": (lambda d: {**d, "files": d["files"][::-1]}, r"\(files: another order\)"),
+    "processor": (
+        lambda d: {**d, "processor": "ALTIVEC"},
+        r"\(processor: \S+ there and ALTIVEC here\)",
+    ),
     "task_rows": (lambda d: {**d, "task_rows": 5}, r"\(task_rows: 4 there and 5 here\)"),
 }
 

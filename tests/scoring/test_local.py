@@ -74,23 +74,23 @@ def test_workers_give_the_bytes_of_one_process(file: Path) -> None:
 
 def test_a_finished_run_does_nothing_and_gives_the_summary_again(file: Path) -> None:
     class Progress:
-        def start(self, rows: int, finished: int) -> None:
-            started.append((rows, finished))
+        def start(self, *rows: int) -> None:
+            started.append(rows)
 
         def __call__(self, rows: int, size: int) -> None:
             called.append(rows)
 
-    started: list[tuple[int, int]] = []
+    started: list[tuple[int, ...]] = []
     called: list[int] = []
     summary = run(file, "out", workers=1, progress=Progress())
-    assert (started, sum(called)) == ([(ROWS, 0)], ROWS)
+    assert (started, sum(called)) == ([(ROWS, 0, ROWS)], ROWS)
     called.clear()
     (file.parent / "out" / "done" / "000001.json").unlink()
     assert run(file, "out", workers=1, progress=Progress()) == summary
-    assert (started[1:], sum(called)) == ([(ROWS, ROWS - 400)], 400)
+    assert (started[1:], sum(called)) == ([(ROWS, ROWS - 400, 400)], 400)
     called.clear()
     assert run(file, "out", workers=2, progress=Progress()) == summary
-    assert (started[2:], called) == ([(ROWS, ROWS)], [])
+    assert (started[2:], called) == ([(ROWS, ROWS, 0)], [])
 
 
 def test_threads_of_this_process_are_as_before(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,22 +213,26 @@ def test_a_function_that_workers_cannot_import_is_an_error(file: Path) -> None:
         run(file, "out", reductions=[Own(3)], workers=2)
 
 
-SLOW = """
+ENDLESS = """
 import time, torch
 from torch import nn
 
-class Slow(nn.Module):
+class Endless(nn.Module):
+    batches = 0
+
     def forward(self, logits):
-        time.sleep(1)
+        if self.batches:
+            time.sleep(3600)
+        self.batches += 1
         return logits
 
 def make():
-    return Slow()
+    return Endless()
 """
-SLOWLY = """
+ENDLESSLY = """
 import sys
 from marginops.scoring import Scorer, score_files
-scorer = Scorer(model="slow:make", column="logits", batch_rows=100)
+scorer = Scorer(model="endless:make", column="logits", batch_rows=100)
 score_files(
     sys.argv[1],
     scorer,
@@ -242,8 +246,8 @@ score_files(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_all_processes(file: Path, workers: int) -> None:
-    (file.parent / "slow.py").write_text(SLOW)
-    process = python(file, SLOWLY.format(workers=workers))
+    (file.parent / "endless.py").write_text(ENDLESS)
+    process = python(file, ENDLESSLY.format(workers=workers))
     assert process.stdout is not None
     assert process.stdout.readline() == "100\n"
     started = workers_of(process.pid)
@@ -252,7 +256,6 @@ def test_ctrl_c_ends_all_processes(file: Path, workers: int) -> None:
     error = process.communicate(timeout=PATIENCE)[1]
     assert error.strip().splitlines()[-1] == "KeyboardInterrupt"
     assert not any(map(alive, started))
-    # The two tasks would have taken ten seconds.
     assert not list((file.parent / "rows.parquet.out").glob("done/*"))
 
 
@@ -285,7 +288,12 @@ print(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
         ({"workers": 0}, ValueError, "workers: expected at least 1, got 0"),
         ({"workers": 1.5}, TypeError, "workers: expected an int, got float"),
         ({"engine": "spark"}, ValueError, 'engine: expected "local" or "ray", got \'spark\''),
-        ({"address": "auto"}, TypeError, 'address: expected an argument for engine="local", got'),
+        (
+            {"address": "auto"},
+            ValueError,
+            "address: expected none with engine=\"local\", got 'auto'; leave it out",
+        ),
+        ({"num_gpus": 1}, ValueError, 'num_gpus: expected none with engine="local", got 1'),
         ({"reductions": ["smallest"]}, TypeError, "reductions: expected a list of reductions, got"),
         (
             {"reductions": [Smallest(3), Smallest(4)]},

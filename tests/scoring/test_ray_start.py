@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 
 from helpers.processes import alive, python, wait_until
-from helpers.scoring_runs import digests
+from helpers.scoring_runs import digests, waiting
 from marginops.scoring import Scorer, score_files
 
 pytest.importorskip("ray")
 
-from helpers.ray_runs import TESTS, parent, waiting, write_data
+from helpers.ray_runs import TESTS, parent, write_data
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
 import sys
 from pathlib import Path
 import ray
-from helpers.ray_runs import WaitingScorer
+from helpers.scoring_runs import WaitingScorer
 from marginops.scoring import Scorer, score_files
 
 folder = Path(sys.argv[1])

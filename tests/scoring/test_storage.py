@@ -241,5 +241,21 @@ def test_errors_hide_keys():
     assert shown("/a?b@c") == "/a?b@c"
     assert shown("s3://key:secret@bucket/a?region=b") == "s3://bucket/a"
     assert shown("s3://bucket/a@b") == "s3://bucket/a@b"
+    assert shown("https://name:p@ss@host:80/a") == "https://host:80/a"
+    assert shown("s3://key:se/cret@bucket/a") == "s3://bucket/a"
+    assert shown("hdfs://host:8020/a@b") == "hdfs://host:8020/a@b"
     storage = Storage("s3://key:secret@bucket/a?region=b")
     assert storage.full_name("run.json") == "s3://bucket/a/run.json"
+
+
+@pytest.mark.parametrize(
+    ("location", "public"),
+    [
+        ("s3://key:sec/ret@bucket/a", "s3://bucket/a"),
+        ("unheard://key:secret@bucket/a?token=secret", "unheard://bucket/a"),
+    ],
+)
+def test_errors_of_libraries_hide_keys(location, public):
+    with pytest.raises(DataError, match=f"^{public}: expected ") as caught:
+        resolve(location)
+    assert "secret" not in str(caught.value) and "sec/ret" not in str(caught.value)

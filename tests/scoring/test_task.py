@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from helpers.processes import wait_until
 from helpers.scoring_runs import rows_of_logits, write_parquet
 from marginops.scoring import DataError, OutputError, Scorer, Smallest
 from marginops.scoring import task as task_module
@@ -24,6 +24,7 @@ from marginops.scoring.run import make_job
 from marginops.scoring.task import Job, run_task, score_batches
 
 ROWS, GROUP_ROWS, BATCH_ROWS = 1000, 150, 64
+BATCHES = 5  # of the first task
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def damage_rows(file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[type[Excep
     column = pq.read_metadata(file).row_group(3).column(2)
     with open(file, "r+b") as opened:
         opened.seek(column.data_page_offset)
-        opened.write(os.urandom(16))
+        opened.write(b"\xff" * 16)
     return DataError, f"{re.escape(str(file))}, row group 3: "
 
 
@@ -202,18 +203,19 @@ def test_an_interrupt_ends_a_task(file: Path) -> None:
 def test_reading_runs_ahead_and_writing_behind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a batch is scored, others are read, but no more than the pipeline holds."""
     read, score, write = task_module.rebatch, Scorer.score, TaskWriter.write
-    batches_read, batches_scored, ahead, names = 0, 0, [], set()
+    batches_read, batches_scored, ahead, most, names = 0, 0, [], [], set()
 
     def counted(*arguments: Any) -> Iterator[pa.RecordBatch]:
         nonlocal batches_read
         for batch in read(*arguments):
             batches_read += 1
+            most.append(batches_read - batches_scored)
             names.add(threading.current_thread().name.split("_")[0])
             yield batch
 
-    def slow(*arguments: Any, **options: Any) -> Any:
+    def waiting(*arguments: Any, **options: Any) -> Any:
         nonlocal batches_scored
-        time.sleep(0.05)
+        wait_until(lambda: batches_read >= min(batches_scored + 3, BATCHES))
         batches_scored += 1
         ahead.append(batches_read - batches_scored)
         return score(*arguments, **options)
@@ -223,11 +225,12 @@ def test_reading_runs_ahead_and_writing_behind(file: Path, monkeypatch: pytest.M
         write(*arguments)
 
     monkeypatch.setattr(task_module, "rebatch", counted)
-    monkeypatch.setattr(Scorer, "score", slow)
+    monkeypatch.setattr(Scorer, "score", waiting)
     monkeypatch.setattr(TaskWriter, "write", written)
     job = job_of(file)
     run_task(job, job.plan.tasks[0])
     assert ahead == [2, 2, 2, 1, 0]
+    assert max(most) == 3
     assert names == {"marginops-read", "marginops-write"}
 
 
@@ -241,14 +244,14 @@ def test_a_slow_writer_holds_up_the_rest(file: Path, monkeypatch: pytest.MonkeyP
         behind.append(batches_scored - batches_written)
         return score(*arguments, **options)
 
-    def slow(*arguments: Any) -> None:
+    def waiting(*arguments: Any) -> None:
         nonlocal batches_written
-        time.sleep(0.05)
+        wait_until(lambda: batches_scored >= min(batches_written + 3, BATCHES))
         write(*arguments)
         batches_written += 1
 
     monkeypatch.setattr(Scorer, "score", scored)
-    monkeypatch.setattr(TaskWriter, "write", slow)
+    monkeypatch.setattr(TaskWriter, "write", waiting)
     job = job_of(file)
     run_task(job, job.plan.tasks[0])
     assert max(behind) == 3  # one is scored, one is written, and one waits

@@ -40,7 +40,7 @@ def tell(
         console.say(f"{paragraph}\n")
     if progress.rows:
         who = f"process 0 of {num_processes}: " if num_processes > 1 else ""
-        console.say(f"{who}{speed(progress.rows, progress.bytes, progress.seconds)}\n")
+        console.say(f"{who}{speed(progress.rows, progress.seconds, progress.rates)}\n")
     storage = Storage(options.output)
     written = [f"{options.output}/{name}" for name in _names(summary, options.scores)]
     failed = []
@@ -89,7 +89,7 @@ def _report(
     progress: Progress,
 ) -> dict[str, Any]:
     """Settings, times and the summary, as values that JSON can hold."""
-    seconds = progress.seconds
+    rows_per_second, bytes_per_second = progress.rates or (None, None)
     return {
         **{name: getattr(options, name) for name in _SETTINGS},
         "device": str(scorer.device),
@@ -97,9 +97,9 @@ def _report(
         "torch": torch.__version__,
         "scored_rows": progress.rows,
         "read_bytes": progress.bytes,
-        "seconds": seconds,
-        "rows_per_second": progress.rows / seconds,
-        "bytes_per_second": progress.bytes / seconds,
+        "seconds": progress.seconds,
+        "rows_per_second": rows_per_second,
+        "bytes_per_second": bytes_per_second,
         "summary": summary,
     }
 

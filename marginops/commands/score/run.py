@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     scorer = make_scorer(options)
     # torchrun sets these variables.
     rank, num_processes = (int(os.environ.get(*name)) for name in _TORCHRUN)
-    progress = Progress(num_processes, options.select, quiet=options.quiet or rank != 0)
+    progress = Progress(options.select, quiet=options.quiet or rank != 0)
     try:
         summary = score_files(
             options.files,

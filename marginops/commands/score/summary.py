@@ -36,12 +36,12 @@ def sentences(summary: Numbers) -> Iterator[str]:
         yield _moments(summary["moments"])
 
 
-def speed(rows: int, num_bytes: int, seconds: float) -> str:
-    """The rates of a run, in words."""
-    return (
-        f"{rows:,} rows in {seconds:.1f} s: {rows / seconds:,.0f} rows/s, "
-        f"{num_bytes / seconds / 1e6:,.1f} MB/s"
-    )
+def speed(rows: int, seconds: float, rates: tuple[float, float] | None) -> str:
+    """The time of a run and its rows and bytes a second, in words."""
+    text = f"{rows:,} rows in {seconds:.1f} s"
+    if rates is not None:
+        text += f"; after the first batch {rates[0]:,.0f} rows/s, {rates[1] / 1e6:,.1f} MB/s"
+    return text
 
 
 def _rows(counts: Numbers) -> str:
