@@ -1,4 +1,4 @@
-"""Measure ``marginops score`` beside bare reading, the bare product and scripts of users.
+"""Measure ``score_files`` beside bare reading, the bare product and scripts of users.
 
 python benchmarks/claims/scoring.py                          # 1e7 rows in the page cache
 python benchmarks/claims/scoring.py --rows 1e6 1e7 1e8 --cold --ray
@@ -43,23 +43,21 @@ HERE = Path(__file__).resolve().parent
 FILE = HERE.parent / "results" / "claims-scoring.json"
 RESERVE = 5 << 30  # bytes that stay free on the disk
 JOBS = {
-    "pyarrow, 1 thread": ("read_with_one_thread", []),
-    "pyarrow, a process a core": ("read_with_processes", []),
-    "pyarrow, scanner with threads": ("read_with_scanner", []),
-    "product, 1 thread": ("multiply_with_one_thread", []),
-    "product, a thread a core": ("multiply_with_threads", []),
-    "product, a process a core": ("multiply_with_processes", []),
-    "marginops, margin": ("score", ["--target", "label"]),
-    "marginops, margin, no scores": ("score", ["--target", "label", "--no-scores"]),
-    "marginops, minimal margin": ("score", []),
-    "marginops, all statistics": (
-        "score",
-        ["--target", "label", "--statistics", "all", "--by", "margin"],
-    ),
-    "marginops, margin, Ray": ("score", ["--target", "label", "--engine", "ray"]),
-    "PyTorch, topk at the end": ("torch_topk_at_the_end", []),
-    "PyTorch, running topk": ("torch_running_topk", []),
-    "pandas and NumPy": ("pandas_and_numpy", []),
+    "pyarrow, 1 thread": "read_with_one_thread",
+    "pyarrow, a process a core": "read_with_processes",
+    "pyarrow, scanner with threads": "read_with_scanner",
+    "product, 1 thread": "multiply_with_one_thread",
+    "product, a thread a core": "multiply_with_threads",
+    "product, a process a core": "multiply_with_processes",
+    "marginops, margin": "score_margin",
+    "marginops, margin, no scores": "score_margin_alone",
+    "marginops, minimal margin": "score_minimal_margin",
+    "marginops, all statistics": "score_all_statistics",
+    "marginops, margin, the command": "command",
+    "marginops, margin, Ray": "score_with_ray",
+    "PyTorch, topk at the end": "torch_topk_at_the_end",
+    "PyTorch, running topk": "torch_running_topk",
+    "pandas and NumPy": "pandas_and_numpy",
 }
 RAY = "marginops, margin, Ray"
 OURS = "marginops, margin"
@@ -167,7 +165,6 @@ def turns(jobs: Sequence[str], rounds: int) -> Iterator[tuple[str, int]]:
 
 def measured(name: str, folder: Path, paths: list[Path], rows: int, cache: str, number: int) -> Row:
     """Run a job once; round 0 measures its memory, the others its time."""
-    job, job_options = JOBS[name]
     if cache == "warm":
         scoring_data.read_into_cache(paths)
     else:
@@ -181,10 +178,9 @@ def measured(name: str, folder: Path, paths: list[Path], rows: int, cache: str, 
         "head": str(folder / "head.safetensors"),
         "k": selected(rows),
         "output": str(output),
-        "options": job_options,
     }
     done = run_measured(
-        [sys.executable, str(HERE / "scoring_jobs.py"), job],
+        [sys.executable, str(HERE / "scoring_jobs.py"), JOBS[name]],
         watch_memory=number == 0,
         limit=int(0.85 * psutil.virtual_memory().available),
         stdin=json.dumps(arguments),

@@ -92,15 +92,57 @@ def _in_processes(function: Callable[..., None], argument: Any) -> None:
             raise RuntimeError(f"a process ended with {process.exitcode}")
 
 
-def score(arguments: Arguments) -> None:
-    """``marginops score`` with its default number of workers."""
+def score(
+    arguments: Arguments,
+    target: str | None = None,
+    statistics: tuple[str, ...] | None = None,
+    by: str | None = None,
+    **options: Any,
+) -> None:
+    """``score_files`` with its default number of workers."""
+    from marginops.scoring import Scorer, Smallest, score_files
+
+    scorer = Scorer(arguments["head"], target=target, id="id", statistics=statistics)
+    reductions = [Smallest(arguments["k"], by=by)]
+    score_files(arguments["files"], scorer, arguments["output"], reductions=reductions, **options)
+
+
+def score_margin(arguments: Arguments) -> None:
+    """By the margin of the label."""
+    score(arguments, "label")
+
+
+def score_margin_alone(arguments: Arguments) -> None:
+    """By the margin of the label; the scores of all rows are not written."""
+    score(arguments, "label", scores=False)
+
+
+def score_minimal_margin(arguments: Arguments) -> None:
+    """By the minimal margin score, which needs no labels."""
+    score(arguments)
+
+
+def score_all_statistics(arguments: Arguments) -> None:
+    """By the margin; all statistics are computed and written."""
+    from marginops.scoring.names import STATISTICS
+
+    score(arguments, "label", statistics=STATISTICS, by="margin")
+
+
+def score_with_ray(arguments: Arguments) -> None:
+    """By the margin, on a Ray cluster that starts and ends with the job."""
+    score(arguments, "label", engine="ray")
+
+
+def command(arguments: Arguments) -> None:
+    """``marginops score``, with its figure."""
     from marginops.commands.cli import main
 
     status = main(
         [
             *("score", *arguments["files"], "--output", arguments["output"], "--quiet"),
             *("--head", arguments["head"], "--column", "embedding", "--id", "id"),
-            *("--select", str(arguments["k"]), *arguments["options"]),
+            *("--target", "label", "--select", str(arguments["k"])),
         ]
     )
     if status:
@@ -165,7 +207,12 @@ JOBS: dict[str, Callable[[Arguments], np.ndarray | None]] = {
         multiply_with_one_thread,
         multiply_with_threads,
         multiply_with_processes,
-        score,
+        score_margin,
+        score_margin_alone,
+        score_minimal_margin,
+        score_all_statistics,
+        score_with_ray,
+        command,
         torch_topk_at_the_end,
         torch_running_topk,
         pandas_and_numpy,
@@ -175,7 +222,8 @@ JOBS: dict[str, Callable[[Arguments], np.ndarray | None]] = {
 
 def main() -> None:
     job, arguments = JOBS[sys.argv[1]], json.load(sys.stdin)
-    if job is score:
+    is_ours = job is command or job.__name__.startswith("score")
+    if is_ours:
         import marginops.commands.cli
         import marginops.scoring  # noqa: F401  so that the imports are not part of the time
     elif job is pandas_and_numpy:
@@ -184,7 +232,7 @@ def main() -> None:
     chosen = job(arguments)
     seconds = time.perf_counter() - start
     output = Path(arguments["output"])
-    if job is score:
+    if is_ours:
         chosen = pq.read_table(output / "selection.parquet")["id"].to_numpy()
     if chosen is not None:
         output.mkdir(parents=True, exist_ok=True)

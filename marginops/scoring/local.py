@@ -34,12 +34,13 @@ _SERVER = (
 
 
 def default_workers(device: torch.device) -> int:
-    """The number of usable GPUs if ``device`` is ``cuda``, 1 if it is one GPU, else of CPU cores.
+    """One for two usable CPU cores, or one for each GPU if ``device`` is ``cuda``.
 
-    Processes of ``torchrun`` on this machine share them.
+    A worker keeps two cores busy: one thread reads while another one scores. Processes of
+    ``torchrun`` on this machine share the cores and GPUs.
     """
     if device.type == "cpu":
-        count = usable_cores()
+        count = usable_cores() // 2
     elif device.index is not None:
         count = 1
     else:

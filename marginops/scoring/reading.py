@@ -41,8 +41,19 @@ def read_task(
             names the file and the row group.
     """
     with _open(task, num_bytes) as file:
-        for group in task.row_groups:
-            yield from _read_group(task.path, file, group, columns, batch_rows)
+        groups, rows = list(task.row_groups), 0
+        try:
+            # One call for all row groups takes a tenth less time than one call for each.
+            for batch in file.iter_batches(batch_rows, groups, columns, use_threads=False):
+                rows += len(batch)
+                yield batch
+        except (OSError, pa.ArrowException) as error:
+            raise _located(error, task, file, columns, batch_rows) from error
+        if rows != task.num_rows:
+            raise DataError(
+                f"{task_place(task)}: expected {task.num_rows:,} rows, got {rows:,}; write the "
+                "file anew"
+            )
 
 
 @contextmanager
@@ -78,27 +89,25 @@ def _check_unchanged(
         )
 
 
-def _read_group(
-    path: str, file: pq.ParquetFile, group: int, columns: Sequence[str], batch_rows: int
-) -> Iterator[pa.RecordBatch]:
-    expected, rows = file.metadata.row_group(group).num_rows, 0
-    try:
-        for batch in file.iter_batches(batch_rows, [group], columns, use_threads=False):
-            rows += len(batch)
-            yield batch
-    except (OSError, pa.ArrowException) as error:
-        # pyarrow writes fixed_size_list with null rows, and cannot read it.
-        is_null = "Expected all lists to be of size" in str(error)
-        how = " with list in place of fixed_size_list where rows are null" if is_null else ""
-        raise DataError(
-            f"{shown(path)}, row group {group}: expected {expected:,} rows, got an error after row "
-            f"{rows:,}: {error_line(error, path)}; write the file anew{how}"
-        ) from error
-    if rows != expected:
-        raise DataError(
-            f"{shown(path)}, row group {group}: expected {expected:,} rows, got {rows:,}; "
-            "write the file anew"
-        )
+def _located(
+    error: Exception, task: Task, file: pq.ParquetFile, columns: Sequence[str], batch_rows: int
+) -> DataError:
+    """The error with its row group, which is read again to find it."""
+    place = task_place(task)
+    for group in task.row_groups:
+        try:
+            for _ in file.iter_batches(batch_rows, [group], columns, use_threads=False):
+                pass
+        except (OSError, pa.ArrowException) as again:
+            place, error = f"{shown(task.path)}, row group {group}", again
+            break
+    # pyarrow writes fixed_size_list with null rows, and cannot read it.
+    is_null = "Expected all lists to be of size" in str(error)
+    how = " with list in place of fixed_size_list where rows are null" if is_null else ""
+    return DataError(
+        f"{place}: expected rows that can be read, got an error: "
+        f"{error_line(error, task.path)}; write the file anew{how}"
+    )
 
 
 def rebatch(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:

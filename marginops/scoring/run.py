@@ -51,7 +51,7 @@ def score_files(
     process ``RANK`` of ``WORLD_SIZE`` takes every ``WORLD_SIZE``-th task. The last one that is done
     merges the results.
 
-    Each row is read once. The memory holds a few batches of at most 16 MiB for each worker and what
+    Each row is read once. The memory holds a few batches of at most 4 MiB for each worker and what
     the reductions keep, whatever the number of rows.
 
     Args:
@@ -61,8 +61,8 @@ def score_files(
         reductions: What to keep of all rows, such as ``[Smallest(1000)]``, each kind once. The
             objects themselves stay empty. :func:`read_result` reads what they kept.
         scores: Whether to write the statistics of all rows.
-        workers: The number of processes. By default one for each usable CPU core, or for each GPU
-            if the scorer's device is ``cuda``.
+        workers: The number of processes. By default one for two usable CPU cores, or one for each
+            GPU if the scorer's device is ``cuda``.
         engine: ``"local"`` for processes of this machine, ``"ray"`` for a Ray cluster.
         task_rows: The rows of a task, at least. Only the last task of a file may have fewer.
         progress: It is called in this process with the rows and the bytes of each scored batch. If

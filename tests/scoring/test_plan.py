@@ -100,14 +100,14 @@ def test_wrong_task_rows(tmp_path, task_rows):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (pa.list_(pa.float16(), 128), 65536),
-        (pa.list_(pa.float16(), 129), 32768),
-        (pa.list_(pa.float32(), 768), 4096),
+        (pa.list_(pa.float16(), 128), 16384),
+        (pa.list_(pa.float16(), 129), 8192),
+        (pa.list_(pa.float32(), 768), 1024),
         (pa.list_(pa.float64(), 1 << 20), 256),
-        (pa.list_(pa.list_(pa.uint16(), 64), 4), 32768),
-        (pa.fixed_shape_tensor(pa.float32(), (32, 32)), 4096),
-        (pa.binary(256), 65536),
-        (pa.binary(4096), 4096),
+        (pa.list_(pa.list_(pa.uint16(), 64), 4), 8192),
+        (pa.fixed_shape_tensor(pa.float32(), (32, 32)), 1024),
+        (pa.binary(256), 16384),
+        (pa.binary(4096), 1024),
         (pa.int64(), 65536),
         (pa.bool_(), 65536),
     ],
@@ -125,12 +125,12 @@ def test_rows_of_a_batch_follow_from_the_footer_of_lists(tmp_path):
     for index, width in enumerate((1000, 2000)):
         values = pa.array([np.zeros(width, np.float32)] * 4, pa.list_(pa.float32()))
         write(tmp_path / f"{index}.parquet", row=values)
-    # 1500 numbers a row, on average: 2796 rows have 16 MiB.
-    assert make_plan(tmp_path, SmallScorer()).batch_rows == 2048
+    # 1500 numbers a row, on average: 699 rows have 4 MiB.
+    assert make_plan(tmp_path, SmallScorer()).batch_rows == 512
 
 
 def test_rows_of_a_batch_follow_from_the_footer_of_bytes(tmp_path):
-    pictures = [np.random.default_rng(seed).bytes(30_000) for seed in range(40)]
+    pictures = [np.random.default_rng(seed).bytes(7_000) for seed in range(40)]
     write(tmp_path / "a.parquet", row=pa.array(pictures), other=pa.array(["x" * 100_000] * 40))
     assert make_plan(tmp_path, SmallScorer()).batch_rows == 512
 

@@ -147,7 +147,7 @@ def test_a_damaged_row_group_is_named(file: Path, part: str) -> None:
     with pytest.raises(DataError, match=re.escape(str(file))) as raised:
         list(read_task(task, COLUMNS, 64))
     if part != "truncated":
-        assert "row group 2: expected 150 rows, got an error after row 0" in str(raised.value)
+        assert "row group 2: expected rows that can be read, got an error" in str(raised.value)
 
 
 def test_a_wrong_checksum_is_an_error(tmp_path: Path) -> None:

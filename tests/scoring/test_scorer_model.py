@@ -107,6 +107,8 @@ def test_rows_of_a_model_that_are_not_finite() -> None:
     scored = Scorer(model=overflowing).score({"embedding": values})
     assert scored.is_finite.tolist() == [True, False, False, False, True]
     assert [scored.counts[name] for name in ("nan", "infinite", "overflow")] == [1, 1, 1]
+    scored = Scorer(model=overflowing).score({"embedding": torch.tensor([[1, 9]])})
+    assert (scored.counts["overflow"], scored.counts["infinite"]) == (1, 0)
     numbers = pa.array([1.0, None, float("nan"), 3.0])
     with pytest.raises(DataError, match="expected logits of at least 2 classes"):
         Scorer(model=inputs).score({"embedding": numbers})

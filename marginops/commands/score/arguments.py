@@ -146,7 +146,7 @@ def _add_workers(group: argparse._ArgumentGroup) -> None:
         "--workers",
         type=count,
         metavar="N",
-        help="number of processes (default: one for each CPU core, or for each GPU)",
+        help="number of processes (default: one for two CPU cores, or one for each GPU)",
     )
     group.add_argument(
         "--device",
@@ -185,7 +185,7 @@ def _add_workers(group: argparse._ArgumentGroup) -> None:
         "--batch-rows",
         type=count,
         metavar="N",
-        help="rows that are scored at once (default: up to 65,536, as many as 16 MiB hold)",
+        help="rows that are scored at once (default: as many as 4 MiB hold, at most 65,536)",
     )
 
 
