@@ -7,7 +7,7 @@ import sys
 import typing
 from pathlib import Path
 
-import pyarrow  # noqa: F401 (it must not see the flag below)
+import pyarrow.dataset  # noqa: F401 (it must not see the flag below, nor must pandas)
 import torch.distributed  # noqa: F401 (likewise)
 import torchmetrics  # noqa: F401 (likewise)
 from docutils import nodes

@@ -83,7 +83,9 @@ def column_place(schema: pa.Schema, argument: str, name: str) -> int:
 
 def _no_column(argument: str, name: str, names: Sequence[str]) -> DataError:
     count = names.count(name)
-    got = f"{count} of them" if count else f"columns {', '.join(names) or '(none)'}"
+    got = f"columns {', '.join(names) or '(none)'}; check the name"
+    if count:
+        got = f"{count} of them; rename the others"
     return DataError(f"{argument}: expected one column {name!r}, got {got}")
 
 
@@ -218,7 +220,7 @@ def _lists(values: pa.Array, name: str, width: int | None) -> Matrix:
         wrong = pc.index(pc.fill_null(pc.not_equal(lengths, width), False), True).as_py()
         raise DataError(
             f"column: expected rows of {width} values in {name!r}, got {lengths[wrong]} in row "
-            f"{wrong} of the batch"
+            f"{wrong} of the batch; write rows of one length, or null"
         )
     flat = _flat_values(values.flatten())
     inner = flat.values.view(len(present), width)

@@ -1,4 +1,4 @@
-"""The errors of a scoring run that are no wrong argument, and how errors leave a process."""
+"""Errors of data, of output folders and of workers, and how errors leave a process."""
 
 import pickle
 import traceback

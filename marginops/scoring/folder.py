@@ -80,7 +80,7 @@ class RunFolder:
             raise DataError(
                 "output: expected a new folder or the one of this run, got "
                 f"{storage.full_name()} of another run ({'; '.join(found)}); choose another "
-                "folder, or go on with that run"
+                "folder, or delete this one if you do not need it"
             )
         return cls(storage, here)
 

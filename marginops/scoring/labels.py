@@ -17,7 +17,10 @@ from .errors import DataError
 def check_target_type(name: str, kind: Any) -> None:
     """Check the type of a column of labels."""
     if not pa.types.is_integer(_decoded(kind)):
-        raise DataError(f"target: expected a column of integers (classes), got {kind} in {name!r}")
+        raise DataError(
+            f"target: expected a column of integers (classes), got {kind} in {name!r}; write the "
+            "labels as integers"
+        )
 
 
 def read_target(values: Any, name: str, ignore_index: int) -> Tensor:
@@ -50,7 +53,8 @@ def check_classes(
         row = int(wrong.int().argmax())
         raise DataError(
             f"target: expected classes in [0, {num_classes}), null or ignore_index {ignore_index} "
-            f"in {name!r}, got {int(target[row])} in row {row} of the batch"
+            f"in {name!r}, got {int(target[row])} in row {row} of the batch; count classes from 0 "
+            "on"
         )
 
 

@@ -143,15 +143,10 @@ def _checked_share(name: str, value: Any) -> float:
 def _number_of_actors(workers: int | None, num_cpus: float, num_gpus: float) -> int:
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    if workers is None:
-        name, share, total = (
-            ("num_gpus", num_gpus, gpus) if num_gpus else ("num_cpus", num_cpus, cpus)
-        )
-        workers = int(total / share)
-        if workers < 1:
-            raise ValueError(
-                f"{name}: expected at most the {total:g} of the cluster, got {share:g}"
-            )
+    name, share, total = ("num_gpus", num_gpus, gpus) if num_gpus else ("num_cpus", num_cpus, cpus)
+    if share > total:  # Ray would wait for ever, whatever the number of workers
+        raise ValueError(f"{name}: expected at most the {total:g} of the cluster, got {share:g}")
+    workers = int(total / share) if workers is None else workers
     checks.check_int("workers", workers, 1)
     if num_gpus and num_cpus and workers * num_cpus > cpus - 1:
         raise ValueError(

@@ -51,14 +51,15 @@ def score_files(
     process ``RANK`` of ``WORLD_SIZE`` takes every ``WORLD_SIZE``-th task. The last one that is done
     merges the results.
 
-    Each row is read once. The memory holds a few batches for each worker and what the reductions
-    keep, whatever the number of rows.
+    Each row is read once. The memory holds a few batches of at most 4 MiB for each worker and what
+    the reductions keep, whatever the number of rows.
 
     Args:
         files: Paths, folders (all ``*.parquet`` files in them), patterns, and URLs of any of these.
         scorer: What computes the statistics of the rows.
         output: The folder of the run, a path or a URL: a new or empty one, or that of the same run.
-        reductions: What to keep of all rows.
+        reductions: What to keep of all rows, such as ``[Smallest(1000)]``, each kind once. The
+            objects themselves stay empty. :func:`read_result` reads what they kept.
         scores: Whether to write the statistics of all rows.
         workers: The number of processes. By default one for two usable CPU cores, or one for each
             GPU if the scorer's device is ``cuda``.

@@ -363,7 +363,8 @@ class Scorer:
             if width != head.width:
                 raise DataError(
                     f"column: expected rows of {head.width} values in {self.column!r}, the width "
-                    f"of the head {head.head.place}, got {width}"
+                    f"of the head {head.head.place}, got {width}; take the head of the network "
+                    "that the rows come from"
                 )
             return int(head.num_classes)
         if width < 2:

@@ -98,7 +98,7 @@ def test_another_run(tmp_path, plan, description, name):
     before = digests(tmp_path / "out")
     expected = (
         f"^output: expected a new folder or the one of this run, got {tmp_path}/out of another "
-        r"run \(.*\); choose another folder, or go on with that run$"
+        r"run \(.*\); choose another folder, or delete this one if you do not need it$"
     )
     with pytest.raises(DataError, match=expected) as caught:
         RunFolder.open(tmp_path / "out", change(description))

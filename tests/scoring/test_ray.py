@@ -251,6 +251,7 @@ def test_an_interrupt_ends_the_actors_and_leaves_the_cluster(
             r"address: expected \S+, to which this process is connected, got 127.0.0.1:1; leave it",
         ),
         ({"num_gpus": 2}, ValueError, "num_gpus: expected at most the 1 of the cluster, got 2"),
+        ({"num_gpus": 2, "workers": 1}, ValueError, "num_gpus: expected at most the 1 of the clus"),
         ({"num_cpus": 4}, ValueError, "num_cpus: expected at most the 2 of the cluster, got 4"),
         ({"num_cpus": 0}, ValueError, "num_cpus: expected more than 0"),
         ({"num_cpus": -1}, ValueError, "num_cpus: expected a number that is not negative, got -1"),

@@ -6,6 +6,13 @@ import argparse
 
 from ..options import UsageError, device, is_place, path, place, text, whole_number
 
+# Copies, because the modules that define them need pyarrow.
+STATISTICS = (
+    *("margin", "rival", "top2_margin", "loss", "confidence", "entropy", "correct", "el2n"),
+    *("gradient_norm", "prediction", "minimal_margin", "probability_margin"),
+)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``marginops score`` to its parser."""
@@ -22,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=text,
         required=True,
         metavar="DIR",
-        help="folder of the results; the same command continues a run that was ended",
+        help="folder of the results; if a run was ended, the same command goes on with it",
     )
     _add_scores(parser.add_argument_group("what is scored"))
     _add_reductions(parser.add_argument_group("what is kept of all rows"))
@@ -46,9 +53,9 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
         "--model",
         type=place,
         metavar="MODULE:FUNCTION",
-        help="a function of yours that returns a network, for a column of its inputs",
+        help="the network, for a column of its inputs: a function of yours that returns it",
     )
-    logits.add_argument("--logits", action="store_true", help="the column has logits")
+    logits.add_argument("--logits", action="store_true", help="the column holds logits")
     group.add_argument(
         "--layer",
         type=text,
@@ -56,26 +63,40 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
         help="name of the layer in the file of --head, if the file has several",
     )
     group.add_argument(
-        "--column", type=text, required=True, metavar="NAME", help="column of the values"
+        "--column",
+        type=text,
+        required=True,
+        metavar="NAME",
+        help="column of embeddings, logits or inputs of the network",
     )
     group.add_argument(
         "--dtype",
-        choices=("float16", "bfloat16", "float32", "float64"),
+        choices=DTYPES,
         help="what numbers the bytes of a fixed_size_binary column are; lists say it themselves",
     )
     group.add_argument(
         "--target", type=text, metavar="NAME", help="column of the labels, whole numbers from 0 on"
     )
     group.add_argument(
-        "--id", type=text, metavar="NAME", help="column of the names or numbers of the samples"
+        "--ignore-index",
+        type=int,
+        default=-100,
+        metavar="N",
+        help="the label of rows without a label, beside null (default: %(default)s)",
+    )
+    group.add_argument(
+        "--id",
+        type=text,
+        metavar="NAME",
+        help="column of integers or strings that name the rows in the results",
     )
     group.add_argument(
         "--statistics",
         type=text,
         nargs="+",
         metavar="NAME",
-        help="what is computed of every row, or 'all' (default: margin with --target, else "
-        "minimal_margin with --head, else top2_margin)",
+        help=f"what is computed of every row: all, or some of {', '.join(STATISTICS)} (default: "
+        "margin with --target, else minimal_margin with --head, else top2_margin)",
     )
 
 
@@ -95,7 +116,7 @@ def _add_reductions(group: argparse._ArgumentGroup) -> None:
         "--by",
         type=text,
         metavar="NAME",
-        help="the statistic to select by (default: the first one that is computed)",
+        help="the statistic to select by (default: the first of --statistics)",
     )
     group.add_argument(
         "--largest", action="store_true", help="select the rows with the largest score instead"
@@ -137,7 +158,7 @@ def _add_workers(group: argparse._ArgumentGroup) -> None:
         "--engine",
         choices=("local", "ray"),
         default="local",
-        help="processes of this machine, or a Ray cluster (default: %(default)s)",
+        help="local: processes of this machine; ray: a Ray cluster (default: %(default)s)",
     )
     group.add_argument(
         "--address",
@@ -157,13 +178,14 @@ def _add_workers(group: argparse._ArgumentGroup) -> None:
         type=count,
         default=262_144,
         metavar="N",
-        help="rows that are read, scored and written as one task, at least (default: %(default)s)",
+        help="rows of a task, at least; a run that was ended repeats the tasks that it was at "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--batch-rows",
         type=count,
         metavar="N",
-        help="rows that are scored at once (default: as many as 4 MiB hold)",
+        help="rows that are scored at once (default: as many as 4 MiB hold, at most 65,536)",
     )
 
 

@@ -32,6 +32,7 @@ def make_scorer(options: argparse.Namespace) -> Scorer:
         target=options.target,
         id=options.id,
         statistics=names,
+        ignore_index=options.ignore_index,
         dtype=options.dtype,
         device=options.device,
         batch_rows=options.batch_rows,

@@ -24,7 +24,7 @@ _NUMBERS = ("counts", "sums", "minimum", "maximum")
 
 
 class Margins(Reduction):
-    """The distribution of the margins, in bins of at most 2^-7 of a margin.
+    """The distribution of the margins, in bins whose width is at most 2^-7 of the margin.
 
     It is :class:`marginops.metrics.MarginDistribution` of the rows whose values, logits and margin
     are finite. Rows without a label count as ``ignored``.
