@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .plan import Task
 
 # Columns are read through buffers of this size. Otherwise pyarrow loads the whole column of a row
-# group, which may be larger than the memory.
+# group, which may be larger than the memory. It does so all the same where pages have less than
+# 16 KiB: it looks that far ahead for the header of the next page, and its buffer only grows.
 _BUFFER_BYTES = 1 << 20
 
 
@@ -28,7 +29,8 @@ def read_task(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a task in batches of at most ``batch_rows`` rows.
 
-    A row group is never in memory as a whole. The peak is a batch, and a page of each column.
+    The memory holds a batch and a page of each column, or a column of a row group whose pages have
+    less than 16 KiB.
 
     Args:
         task: Row groups of a file.

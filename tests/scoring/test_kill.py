@@ -152,7 +152,7 @@ def test_a_run_that_is_killed_again_and_again(
     wait_until(lambda: not any(map(alive, [server, *workers])))
     assert markers(output) == TASKS_BEFORE_GATE
 
-    run(data, output, workers=3)
+    run(data, output)
     assert digests(output) == expected
 
 

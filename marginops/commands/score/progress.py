@@ -50,7 +50,7 @@ class Progress:
             finished: The number of rows that earlier runs scored.
             share: The number of rows that this process will score.
         """
-        self._start = self._shown = time.monotonic()
+        self._start = time.monotonic()
         self._total, self._finished = finished + share, finished
         if self._select > total and not self._quiet:
             console.fail(
@@ -97,7 +97,8 @@ class Progress:
 
     def _begin(self, rows: int, num_bytes: int) -> None:
         self.rows, self.bytes = rows, num_bytes
-        self._first = rows, num_bytes, time.monotonic()
+        self._shown = time.monotonic()
+        self._first = rows, num_bytes, self._shown
         self._bar = tqdm(
             total=self._total,
             initial=self._finished + rows,
