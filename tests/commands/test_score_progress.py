@@ -40,8 +40,8 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(clock, capsys):
     clock.now += 100
     assert capsys.readouterr().err.splitlines() == [
         "resumed: 1,000,000 of 4,000,000 rows are scored already",
-        "2.00M of 4.00M rows, 100k rows/s, 25.6MB/s, 00:20 left",
-        "3.00M of 4.00M rows, 100k rows/s, 25.6MB/s, 00:10 left",
+        "2.10M of 4.00M rows, 100k rows/s, 25.6MB/s, 00:19 left",
+        "3.10M of 4.00M rows, 100k rows/s, 25.6MB/s, 00:09 left",
     ]
     assert (progress.rows, progress.bytes, progress.seconds) == (2_500_000, 640_000_000, 29)
     assert progress.rates == (100_000, 25_600_000)
