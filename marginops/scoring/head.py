@@ -182,6 +182,9 @@ def _load(path: str) -> Any:
         if isinstance(error, pickle.UnpicklingError):
             expected = "a file of tensors, which torch.load reads with weights_only=True"
             todo = "; save model.state_dict() and not the model"
+            # The first line of this error is advice with escape codes of a terminal.
+            found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+            reason = f"it holds a {found[1]}" if found else "no reason is known"
         raise DataError(f"head: expected {expected}, got {path} ({reason}){todo}") from error
 
 

@@ -174,7 +174,7 @@ def test_an_error_that_is_not_of_the_users_function(files, capsys, monkeypatch):
 def test_no_cluster_of_ray(files, refused, monkeypatch):
     ray_engine = pytest.importorskip("marginops.scoring.ray")
 
-    def run_on_ray(*arguments, address):
+    def run_on_ray(*arguments, address, **options):
         raise ConnectionError(f"address: expected a Ray cluster that runs, got none at {address}")
 
     monkeypatch.setattr(ray_engine, "run_on_ray", run_on_ray)

@@ -187,3 +187,12 @@ def test_a_path_stays_that_of_the_constructor(
     scorer = Scorer("head.pt")
     monkeypatch.chdir("/")
     assert scorer.num_classes == 2
+
+
+def test_a_model_that_was_saved_as_an_object_is_named(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(3, 2), tmp_path / "model.pt")
+    message = (
+        r"got \S+/model.pt \(it holds a torch.nn.modules.linear.Linear\); save model.state_dict"
+    )
+    with pytest.raises(DataError, match=message):
+        load_head(tmp_path / "model.pt", None)
