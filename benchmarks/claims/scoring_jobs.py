@@ -124,7 +124,7 @@ def score_minimal_margin(arguments: Arguments) -> None:
 
 def score_all_statistics(arguments: Arguments) -> None:
     """By the margin; all statistics are computed and written."""
-    from marginops.scoring.names import STATISTICS
+    from marginops.scoring.statistics import STATISTICS
 
     score(arguments, "label", statistics=STATISTICS, by="margin")
 
