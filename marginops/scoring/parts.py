@@ -62,7 +62,8 @@ class TaskWriter:
         held = pa.Table.from_batches(self._held)
         if self._parquet is None:
             self._parquet = self._open_parquet(held.schema)
-        self._parquet.write_table(held.slice(0, rows), _GROUP_ROWS)
+        # In one piece, or pages would end where batches do.
+        self._parquet.write_table(held.slice(0, rows).combine_chunks(), _GROUP_ROWS)
         self._held = held.slice(rows).to_batches()
         self._num_held -= rows
 

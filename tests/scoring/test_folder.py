@@ -85,7 +85,7 @@ CHANGES = {
     "order": (lambda d: {**d, "files": d["files"][::-1]}, r"\(files: another order\)"),
     "processor": (
         lambda d: {**d, "processor": "ALTIVEC"},
-        r"\(processor: \S+ there and ALTIVEC here\)",
+        r"\(processor: [A-Z][A-Z0-9 ]+ there and ALTIVEC here\)",
     ),
     "task_rows": (lambda d: {**d, "task_rows": 5}, r"\(task_rows: 4 there and 5 here\)"),
 }
