@@ -34,7 +34,7 @@ _SERVER = (
 
 
 def default_workers(device: torch.device) -> int:
-    """One for two usable CPU cores, or one for each GPU if ``device`` is ``cuda``.
+    """One for every two usable CPU cores, or one for each GPU if ``device`` is ``cuda``.
 
     A worker keeps two cores busy: one thread reads while another one scores. Processes of
     ``torchrun`` on this machine share the cores and GPUs.

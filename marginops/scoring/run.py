@@ -61,7 +61,7 @@ def score_files(
         reductions: What to keep of all rows, such as ``[Smallest(1000)]``, each kind once. The
             objects themselves stay empty. :func:`read_result` reads what they kept.
         scores: Whether to write the statistics of all rows.
-        workers: The number of processes. By default one for two usable CPU cores, or one for each
+        workers: The number of processes. By default one for every two usable CPU cores, or for each
             GPU if the scorer's device is ``cuda``.
         engine: ``"local"`` for processes of this machine, ``"ray"`` for a Ray cluster.
         task_rows: The rows of a task, at least. Only the last task of a file may have fewer.

@@ -146,7 +146,7 @@ def _add_workers(group: argparse._ArgumentGroup) -> None:
         "--workers",
         type=count,
         metavar="N",
-        help="number of processes (default: one for two CPU cores, or one for each GPU)",
+        help="number of processes (default: one for every two CPU cores, or for each GPU)",
     )
     group.add_argument(
         "--device",
