@@ -108,11 +108,11 @@ def test_the_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    counts = {"cpu": 6, "cuda": 4, "cuda:1": 1}
+    counts = {"cpu": 3, "cuda": 4, "cuda:1": 1}
     for device, count in counts.items():
         assert default_workers(torch.device(device)) == count
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert [default_workers(torch.device(device)) for device in counts] == [3, 2, 1]
+    assert [default_workers(torch.device(device)) for device in counts] == [1, 2, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert [default_workers(torch.device(device)) for device in counts] == [1, 1, 1]
 
