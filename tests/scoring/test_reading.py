@@ -122,9 +122,9 @@ def test_null_rows_need_lists_of_any_length(tmp_path: Path) -> None:
             assert batch["logits"].to_pylist() == rows
             continue
         message = (
-            f"{path}, row group 0: expected 3 rows, got an error after row 0: Expected all lists "
-            "to be of size=2 but index 2 had size=0; write the file anew with list in place of "
-            "fixed_size_list where rows are null"
+            f"{path}, row group 0: expected rows that can be read, got an error: Expected all "
+            "lists to be of size=2 but index 2 had size=0; write the file anew with list in place "
+            "of fixed_size_list where rows are null"
         )
         with pytest.raises(DataError, match=re.escape(message)):
             list(read_task(task_of(path, 0), ["logits"]))
