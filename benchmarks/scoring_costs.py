@@ -6,7 +6,7 @@ from typing import Any
 
 SIZES = (10**8, 10**9)
 COLUMNS = {
-    "marginops, margin": "`marginops score`",
+    "marginops, margin": "`score_files`",
     "pyarrow, a process a core": "pyarrow alone",
     "PyTorch, topk at the end": "a loop of PyTorch",
     "pandas and NumPy": "pandas and NumPy",

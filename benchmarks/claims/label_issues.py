@@ -18,7 +18,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import processor
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
@@ -218,13 +218,9 @@ def shown(value: Any) -> str:
 
 
 def machine() -> Row:
-    try:
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        names = []
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": f"{[*names, 'unknown'][0]}, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": processor(),
         "torch": torch.__version__,
         "marginops": marginops.__version__,
         "cleanlab": version("cleanlab"),

@@ -21,7 +21,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -35,6 +34,7 @@ import psutil
 import pyarrow as pa
 import scoring_data
 import torch
+from machine import processor
 from process_tree import run_measured
 
 import marginops
@@ -324,13 +324,9 @@ def summary(results: Row) -> str:
 
 
 def machine() -> Row:
-    try:
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        names = []
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": f"{[*names, 'unknown'][0]}, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "torch": torch.__version__,

@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -28,6 +27,7 @@ from typing import Any
 import loop
 import tasks
 import torch
+from machine import processor
 
 from marginops.training import Comparison, SmallestMargins, TrainingRun, compare
 
@@ -225,14 +225,6 @@ def arguments_of(policy: SmallestMargins) -> dict[str, Any]:
     """The arguments of a policy. Functions are called by their names."""
     fields = dataclasses.asdict(policy).items()
     return {name: getattr(value, "__name__", value) for name, value in fields}
-
-
-def processor() -> str:
-    try:
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        names = []
-    return f"{names[0] if names else 'unknown'}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

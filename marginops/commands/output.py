@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
-import math
 import os
 import secrets
 import stat
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 # An existing file in a folder that takes no new file, or a file that is a mount point.
 _NOT_REPLACEABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
@@ -94,19 +90,6 @@ def write(path: Path, content: bytes) -> None:
             if error.errno not in _NOT_REPLACEABLE or _mode(path) is None:
                 raise
             path.write_bytes(content)
-
-
-def json_bytes(report: Mapping[str, Any]) -> bytes:
-    """A report as JSON in ASCII. ``null`` replaces NaN and infinities, which JSON cannot hold."""
-    return (json.dumps(_finite(report), indent=2, allow_nan=False) + "\n").encode("ascii")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace(target: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._json import json_bytes
 from . import console, fashion_mnist, figures, output
 from .data import ClassificationData, DataError, load_digits, load_fashion_mnist
 from .functions import is_out_of_memory
@@ -99,7 +100,7 @@ def finish(
         ("--output", options.output, lambda: figures.render(draw, _format(options.output), dpi))
     ]
     if options.json is not None:
-        results.insert(0, ("--json", options.json, lambda: output.json_bytes(report)))
+        results.insert(0, ("--json", options.json, lambda: json_bytes(report)))
     written, failed = [], []
     for option, path, content in results:
         try:

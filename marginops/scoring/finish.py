@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._json import json_bytes
 from .errors import DataError
-from .folder import RunFolder, json_bytes
+from .folder import RunFolder
 from .reductions.base import Reduction
 
 if TYPE_CHECKING:

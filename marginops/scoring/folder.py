@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .._json import json_bytes
 from .description import differences
 from .errors import DataError
 from .outputs import is_temporary
@@ -208,11 +208,6 @@ class RunFolder:
             write_table(file, table)
 
 
-def json_bytes(value: Any) -> bytes:
-    """JSON in ASCII, the same bytes for equal values. NaN and infinities become ``null``."""
-    return (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode("ascii")
-
-
 def part_name(task: int) -> str:
     """The name of the scores of a task."""
     return f"scores/part-{task:06}.parquet"
@@ -247,11 +242,3 @@ def _parse(content: bytes | None) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,8 +22,6 @@ from .task import Job, run_task, score_batches
 # How often the same work may begin. Without a limit, a task that needs more memory than there is
 # would end processes for ever.
 _STARTS = 4
-# The bits of a matrix product depend on where in the memory its values begin.
-_ALIGNED = pa.ipc.IpcReadOptions(ensure_alignment=pa.ipc.Alignment.At64Byte)
 
 
 class Actor:
@@ -53,10 +51,8 @@ class Actor:
             if "rows" not in row.column_names:
                 run_task(job, task, count)
                 return
-            with pa.ipc.open_stream(row["rows"][0].as_buffer(), options=_ALIGNED) as batches:
-                score_batches(
-                    task, batches, job.scorer, job.reductions, job.folder, count, scores=job.scores
-                )
+            with pa.ipc.open_stream(row["rows"][0].as_buffer()) as batches:
+                score_batches(job, task, batches, count)
 
         error = row["error"][0].as_py() if "error" in row.column_names else b""
         result = {"task": task.index, "error": error or _error_of(run), **done}

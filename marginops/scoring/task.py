@@ -60,55 +60,37 @@ def run_task(job: Job, task: Task, progress: Progress | None = None) -> None:
     num_bytes = next(file.num_bytes for file in job.plan.files if file.path == task.path)
     batches = rebatch(read_task(task, job.scorer.columns, rows, num_bytes), rows)
     with _thread("read") as reader:
-        score_batches(
-            task,
-            _read_ahead(batches, reader),
-            job.scorer,
-            job.reductions,
-            job.folder,
-            progress,
-            scores=job.scores,
-        )
+        score_batches(job, task, _read_ahead(batches, reader), progress)
 
 
 def score_batches(
-    task: Task,
-    batches: Iterable[pa.RecordBatch],
-    scorer: Scorer,
-    reductions: Sequence[Reduction],
-    folder: RunFolder,
-    progress: Progress | None = None,
-    *,
-    scores: bool = True,
+    job: Job, task: Task, batches: Iterable[pa.RecordBatch], progress: Progress | None = None
 ) -> None:
     """Score the batches of a task, and write its part, its states and its marker.
 
     Args:
+        job: The run. Its reductions stay empty.
         task: The task.
         batches: Its rows, all but the last batch of the plan's ``batch_rows`` rows.
-        scorer: What scores them.
-        reductions: Empty reductions; they stay empty.
-        folder: The folder of the run.
         progress: It is called after each batch.
-        scores: Whether the scores of all rows are written.
 
     Raises:
         DataError: A row cannot be scored. The message names the file and the row group.
         OutputError: The folder cannot be written.
     """
-    reductions = copy.deepcopy(list(reductions))
+    reductions = copy.deepcopy(list(job.reductions))
     counts: Counter[str] = Counter()
     features = any(reduction.needs_features for reduction in reductions)
     first_row = task.first_row
-    with folder.open_task(task) as output, _thread("write") as writer:
+    with job.folder.open_task(task) as output, _thread("write") as writer:
         pending: deque[Future[None]] = deque()
         for batch in batches:
             try:
-                scored = scorer.score(batch, first_row, features=features)
+                scored = job.scorer.score(batch, first_row, features=features)
             except DataError as error:
                 raise _located(error, task, first_row) from error
             first_row += len(batch)
-            if scores:
+            if job.scores:
                 pending.append(writer.submit(output.write, _columns(scored)))
                 if len(pending) > _DEPTH:
                     pending.popleft().result()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from marginops._json import json_bytes
 from marginops.commands import output
 
 
@@ -129,6 +130,6 @@ print("after")
 
 
 def test_json_holds_no_nan() -> None:
-    content = output.json_bytes({"a": [1.5, math.nan, (math.inf,)], "b": "±"})
+    content = json_bytes({"a": [1.5, math.nan, (math.inf,)], "b": "±"})
     assert content.isascii()
     assert json.loads(content) == {"a": [1.5, None, [None]], "b": "±"}

@@ -101,7 +101,7 @@ def test_score_batches_takes_batches_of_anybody(file: Path) -> None:
     run_task(job, task)
     first = (file.parent / "out" / "scores" / "part-000000.parquet").read_bytes()
     batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, task.row_groups, job.scorer.columns)
-    score_batches(task, batches, other.scorer, other.reductions, other.folder)
+    score_batches(other, task, batches)
     assert (file.parent / "out" / "scores" / "part-000000.parquet").read_bytes() == first
 
 

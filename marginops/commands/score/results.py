@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import torch
 
+from ..._json import json_bytes
 from ..._version import __version__
 from ...scoring import OutputError
 from ...scoring.storage import Storage
@@ -52,7 +53,7 @@ def tell(
     if options.json is not None:
         report = _report(options, scorer, summary, progress)
         try:
-            output.write(options.json, output.json_bytes(report))
+            output.write(options.json, json_bytes(report))
             written.append(str(options.json))
         except OSError as error:
             failed.append(f"--json: {options.json} cannot be written: {_reason(error)}")
