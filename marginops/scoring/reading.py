@@ -103,9 +103,13 @@ def _located(
         except (OSError, pa.ArrowException) as again:
             place, error = f"{shown(task.path)}, row group {group}", again
             break
-    # pyarrow writes fixed_size_list with null rows, and cannot read it.
+    # Before version 26, pyarrow writes fixed_size_list with null rows and cannot read it.
     is_null = "Expected all lists to be of size" in str(error)
-    how = " with list in place of fixed_size_list where rows are null" if is_null else ""
+    how = (
+        " with list in place of fixed_size_list where rows are null, or read it with pyarrow 26"
+        if is_null
+        else ""
+    )
     return DataError(
         f"{place}: expected rows that can be read, got an error: "
         f"{error_line(error, task.path)}; write the file anew{how}"
