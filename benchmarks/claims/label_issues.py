@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import processor
+from harness.machine import processor
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 

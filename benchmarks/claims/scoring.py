@@ -34,7 +34,7 @@ import psutil
 import pyarrow as pa
 import scoring_data
 import torch
-from machine import processor
+from harness.machine import processor
 from process_tree import run_measured
 
 import marginops

@@ -27,7 +27,7 @@ from typing import Any
 import loop
 import tasks
 import torch
-from machine import processor
+from harness.machine import processor
 
 from marginops.training import Comparison, SmallestMargins, TrainingRun, compare
 

