@@ -5,10 +5,11 @@ import datetime
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def finished(
         os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         start = time.monotonic()
         jobs = min(options.jobs, len(waiting))
-        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker) as pool:
             futures = {
                 pool.submit(run_one, claim.run, one, sources, cache.path(one)): one
                 for one in waiting
@@ -118,6 +119,19 @@ def finished(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return [row for row in map(cache.read, settings) if row is not None]
+
+
+def start_worker() -> None:
+    """One thread, and no life of its own: a worker ends with the command, even a killed one."""
+    torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run_one(
