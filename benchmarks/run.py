@@ -21,23 +21,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from claims_page import overview_of_claims, sections_of_claims
 from scoring_costs import costs
 from tables import overview, read_results, tables, time_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-# For each page its generated parts, each with what makes it of a result file.
+# For each page its generated parts, each with what makes it of a result file or of their folder.
 PAGES = {
     "README.md": {"overview": overview},
     "docs/performance.md": {
         "tables": lambda path: tables(path, linear=False),
         "tables of the linear head": lambda path: tables(path, linear=True),
     },
+    "docs/reproduced.md": {"overview": overview_of_claims, "claims": sections_of_claims},
     "docs/score_files.md": {"costs": costs},
 }
-# The result file that a page shows. A page that is not named here shows all of them.
-SHOWN = {"README.md": "amd-epyc-avx512.csv", "docs/score_files.md": "claims-scoring.json"}
+# What a page shows, if not the results of all devices.
+SHOWN = {
+    "README.md": "amd-epyc-avx512.csv",
+    "docs/reproduced.md": ".",
+    "docs/score_files.md": "claims-scoring.json",
+}
 # Other libraries run in a process of their own: a fault there must not end ours.
 OTHER_LIBRARIES = (
     "flashinfer or liger or cut_cross_entropy or modal or small_text or cleanlab or neural_collapse"
@@ -229,7 +235,8 @@ def with_tables(name: str) -> str:
     """A page with the tables of the result files that it shows, between their markers."""
     text = (ROOT / name).read_text()
     for part, make in PAGES[name].items():
-        made = [make(path) for path in sorted(RESULTS.glob(SHOWN.get(name, "*.csv")))]
+        shown = [RESULTS / SHOWN[name]] if name in SHOWN else sorted(RESULTS.glob("*.csv"))
+        made = [make(path) for path in shown if path.exists()]
         begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
         before, after = text.split(begin)[0], text.split(end)[1]
         text = "\n\n".join([before + begin, *filter(None, made), end + after])

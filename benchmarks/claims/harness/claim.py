@@ -88,3 +88,8 @@ class Claim:
     draw: Callable[[list[Row], "Figure"], None]
     seeds: int = 5
     quick_seeds: int = 2
+
+    @property
+    def result_file(self) -> str:
+        """The name of the result file; the figure has the same stem."""
+        return f"claims-{self.name.replace('_', '-')}.json"

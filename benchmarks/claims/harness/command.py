@@ -161,7 +161,7 @@ def machine() -> dict[str, Any]:
 def save(claim: Claim, result: dict[str, Any], folder: Path) -> None:
     """The result file, a line a row, and the figure."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"claims-{claim.name.replace('_', '-')}.json"
+    path = folder / claim.result_file
     head = json.dumps({key: value for key, value in result.items() if key != "rows"})
     rows = ",\n".join(map(json.dumps, result["rows"]))
     path.write_text(f'{head[:-1]}, "rows": [\n{rows}\n]}}\n')

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def markdown(claim: Claim, result: dict[str, Any]) -> str:
-    """The claim, the verdict, the tables, and how it was measured."""
+def markdown(claim: Claim, result: dict[str, Any], figure: str | None = None) -> str:
+    """The claim, the verdict, the tables, the figure, and how it was measured."""
     rows = result["rows"]
     report = claim.report(rows)
     minutes = sum(row["cpu_seconds"] for row in rows) / 60
@@ -21,6 +21,7 @@ def markdown(claim: Claim, result: dict[str, Any]) -> str:
             f"**Claim** ({claim.source}): {claim.statement}",
             f"**{report.outcome.capitalize()}.** {report.verdict}",
             *map(table, report.tables),
+            *([figure] if figure else []),
             *report.notes,
             claim.protocol.strip(),
             f"{len(rows)} runs, {minutes:.0f} minutes of one thread of {result['processor']}, "

@@ -1,0 +1,24 @@
+"""Test all claims, or those that are named, one after the other.
+
+python benchmarks/claims --quick            # every claim in a few minutes; writes no result
+python benchmarks/claims                    # every claim in full: two to three hours on two cores
+python benchmarks/claims inversion --jobs 4 # one claim; all other options are those of a claim
+"""
+
+import sys
+
+from catalogue import CLAIMS
+from harness.command import main
+
+if __name__ == "__main__":
+    known = {claim.name: claim for claim in CLAIMS}
+    names = []
+    for argument in sys.argv[1:]:
+        if argument.startswith("-"):
+            break
+        names.append(argument)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(f"expected names of claims: {', '.join(known)}; got {', '.join(unknown)}")
+    options = sys.argv[1 + len(names) :]
+    sys.exit(max(main(known[name], options) for name in names or known))
