@@ -1,0 +1,293 @@
+"""Updates to equal accuracy, if each step trains on the smallest of ten times as many margins.
+
+python benchmarks/claims/fewer_updates.py            # tables, a result file, a figure
+python benchmarks/claims/fewer_updates.py --quick    # one network, few updates; writes nothing
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from harness.claim import Claim, Report, Row, Scope, Settings, Table
+from harness.command import main
+from harness.data import FASHION_MNIST
+from harness.statistics import Interval, mean_sd
+from trainings.fewer_updates import (
+    BATCH,
+    CONVOLUTIONS,
+    ENTROPY,
+    LOSS,
+    MARGIN,
+    PERCEPTRON,
+    SAMPLINGS,
+    UNIFORM,
+    run,
+)
+
+from marginops.training import Comparison, TrainingRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MANY, SOME = 2.5, 1.2
+Cost = Literal["samples", "process_seconds"]
+
+# The numbers of updates of each network and scheme.
+BUDGETS = {
+    CONVOLUTIONS: {
+        UNIFORM: (250, 500, 1000, 2000, 4000, 8000, 16000),
+        MARGIN: (250, 500, 1000, 2000),
+        ENTROPY: (250, 500, 1000, 2000),
+        LOSS: (250, 500, 1000, 2000),
+    },
+    PERCEPTRON: {
+        UNIFORM: (250, 500, 1000, 2000, 4000, 8000, 16000),
+        MARGIN: (250, 500, 1000, 2000),
+        ENTROPY: (250, 500, 1000, 2000),
+        LOSS: (250, 500, 1000, 2000),
+    },
+}
+QUICK_BUDGETS = {
+    CONVOLUTIONS: {
+        UNIFORM: (250, 500, 1000, 2000),
+        MARGIN: (250, 500),
+        ENTROPY: (250, 500),
+        LOSS: (250, 500),
+    }
+}
+# Learning rates up to a number of updates; the last one holds beyond.
+LEARNING_RATES = {
+    CONVOLUTIONS: {
+        UNIFORM: {500: 0.1, 16000: 0.05},
+        MARGIN: {16000: 0.05},
+        ENTROPY: {16000: 0.05},
+        LOSS: {16000: 0.05},
+    },
+    PERCEPTRON: {
+        UNIFORM: {16000: 0.05},
+        MARGIN: {16000: 0.02},
+        ENTROPY: {16000: 0.02},
+        LOSS: {16000: 0.02},
+    },
+}
+
+
+def settings(scope: Scope) -> list[Settings]:
+    """Every scheme at every budget. The schemes take turns, so that they share the machine."""
+    if not scope.sources.has(FASHION_MNIST):
+        return []
+    budgets = QUICK_BUDGETS if scope.quick else BUDGETS
+    return [
+        {
+            "data": FASHION_MNIST,
+            "network": network,
+            "sampling": sampling,
+            "updates": updates,
+            "learning_rate": learning_rate(network, sampling, updates),
+            "evaluate_on": "test",
+            "seed": seed,
+        }
+        for seed in scope.seeds
+        for network, of_sampling in budgets.items()
+        for sampling in SAMPLINGS
+        for updates in of_sampling[sampling]
+    ]
+
+
+def learning_rate(network: str, sampling: str, updates: int) -> float:
+    """The learning rate that was chosen on held-out training samples."""
+    rates = LEARNING_RATES[network][sampling]
+    return next(rate for limit, rate in rates.items() if updates <= limit)
+
+
+def comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
+    """The runs of each network, compared with uniform batches."""
+    found: dict[str, list[TrainingRun]] = {}
+    for row in rows:
+        training = TrainingRun(
+            row["sampling"],
+            row["updates"],
+            row["seed"],
+            row["accuracy"],
+            row["samples"],
+            row["process_seconds"],
+            row["wall_seconds"],
+        )
+        found.setdefault(row["network"], []).append(training)
+    return {network: Comparison(tuple(runs), UNIFORM) for network, runs in found.items()}
+
+
+def gain(comparison: Comparison, sampling: str, cost: Cost) -> Interval | None:
+    """The cost of uniform batches over that of a scheme; None without a common accuracy."""
+    lowest, highest = comparison.accuracy_range(sampling, cost)
+    if lowest > highest:
+        return None
+    return Interval(*comparison.gain(sampling, cost=cost)[:3])
+
+
+def report(rows: list[Row]) -> Report:
+    """The outcome is that of minimal margins; the other schemes stand beside them."""
+    if not rows:
+        return Report(
+            "not confirmed", "Nothing was trained, because Fashion-MNIST is not there.", []
+        )
+    of_network = comparisons(rows)
+    gains = {name: gain(one, MARGIN, "samples") for name, one in of_network.items()}
+    values = [0.0 if one is None else one.value for one in gains.values()]
+    outcome: Literal["confirmed", "partly confirmed", "not confirmed"] = "partly confirmed"
+    if min(values) >= MANY:
+        outcome = "confirmed"
+    elif max(values) < SOME:
+        outcome = "not confirmed"
+    # The network with the smallest gain comes first.
+    order = sorted(of_network, key=lambda name: values[list(gains).index(name)])
+    verdict = " ".join(sentences(name, of_network[name]) for name in order)
+    notes = [
+        "Gains are geometric means over all accuracies that both schemes reach, with 95 % "
+        "intervals over seeds. "
+        f"A gain of {MANY} in updates confirms the claim, and {SOME} confirms it in part.",
+        "The selection is only worth its time if the gain in CPU time is above 1. The claim "
+        "`train_faster` tests samplings that use the margins of earlier forward passes "
+        "(`MarginSampler`) and so need no scoring.",
+    ]
+    if set(of_network) != set(BUDGETS):
+        left_out = ", ".join(name for name in BUDGETS if name not in of_network)
+        notes.append(f"These runs leave out: {left_out}.")
+    return Report(outcome, verdict, [gain_table(of_network), budget_table(rows)], notes)
+
+
+def sentences(network: str, comparison: Comparison) -> str:
+    """What minimal margins gain with one network."""
+    updates = gain(comparison, MARGIN, "samples")
+    seconds = gain(comparison, MARGIN, "process_seconds")
+    name = network.capitalize()
+    if updates is None or seconds is None:
+        return f"{name}: no accuracy that both minimal margins and uniform batches reach."
+    if updates.value >= 1:
+        text = f"{updates.text()} times fewer updates"
+    else:
+        text = f"{reciprocal(updates).text()} times more updates"
+    time = (
+        f"{reciprocal(seconds).text()} times more CPU time"
+        if seconds.value < 1
+        else f"{seconds.text()} times less CPU time"
+    )
+    accuracies = range_text(comparison, MARGIN)
+    return (
+        f"{name}: minimal margins need {text} than uniform batches for the same accuracy, "
+        f"and {time} (accuracies from {accuracies} %)."
+    )
+
+
+def reciprocal(ratio: Interval) -> Interval:
+    """The ratio the other way round."""
+    return Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+
+
+def range_text(comparison: Comparison, sampling: str) -> str:
+    """The accuracies that are compared, in percent."""
+    lowest, highest = comparison.accuracy_range(sampling, "samples")
+    return f"{100 * lowest:.1f} to {100 * highest:.1f}"
+
+
+def gain_table(of_network: dict[str, Comparison]) -> Table:
+    """The gains of every scheme over uniform batches."""
+    cells = []
+    for network, comparison in of_network.items():
+        for sampling in SAMPLINGS[1:]:
+            updates = gain(comparison, sampling, "samples")
+            seconds = gain(comparison, sampling, "process_seconds")
+            numbers = ("-", "-", "-")
+            if updates is not None and seconds is not None:
+                numbers = updates.text(), seconds.text(), range_text(comparison, sampling)
+            cells.append((network, sampling, *numbers))
+    return Table(
+        "Updates and CPU time that uniform batches need for the same accuracy, over those of each "
+        "scheme. Above 1 the scheme needs less.",
+        ("network", "scheme", "gain in updates", "gain in CPU time", "test accuracies, %"),
+        cells,
+    )
+
+
+def budget_table(rows: Sequence[Row]) -> Table:
+    """Every number of updates, and how many uniform updates reach the same accuracy."""
+    cells = []
+    of_network = comparisons(rows)
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["sampling"], row["updates"]), []).append(row)
+    for (network, sampling, updates), group in groups.items():
+        accuracies = [row["accuracy"] for row in group]
+        same = "" if sampling == UNIFORM else uniform_updates(of_network[network], accuracies)
+        cells.append(
+            (
+                network,
+                sampling,
+                f"{updates:,}",
+                f"{group[0]['learning_rate']:g}",
+                mean_sd(accuracies, scale=100),
+                mean_sd([row["process_seconds"] for row in group], 1),
+                same,
+            )
+        )
+    return Table(
+        "Mean and standard deviation over seeds at each number of updates. The last column is the "
+        "number of uniform updates with the same mean accuracy; a dash means that no number from "
+        "the smallest to the largest reaches it.",
+        (
+            "network",
+            "scheme",
+            "updates",
+            "learning rate",
+            "test accuracy, %",
+            "CPU seconds",
+            "uniform updates",
+        ),
+        cells,
+    )
+
+
+def uniform_updates(comparison: Comparison, accuracies: Sequence[float]) -> str:
+    """How many uniform updates reach a mean accuracy."""
+    samples, reached = np.transpose(comparison.frontier(UNIFORM, "samples"))
+    accuracy = float(np.mean(accuracies))
+    if not reached[0] <= accuracy <= reached[-1]:
+        return "-"
+    updates = np.exp(np.interp(accuracy, reached, np.log(samples / BATCH)))
+    return f"{updates:,.0f}"
+
+
+def draw(rows: list[Row], figure: "Figure") -> None:
+    """Accuracy against updates and against CPU time, a row of panels for each network."""
+    of_network = comparisons(rows)
+    figure.set_size_inches(9, 3.6 * max(1, len(of_network)))
+    panels = figure.subplots(max(1, len(of_network)), 2, squeeze=False, sharey="row")
+    for (left, right), (network, comparison) in zip(panels, of_network.items(), strict=True):
+        # The axis counts updates, which are the budgets.
+        by_updates = tuple(replace(one, samples=int(one.budget)) for one in comparison.runs)
+        Comparison(by_updates, UNIFORM).plot(left, cost="samples")
+        comparison.plot(right)
+        left.set(xlabel="updates", ylabel="test accuracy", title=network)
+        right.set(xlabel="CPU seconds of training", ylabel="", title=network)
+        right.get_legend().remove()
+
+
+PROTOCOL = ""
+CLAIM = Claim(
+    name="fewer_updates",
+    title="Fewer updates with the smallest minimal margins",
+    statement="A training whose batches are the 64 samples with the smallest minimal margin score "
+    "out of 640 candidates needs far fewer updates to the same accuracy than one with uniform "
+    "batches.",
+    source="Weinstein, Fine and Hel-Or 2020",
+    protocol=PROTOCOL,
+    settings=settings,
+    run=run,
+    report=report,
+    draw=draw,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(CLAIM))
