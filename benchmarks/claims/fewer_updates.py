@@ -34,42 +34,57 @@ if TYPE_CHECKING:
 MANY, SOME = 2.5, 1.2
 Cost = Literal["samples", "process_seconds"]
 
-# The numbers of updates of each network and scheme.
+# The numbers of updates of each network and scheme. Uniform updates are cheap and more are needed.
+SHORT = (250, 500, 1000, 2000)
 BUDGETS = {
     CONVOLUTIONS: {
-        UNIFORM: (250, 500, 1000, 2000, 4000, 8000, 16000),
-        MARGIN: (250, 500, 1000, 2000),
-        ENTROPY: (250, 500, 1000, 2000),
-        LOSS: (250, 500, 1000, 2000),
+        UNIFORM: (*SHORT, 4000, 8000),
+        MARGIN: (*SHORT, 4000),
+        ENTROPY: SHORT,
+        LOSS: SHORT,
     },
-    PERCEPTRON: {
-        UNIFORM: (250, 500, 1000, 2000, 4000, 8000, 16000),
-        MARGIN: (250, 500, 1000, 2000),
-        ENTROPY: (250, 500, 1000, 2000),
-        LOSS: (250, 500, 1000, 2000),
-    },
+    PERCEPTRON: {UNIFORM: (*SHORT, 4000, 8000), MARGIN: SHORT, ENTROPY: SHORT, LOSS: SHORT},
 }
 QUICK_BUDGETS = {
-    CONVOLUTIONS: {
-        UNIFORM: (250, 500, 1000, 2000),
-        MARGIN: (250, 500),
-        ENTROPY: (250, 500),
-        LOSS: (250, 500),
-    }
+    CONVOLUTIONS: {UNIFORM: SHORT, MARGIN: SHORT[:2], ENTROPY: SHORT[:2], LOSS: SHORT[:2]}
 }
+PROTOCOL = f"""
+Every step draws 640 candidates, and the network scores them in evaluation mode and without gradient.
+A second forward pass, in training mode, and the backward pass take the 64 chosen samples, with plain
+cross-entropy. The schemes choose the smallest minimal margin score (`marginops.training.select_batch`),
+the largest entropy of the softmax, or the largest cross-entropies, six of each class and four more of
+any class. A uniform step draws 64 samples. Each epoch has a new order, without repetition.
+
+Data and networks: Fashion-MNIST without augmentation; two convolutions with a hidden layer of 64
+units, and a perceptron with 256 hidden units. Stochastic gradient descent with Nesterov momentum 0.9
+and weight decay 5e-4. Schedules count updates: every number of updates is a training of its own,
+whose learning rate falls to a tenth after half of its updates and again after three quarters.
+The accuracy is that on the test set after the last update. CPU time is that of one thread, with
+drawing, scoring and training.
+
+Before the runs, a sixth of the training samples was held out, and 62 trainings with seeds of their own
+compared the learning rates 0.02, 0.05 and 0.1 (for uniform batches also 0.2, for minimal margins also
+0.01) at some numbers of updates from 250 to 2,000, or to 16,000 for uniform batches. Each scheme
+takes the best that was tried at the nearest number of updates; where two differed by at most
+0.1 percentage points, the better one at the neighbouring number decided.
+The thresholds, the numbers of updates and the drops were fixed before the runs too. All accuracies
+that two schemes both reach are compared. The outcome is "confirmed" if minimal margins gain {MANY} or
+more in updates with every network, "not confirmed" if they gain less than {SOME} with every network,
+and else "partly confirmed".
+"""
 # Learning rates up to a number of updates; the last one holds beyond.
 LEARNING_RATES = {
     CONVOLUTIONS: {
-        UNIFORM: {500: 0.1, 16000: 0.05},
-        MARGIN: {16000: 0.05},
-        ENTROPY: {16000: 0.05},
-        LOSS: {16000: 0.05},
+        UNIFORM: {500: 0.1, 8000: 0.05},
+        MARGIN: {4000: 0.05},
+        ENTROPY: {2000: 0.05},
+        LOSS: {2000: 0.05},
     },
     PERCEPTRON: {
-        UNIFORM: {16000: 0.05},
-        MARGIN: {16000: 0.02},
-        ENTROPY: {16000: 0.02},
-        LOSS: {16000: 0.02},
+        UNIFORM: {8000: 0.05},
+        MARGIN: {500: 0.05, 2000: 0.02},
+        ENTROPY: {2000: 0.05},
+        LOSS: {2000: 0.05},
     },
 }
 
@@ -143,7 +158,10 @@ def report(rows: list[Row]) -> Report:
         outcome = "not confirmed"
     # The network with the smallest gain comes first.
     order = sorted(of_network, key=lambda name: values[list(gains).index(name)])
-    verdict = " ".join(sentences(name, of_network[name]) for name in order)
+    verdict = " ".join(sentence(name, of_network[name]) for name in order)
+    if min(values) < MANY:
+        below = " and ".join(name for name in order if values[list(gains).index(name)] < MANY)
+        verdict = f"The gain in updates is below {MANY} with the {below}. {verdict}"
     notes = [
         "Gains are geometric means over all accuracies that both schemes reach, with 95 % "
         "intervals over seeds. "
@@ -158,7 +176,7 @@ def report(rows: list[Row]) -> Report:
     return Report(outcome, verdict, [gain_table(of_network), budget_table(rows)], notes)
 
 
-def sentences(network: str, comparison: Comparison) -> str:
+def sentence(network: str, comparison: Comparison) -> str:
     """What minimal margins gain with one network."""
     updates = gain(comparison, MARGIN, "samples")
     seconds = gain(comparison, MARGIN, "process_seconds")
@@ -274,7 +292,6 @@ def draw(rows: list[Row], figure: "Figure") -> None:
         right.get_legend().remove()
 
 
-PROTOCOL = ""
 CLAIM = Claim(
     name="fewer_updates",
     title="Fewer updates with the smallest minimal margins",
