@@ -73,7 +73,7 @@ over all accuracies that both schemes reach. The claim is confirmed if minimal m
 or more in updates with both networks, not confirmed if they gain less than {SOME} with both, and
 else partly confirmed.
 """
-# Learning rates up to a number of updates; the last one holds beyond.
+# The learning rate holds up to the number of updates that it stands at.
 LEARNING_RATES = {
     CONVOLUTIONS: {
         UNIFORM: {500: 0.1, 8000: 0.05},
@@ -122,16 +122,9 @@ def comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
     """The runs of each network, compared with uniform batches."""
     found: dict[str, list[TrainingRun]] = {}
     for row in rows:
-        training = TrainingRun(
-            row["sampling"],
-            row["updates"],
-            row["seed"],
-            row["accuracy"],
-            row["samples"],
-            row["process_seconds"],
-            row["wall_seconds"],
-        )
-        found.setdefault(row["network"], []).append(training)
+        fields = ("sampling", "updates", "seed", "accuracy", "samples")
+        values = [row[field] for field in (*fields, "process_seconds", "wall_seconds")]
+        found.setdefault(row["network"], []).append(TrainingRun(*values))
     return {network: Comparison(tuple(runs), UNIFORM) for network, runs in found.items()}
 
 
@@ -146,33 +139,28 @@ def gain(comparison: Comparison, sampling: str, cost: Cost) -> Interval | None:
 def report(rows: list[Row]) -> Report:
     """The outcome is that of minimal margins; the other schemes stand beside them."""
     if not rows:
-        return Report(
-            "not confirmed", "Nothing was trained, because Fashion-MNIST is not there.", []
-        )
+        return Report("not confirmed", "Nothing was trained, because Fashion-MNIST is missing.", [])
     of_network = comparisons(rows)
-    gains = {name: gain(one, MARGIN, "samples") for name, one in of_network.items()}
-    values = [0.0 if one is None else one.value for one in gains.values()]
+    found = {name: gain(one, MARGIN, "samples") for name, one in of_network.items()}
+    values = {name: one.value if one else 0 for name, one in found.items()}
     outcome: Literal["confirmed", "partly confirmed", "not confirmed"] = "partly confirmed"
-    if min(values) >= MANY:
+    if min(values.values()) >= MANY:
         outcome = "confirmed"
-    elif max(values) < SOME:
+    elif max(values.values()) < SOME:
         outcome = "not confirmed"
-    # The network with the smallest gain comes first.
-    order = sorted(of_network, key=lambda name: values[list(gains).index(name)])
-    verdict = " ".join(sentence(name, of_network[name]) for name in order)
-    if min(values) < MANY:
-        below = [NAMES[name] for name in order if values[list(gains).index(name)] < MANY]
-        verdict = f"The gain in updates is below {MANY} with {' and '.join(below)}. {verdict}"
+    order = sorted(values, key=values.__getitem__)
+    parts = [sentence(name, of_network[name]) for name in order]
+    if below := [NAMES[name] for name in order if values[name] < MANY]:
+        parts.insert(0, f"The gain in updates is below {MANY} with {' and '.join(below)}.")
     notes = [
         "A gain is the geometric mean over the accuracies, with its 95 % interval over seeds.",
         "Every selected batch costs a forward pass of ten times as many candidates. The claim "
         "`train_faster` tests a sampling without this cost: `MarginSampler` takes the margins "
         "that the training has seen before.",
     ]
-    if set(of_network) != set(BUDGETS):
-        left_out = ", ".join(name for name in BUDGETS if name not in of_network)
-        notes.append(f"These runs leave out: {left_out}.")
-    return Report(outcome, verdict, [gain_table(of_network), budget_table(rows)], notes)
+    if left_out := [NAMES[name] for name in BUDGETS if name not in of_network]:
+        notes.append(f"These runs leave out {' and '.join(left_out)}.")
+    return Report(outcome, " ".join(parts), [gain_table(of_network), budget_table(rows)], notes)
 
 
 def sentence(network: str, comparison: Comparison) -> str:
@@ -229,6 +217,7 @@ def gain_table(of_network: dict[str, Comparison]) -> Table:
 def budget_table(rows: Sequence[Row]) -> Table:
     """Every number of updates, and how many uniform updates reach the same accuracy."""
     cells = []
+    numbers = "updates", "learning rate", "test accuracy, %"
     of_network = comparisons(rows)
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
@@ -251,15 +240,7 @@ def budget_table(rows: Sequence[Row]) -> Table:
         "Mean and standard deviation over seeds at each number of updates. The last column is the "
         "number of uniform updates with the same mean accuracy; a dash means that no number from "
         "the smallest to the largest reaches it.",
-        (
-            "network",
-            "scheme",
-            "updates",
-            "learning rate",
-            "test accuracy, %",
-            "CPU seconds",
-            "uniform updates",
-        ),
+        ("network", "scheme", *numbers, "CPU seconds", "uniform updates"),
         cells,
     )
 
@@ -276,9 +257,11 @@ def uniform_updates(comparison: Comparison, accuracies: Sequence[float]) -> str:
 
 def draw(rows: list[Row], figure: "Figure") -> None:
     """Accuracy against updates and against CPU time, a row of panels for each network."""
+    if not rows:
+        return
     of_network = comparisons(rows)
-    figure.set_size_inches(9, 3.6 * max(1, len(of_network)))
-    panels = figure.subplots(max(1, len(of_network)), 2, squeeze=False, sharey="row")
+    figure.set_size_inches(9, 3.6 * len(of_network))
+    panels = figure.subplots(len(of_network), 2, squeeze=False, sharey="row")
     for (left, right), (network, comparison) in zip(panels, of_network.items(), strict=True):
         # The axis counts updates, which are the budgets.
         by_updates = tuple(replace(one, samples=int(one.budget)) for one in comparison.runs)

@@ -182,7 +182,9 @@ def test_without_a_common_accuracy_nothing_is_confirmed(claims: Claims) -> None:
     report = claim.report(few)
     assert report.outcome == "not confirmed"
     assert "no common accuracy" in report.verdict
-    assert claim.report([]).outcome == "not confirmed"
+    nothing = claim.report([])
+    assert (nothing.outcome, nothing.tables) == ("not confirmed", [])
+    assert "Fashion-MNIST is missing" in nothing.verdict
 
 
 def test_settings_are_complete_distinct_and_fewer_when_quick(claims: Claims) -> None:
