@@ -79,8 +79,8 @@ else partly confirmed.
 # The learning rate holds up to the number of updates that it stands at.
 LEARNING_RATES = {
     CONVOLUTIONS: {
-        UNIFORM: {250: 0.1, 500: 0.1, 8000: 0.05},
-        MARGIN: {2000: 0.05, 4000: 0.05},
+        UNIFORM: {250: 0.1, 500: 0.05, 8000: 0.05},
+        MARGIN: {2000: 0.05, 4000: 0.02},
         ENTROPY: {2000: 0.05},
         LOSS: {2000: 0.05},
     },
