@@ -8,11 +8,12 @@ from harness.data import Data, Sources, load
 from torch import Tensor, nn
 from torch.nn import functional
 from trainings.loop import error_of, logits_of, uniform_batches
+from trainings.networks import perceptron
 
 import marginops
 from marginops.metrics import MarginDistribution
 
-BATCH_NORM, PLAIN, PERCEPTRON = "batch norm", "convolutions", "perceptron"
+BATCH_NORM, PERCEPTRON = "batch norm", "perceptron"
 NORMS, READINGS = ("frobenius", "spectral"), ("fold", "last", "affine")
 UNNORMALISED, BARTLETT = "none", "bartlett"
 
@@ -26,29 +27,32 @@ def measured(data: Data, settings: dict[str, Any]) -> dict[str, Any]:
     """Train a network until it separates its samples, and measure it.
 
     Returns:
-        ``separates``, ``epochs`` after pre-training, ``train_error``, ``train_loss``,
-        ``test_error`` and ``training_seconds`` (CPU time of both trainings). If the network
-        separates its samples there are also the ``statistics`` of :func:`statistics_of`.
+        ``separates``, ``pre_epochs`` with partly random labels, ``epochs`` after that,
+        ``train_error``, ``train_loss``, ``test_error``, ``training_seconds`` (CPU time of both
+        trainings), and the ``statistics`` of :func:`statistics_of`, which are empty if the network
+        does not separate its samples.
     """
     order = torch.randperm(len(data.train_target), generator=torch.Generator().manual_seed(0))
     chosen = order[: settings["samples"]]
     inputs, target = data.train_inputs[chosen], data.train_target[chosen]
     seed = settings["seed"]
     torch.manual_seed(seed)
-    network = network_of(settings["network"], inputs, data.num_classes)
+    network = network_of(settings["architecture"], inputs, data.num_classes)
     scale_weights(network, settings["scale"])
 
     start = time.process_time()
+    pre_epochs = 0
     if settings["share"]:
-        wrong = partly_random(target, settings["share"], data.num_classes, seed)
-        train(network, inputs, wrong, settings, settings["pre_epochs"], stop_loss=0.0)
-    epochs = train(network, inputs, target, settings, settings["epochs"], settings["stop_loss"])
+        labels = partly_random(target, settings["share"], data.num_classes, seed)
+        pre_epochs = train(network, inputs, labels, settings)
+    epochs = train(network, inputs, target, settings)
     seconds = time.process_time() - start
 
     error, loss = error_and_loss(network, inputs, target)
-    separates = error == 0 and loss <= settings["stop_loss"]
+    separates = error == 0 and loss <= settings["loss"]
     return {
         "separates": separates,
+        "pre_epochs": pre_epochs,
         "epochs": epochs,
         "train_error": error,
         "train_loss": rounded(loss),
@@ -59,31 +63,27 @@ def measured(data: Data, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def network_of(name: str, inputs: Tensor, classes: int) -> nn.Module:
-    """A network with ReLU and without biases, so that its norms scale its outputs exactly.
+    """A perceptron, or convolutions with a batch norm after every layer but the last.
 
-    With batch norm there is one after every layer but the last.
+    No layer has biases. So the norms of the perceptron scale its logits exactly.
     """
     height, width = inputs.shape[2:]
     if name == PERCEPTRON:
-        return nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(height * width, 128, bias=False),
-            nn.ReLU(),
-            nn.Linear(128, 128, bias=False),
-            nn.ReLU(),
-            nn.Linear(128, classes, bias=False),
-        )
+        return perceptron(height * width, [128, 128], classes, bias=False)
     places = ((height + 3) // 4) * ((width + 3) // 4)
-    with_norm = name == BATCH_NORM
-    layers: list[nn.Module] = []
-    for layer, norm in (
-        (nn.Conv2d(1, 12, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(12)),
-        (nn.Conv2d(12, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24)),
-        (nn.Linear(24 * places, 64, bias=False), nn.BatchNorm1d(64)),
-    ):
-        layers += [nn.Flatten()] if isinstance(layer, nn.Linear) else []
-        layers += [layer, norm, nn.ReLU()] if with_norm else [layer, nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(64, classes, bias=False))
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 5, stride=2, padding=2, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 24, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24 * places, 64, bias=False),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Linear(64, classes, bias=False),
+    )
 
 
 @torch.no_grad()
@@ -96,43 +96,36 @@ def scale_weights(network: nn.Module, scale: float) -> None:
 
 def partly_random(target: Tensor, share: float, classes: int, seed: int) -> Tensor:
     """The labels, of which a share is drawn anew from all classes."""
-    generator = torch.Generator().manual_seed(seed)
+    # Another seed than that of the batches, whose first order would be the same.
+    generator = torch.Generator().manual_seed(10_000 + seed)
     chosen = torch.randperm(len(target), generator=generator)[: round(share * len(target))]
     labels = target.clone()
     labels[chosen] = torch.randint(classes, (len(chosen),), generator=generator)
     return labels
 
 
-def train(
-    network: nn.Module,
-    inputs: Tensor,
-    target: Tensor,
-    settings: dict[str, Any],
-    epochs: int,
-    stop_loss: float,
-) -> int:
+def train(network: nn.Module, inputs: Tensor, target: Tensor, settings: dict[str, Any]) -> int:
     """SGD with momentum until all samples are right and their mean loss is small.
 
     Returns:
-        The number of epochs.
+        The number of epochs, which is limited.
     """
     optimizer = torch.optim.SGD(
         network.parameters(), lr=settings["learning_rate"], momentum=0.9, nesterov=True
     )
     batch_size = settings["batch_size"]
     batches = uniform_batches(len(inputs), batch_size, settings["seed"])
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, settings["epochs"] + 1):
         network.train()
         for _ in range(max(1, len(inputs) // batch_size)):
             batch = next(batches)
             optimizer.zero_grad()
             functional.cross_entropy(network(inputs[batch]), target[batch]).backward()
             optimizer.step()
-        if stop_loss:
-            error, loss = error_and_loss(network, inputs, target)
-            if error == 0 and loss <= stop_loss:
-                return epoch
-    return epochs
+        error, loss = error_and_loss(network, inputs, target)
+        if error == 0 and loss <= settings["loss"]:
+            break
+    return epoch
 
 
 def error_and_loss(network: nn.Module, inputs: Tensor, target: Tensor) -> tuple[float, float]:
@@ -158,8 +151,7 @@ def statistics_of(network: nn.Module, inputs: Tensor, target: Tensor) -> dict[st
         for reading in READINGS if has_norm else READINGS[:1]:
             log_norm = marginops.log_norm_product(network, norm=norm, batch_norm=reading)
             margins = marginops.classification_margin(logits, target, log_norm=log_norm)
-            name = f"{norm} {reading}" if has_norm else norm
-            found[name] = summary_of(margins) | {"norm": rounded(log_norm.item())}
+            found[f"{norm} {reading}"] = summary_of(margins) | {"norm": rounded(log_norm.item())}
     margins = marginops.spectrally_normalized_margin(logits, target, network)
     log_norm = (plain.mean() / margins.mean()).log().item()
     found[BARTLETT] = summary_of(margins) | {"norm": rounded(log_norm)}
