@@ -9,15 +9,15 @@ number of seeds is the number of networks of one architecture and one share.
 """
 
 import sys
-from collections.abc import Callable
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from harness.claim import Claim, Report, Row, Scope, Settings, Table
 from harness.command import main
+from harness.correlation import correlation_interval, interval_within, kendall, spearman
 from harness.data import FASHION_MNIST
-from harness.statistics import RESAMPLES, Interval, mean_sd
+from harness.statistics import Interval, mean_sd
 from trainings.margin_area import BARTLETT, BATCH_NORM, NORMS, PERCEPTRON, UNNORMALISED, run
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ THRESHOLD = 0.8
 Statistic = tuple[str, str]
 FIXED: Statistic = ("frobenius fold", "rank")
 FORMS = ("rank", "cdf")
-Correlation = Callable[..., Any]
 
 
 def settings(scope: Scope) -> list[Settings]:
@@ -65,71 +64,72 @@ def setting(seed: int, architecture: str, share: float, samples: int) -> Setting
 
 def report(rows: list[Row]) -> Report:
     """What the networks say. Those that do not separate their samples are left out."""
-    kept = {
-        name: [row for row in rows if row["architecture"] == name and row["separates"]]
-        for name in ARCHITECTURES
-    }
-    kept = {name: networks for name, networks in kept.items() if networks}
+    kept = separating(rows)
     if not kept:
-        verdict = "No network was trained, because Fashion-MNIST was not found."
-        return Report("not confirmed", verdict, [])
-    values = {
-        name: {key: float(spearman(*pairs(networks, key))) for key in statistics(networks)}
-        for name, networks in kept.items()
-    }
-    within = {name: within_shares(networks, FIXED) for name, networks in kept.items()}
+        return Report("not confirmed", "No network was trained: Fashion-MNIST was not found.", [])
     left_out = sum(not row["separates"] for row in rows)
-    notes = [f"{left_out} of {len(rows)} networks did not separate their samples.", *NOTES]
     return Report(
-        *judged(values, within),
-        [
-            *(by_statistic(name, networks) for name, networks in kept.items()),
-            by_share(kept),
-        ],
-        notes,
+        *judged(kept),
+        [*(by_statistic(name, networks) for name, networks in kept.items()), by_share(kept)],
+        [f"{left_out} of {len(rows)} networks did not separate their samples.", *NOTES],
     )
 
 
-def judged(
-    values: dict[str, dict[Statistic, float]], within: dict[str, Interval]
-) -> tuple[Any, str]:
-    """The outcome and the verdict, from Spearman's correlation of every statistic."""
+def separating(rows: list[Row]) -> dict[str, list[Row]]:
+    """The networks of each architecture that separate their samples."""
+    found: dict[str, list[Row]] = {name: [] for name in ARCHITECTURES}
+    for row in rows:
+        if row["separates"]:
+            found[row["architecture"]].append(row)
+    return {name: networks for name, networks in found.items() if networks}
+
+
+def judged(kept: dict[str, list[Row]]) -> tuple[Any, str]:
+    """The outcome and the verdict."""
     areas = {
-        name: {key: value for key, value in found.items() if is_area(key)}
-        for name, found in values.items()
+        name: {one: correlation(networks, one) for one in statistics(networks) if is_area(one)}
+        for name, networks in kept.items()
     }
-    fixed = {name: found[FIXED] for name, found in values.items()}
-    failed = [name for name, value in fixed.items() if not value >= THRESHOLD]
+    failed = [name for name, found in areas.items() if not found[FIXED] >= THRESHOLD]
     reached = {
-        name: [key for key, value in found.items() if value >= THRESHOLD]
+        name: [one for one, value in found.items() if value >= THRESHOLD]
         for name, found in areas.items()
     }
-    sentences = []
     if not failed:
-        outcome = "confirmed"
-        sentences.append("The area that was fixed beforehand orders the networks by test error")
-    elif any(reached.values()):
-        outcome = "partly confirmed"
-        sentences.append(
-            "The area that was fixed beforehand does not order all networks by test error"
-        )
+        outcome, sentence = "confirmed", "The area orders the networks by test error"
     else:
-        outcome = "not confirmed"
-        sentences.append("No reading of the area orders the networks by test error")
-    listed = ", ".join(f"{value:.2f} ({ARCHITECTURES[name]})" for name, value in fixed.items())
-    sentences[0] += f": its rank correlation with the test accuracy is {listed}."
-    for name, keys in reached.items():
-        best = max(areas[name], key=areas[name].__getitem__)
-        many = f"{len(keys)} of {len(areas[name])} readings reach {THRESHOLD}"
-        sentences.append(
-            f"For the {ARCHITECTURES[name]} {many}; the largest is {areas[name][best]:.2f} "
-            f"({label(best, name)})."
-        )
-    lost = [name for name, found in within.items() if not found.low > 0]
-    listed = ", ".join(f"{found.text()} ({ARCHITECTURES[name]})" for name, found in within.items())
-    start = "Among networks with the same share of random labels the correlation "
-    sentences.append(start + ("disappears: " if lost else "remains: ") + f"{listed}.")
+        outcome = "partly confirmed" if any(reached.values()) else "not confirmed"
+        missing = " and ".join(f"the {ARCHITECTURES[name]}" for name in failed)
+        sentence = f"The area that was fixed beforehand does not order the networks of {missing}"
+    fixed = {name: f"{found[FIXED]:.2f}" for name, found in areas.items()}
+    sentences = [f"{sentence}: its Spearman correlation with the accuracy is {listed(fixed)}."]
+    best = {
+        name: f"{len(reached[name])} of {len(found)} reach {THRESHOLD}, and the best is "
+        f"{label(max(found, key=found.__getitem__), name)}, with {max(found.values()):.2f}"
+        for name, found in areas.items()
+    }
+    sentences.append(f"Of all readings of the area, {listed(best)}.")
+    for same, group in (
+        ("share", "the same share of random labels"),
+        ("seed", "the same scale, batch size, learning rate and seed"),
+    ):
+        found = {name: within(networks, FIXED, same) for name, networks in kept.items()}
+        texts = {
+            name: one.text() + ("" if one.low > 0 else ", so it disappears or turns round")
+            for name, one in found.items()
+        }
+        sentences.append(f"Among networks with {group} it is {listed(texts)}.")
     return outcome, " ".join(sentences)
+
+
+def listed(texts: dict[str, str]) -> str:
+    """A text for each architecture."""
+    return "; ".join(f"{text} ({ARCHITECTURES[name]})" for name, text in texts.items())
+
+
+def correlation(networks: list[Row], statistic: Statistic) -> float:
+    """Spearman's correlation of a statistic with the test accuracy."""
+    return float(spearman(*pairs(networks, statistic)))
 
 
 def statistics(networks: list[Row]) -> list[Statistic]:
@@ -178,66 +178,9 @@ def pairs(networks: list[Row], statistic: Statistic) -> tuple[np.ndarray, np.nda
     return -values if what == "norm" else values, accuracy
 
 
-def spearman(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Spearman's correlation along the last axis."""
-    from scipy.stats import rankdata
-
-    return pearson(rankdata(first, axis=axis), rankdata(second, axis=axis))
-
-
-def pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The linear correlation along the last axis; NaN for constants."""
-    first = first - first.mean(-1, keepdims=True)
-    second = second - second.mean(-1, keepdims=True)
-    scale = np.sqrt((first**2).sum(-1) * (second**2).sum(-1))
-    with np.errstate(invalid="ignore"):
-        return (first * second).sum(-1) / scale
-
-
-def kendall(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Kendall's tau-b along the last axis."""
-    signs = [np.sign(values[..., None] - values[..., None, :]) for values in (first, second)]
-    one, other = (sign.reshape(*sign.shape[:-2], -1) for sign in signs)
-    with np.errstate(invalid="ignore"):
-        return (one * other).sum(-1) / np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
-
-
-def over_networks(correlation: Correlation, first: np.ndarray, second: np.ndarray) -> Interval:
-    """A correlation with its 95 % interval of the bootstrap over networks."""
-    from scipy.stats import bootstrap
-
-    found = bootstrap(
-        (first, second), correlation, n_resamples=RESAMPLES, batch=500, paired=True,
-        vectorized=True, method="percentile", random_state=0,
-    )  # fmt: skip
-    low, high = np.nanquantile(found.bootstrap_distribution, (0.025, 0.975))
-    return Interval(float(correlation(first, second)), float(low), float(high))
-
-
-def within_shares(networks: list[Row], statistic: Statistic) -> Interval:
-    """Spearman's correlation within the shares: ranks within each share, less their mean.
-
-    The bootstrap draws networks anew within each share.
-    """
-    values, accuracy = pairs(networks, statistic)
-    shares = np.array([row["share"] for row in networks])
-    members = [np.flatnonzero(shares == share) for share in np.unique(shares)]
-    random = np.random.default_rng(0)
-    drawn = [random.choice(group, (RESAMPLES, len(group))) for group in members]
-    resampled = inside(values, accuracy, drawn)
-    low, high = np.nanquantile(resampled, (0.025, 0.975))
-    return Interval(float(inside(values, accuracy, members)), float(low), float(high))
-
-
-def inside(values: np.ndarray, accuracy: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
-    """The correlation of the ranks within groups, which are indices with any leading axes."""
-    from scipy.stats import rankdata
-
-    def ranks(numbers: np.ndarray) -> np.ndarray:
-        parts = [rankdata(numbers[group], axis=-1) - (group.shape[-1] + 1) / 2 for group in groups]
-        return np.concatenate(parts, axis=-1)
-
-    return pearson(ranks(values), ranks(accuracy))
+def within(networks: list[Row], statistic: Statistic, same: str) -> Interval:
+    """Spearman's correlation among networks that have a setting in common."""
+    return interval_within(*pairs(networks, statistic), [row[same] for row in networks])
 
 
 def by_statistic(name: str, networks: list[Row]) -> Table:
@@ -248,9 +191,10 @@ def by_statistic(name: str, networks: list[Row]) -> Table:
         rows.append(
             [
                 label(statistic, name) + (" (fixed beforehand)" if statistic == FIXED else ""),
-                over_networks(spearman, *values).text(),
-                over_networks(kendall, *values).text(),
-                within_shares(networks, statistic).text(),
+                correlation_interval(spearman, *values).text(),
+                correlation_interval(kendall, *values).text(),
+                within(networks, statistic, "share").text(),
+                within(networks, statistic, "seed").text(),
             ]
         )
     errors = [100 * row["test_error"] for row in networks]
@@ -258,7 +202,7 @@ def by_statistic(name: str, networks: list[Row]) -> Table:
         f"The {ARCHITECTURES[name]}: rank correlation of each statistic with the test accuracy, "
         f"over {len(networks)} networks with test errors from {min(errors):.1f} % to "
         f"{max(errors):.1f} %, with 95 % intervals of the bootstrap over networks.",
-        ["statistic", "Spearman", "Kendall", "Spearman within the shares"],
+        ["statistic", "Spearman", "Kendall", "Spearman, same share", "Spearman, same seed"],
         rows,
     )
 
@@ -270,7 +214,6 @@ def by_share(kept: dict[str, list[Row]]) -> Table:
         for share in sorted({row["share"] for row in networks}):
             group = [row for row in networks if row["share"] == share]
             values, accuracy = pairs(group, FIXED)
-            correlation = float(spearman(values, accuracy))
             rows.append(
                 [
                     ARCHITECTURES[name],
@@ -278,7 +221,7 @@ def by_share(kept: dict[str, list[Row]]) -> Table:
                     str(len(group)),
                     mean_sd(100 * (1 - accuracy)),
                     mean_sd(1000 * values),
-                    f"{correlation:.2f}" if np.isfinite(correlation) else "-",
+                    f"{correlation(group, FIXED):.2f}",
                 ]
             )
     return Table(
@@ -291,11 +234,7 @@ def by_share(kept: dict[str, list[Row]]) -> Table:
 
 def draw(rows: list[Row], figure: "Figure") -> None:
     """Test error against area, and the correlations of all statistics."""
-    groups = {
-        name: [row for row in rows if row["architecture"] == name and row["separates"]]
-        for name in ARCHITECTURES
-    }
-    groups = {name: networks for name, networks in groups.items() if networks}
+    groups = separating(rows)
     figure.set_size_inches(10, 8.5)
     axes = figure.subplots(2, len(groups), squeeze=False, height_ratios=(1, 1.15))
     for (name, networks), (above, below) in zip(groups.items(), axes.T, strict=True):
@@ -311,7 +250,7 @@ def draw(rows: list[Row], figure: "Figure") -> None:
         figure.colorbar(points, ax=above, label="random labels in pre-training, %")
         found = statistics(networks)[::-1]
         for place, statistic in enumerate(found):
-            one = over_networks(spearman, *pairs(networks, statistic))
+            one = correlation_interval(spearman, *pairs(networks, statistic))
             colour = "C3" if statistic == FIXED else "C0" if is_area(statistic) else "0.5"
             below.plot([one.low, one.high], [place, place], color=colour)
             below.plot(one.value, place, "o", color=colour)

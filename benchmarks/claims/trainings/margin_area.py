@@ -1,4 +1,4 @@
-"""Networks that separate their training samples, each with its normalised margins and test error."""
+"""Networks that separate their training samples, with their margins and test errors."""
 
 import time
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 from harness.data import Data, Sources, load
 from torch import Tensor, nn
 from torch.nn import functional
-from trainings.loop import error_of, logits_of, uniform_batches
-from trainings.networks import perceptron
 
 import marginops
 from marginops.metrics import MarginDistribution
+from trainings.loop import error_of, logits_of, uniform_batches
+from trainings.networks import perceptron
 
 BATCH_NORM, PERCEPTRON = "batch norm", "perceptron"
 NORMS, READINGS = ("frobenius", "spectral"), ("fold", "last", "affine")
@@ -115,6 +115,7 @@ def train(network: nn.Module, inputs: Tensor, target: Tensor, settings: dict[str
     )
     batch_size = settings["batch_size"]
     batches = uniform_batches(len(inputs), batch_size, settings["seed"])
+    epoch = 0
     for epoch in range(1, settings["epochs"] + 1):
         network.train()
         for _ in range(max(1, len(inputs) // batch_size)):
