@@ -115,7 +115,6 @@ def train(network: nn.Module, inputs: Tensor, target: Tensor, settings: dict[str
     )
     batch_size = settings["batch_size"]
     batches = uniform_batches(len(inputs), batch_size, settings["seed"])
-    epoch = 0
     for epoch in range(1, settings["epochs"] + 1):
         network.train()
         for _ in range(max(1, len(inputs) // batch_size)):
@@ -125,8 +124,8 @@ def train(network: nn.Module, inputs: Tensor, target: Tensor, settings: dict[str
             optimizer.step()
         error, loss = error_and_loss(network, inputs, target)
         if error == 0 and loss <= settings["loss"]:
-            break
-    return epoch
+            return epoch
+    return int(settings["epochs"])
 
 
 def error_and_loss(network: nn.Module, inputs: Tensor, target: Tensor) -> tuple[float, float]:
