@@ -302,8 +302,8 @@ NOTES = [
     "share. Both are one correlation over all groups.",
     "The best of many readings is large by selection. Only the one that was fixed before the runs "
     "is a test.",
-    "All networks stop near one cross-entropy, so their unnormalised margins differ little. What an "
-    "area says beyond the product of the norms is therefore small in this design.",
+    "All networks stop near one cross-entropy, so their unnormalised margins differ little. What "
+    "an area says beyond the product of the norms is therefore small in this design.",
 ]
 
 CLAIM = Claim(

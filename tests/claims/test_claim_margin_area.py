@@ -31,7 +31,7 @@ def few_resamples(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sources(claims: Claims, tmp_path: Any) -> Any:
-    return claims("harness.data").Sources(tmp_path)
+    return claims("harness.data").Sources(tmp_path / "missing")
 
 
 def test_run_separates_and_repeats(claims: Claims, sources: Any) -> None:
