@@ -22,7 +22,7 @@ from trainings.margin_area import BARTLETT, BATCH_NORM, NORMS, PERCEPTRON, UNNOR
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARCHITECTURES = {BATCH_NORM: "convolutions with batch norm", PERCEPTRON: "perceptron"}
+ARCHITECTURES = {BATCH_NORM: "convolutions with batch norm", PERCEPTRON: "perceptrons"}
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SCALES = (1.0, 3.0)
 BATCH_SIZES = {BATCH_NORM: (64, 256), PERCEPTRON: (32, 128)}
@@ -63,11 +63,9 @@ def report(rows: list[Row]) -> Report:
     if not kept:
         return Report("not confirmed", "No network was trained: Fashion-MNIST was not found.", [])
     left_out = sum(not row["separates"] for row in rows)
-    return Report(
-        *judged(kept),
-        [*(by_statistic(name, networks) for name, networks in kept.items()), by_share(kept)],
-        [f"{left_out} of {len(rows)} networks did not separate their samples.", *NOTES],
-    )
+    notes = [f"{left_out} of {len(rows)} networks did not separate their samples.", *NOTES]
+    tables = [by_statistic(name, networks) for name, networks in kept.items()]
+    return Report(*judged(kept), [*tables, by_share(kept)], notes)
 
 
 def separating(rows: list[Row]) -> dict[str, list[Row]]:
@@ -82,7 +80,10 @@ def separating(rows: list[Row]) -> dict[str, list[Row]]:
 def judged(kept: dict[str, list[Row]]) -> tuple[Any, str]:
     """The outcome and the verdict."""
     areas = {
-        name: {one: correlation(networks, one) for one in statistics(networks) if is_area(one)}
+        name: {
+            one: float(spearman(*pairs(networks, one)))
+            for one in filter(is_area, statistics(networks))
+        }
         for name, networks in kept.items()
     }
     reached = {
@@ -90,54 +91,41 @@ def judged(kept: dict[str, list[Row]]) -> tuple[Any, str]:
         for name, found in areas.items()
     }
     failed = [ARCHITECTURES[name] for name in areas if FIXED not in reached[name]]
-    if failed:
-        outcome = "partly confirmed" if any(reached.values()) else "not confirmed"
-        start = f"The area that was fixed beforehand does not order the {' and the '.join(failed)}"
-    else:
-        outcome, start = "confirmed", "The area that was fixed beforehand orders the networks"
+    outcome = "partly confirmed" if any(reached.values()) else "not confirmed"
+    start = f"falls short of {THRESHOLD} for the {' and the '.join(failed)}"
+    if not failed:
+        outcome, start = "confirmed", "orders the networks by test error"
     fixed = {name: f"{found[FIXED]:.2f}" for name, found in areas.items()}
-    parts = [f"{start}: its Spearman correlation with the accuracy is {listed(fixed)}."]
+    parts = [
+        f"The area that was fixed before the runs {start}: its Spearman correlation with the test "
+        f"accuracy is {listed(fixed)}."
+    ]
     for name, found in areas.items():
         best = max(found, key=found.__getitem__)
         parts.append(
             f"For the {ARCHITECTURES[name]}, {len(reached[name])} of {len(found)} readings of the "
-            f"area reach {THRESHOLD}; the best has {found[best]:.2f} ({label(best, name)})."
+            f"area reach {THRESHOLD}; the best is {label(best, name)}, with {found[best]:.2f}."
         )
     for same, group in (("share", "the same share of random labels"), ("seed", "the same seed")):
         found = {name: within(networks, FIXED, same) for name, networks in kept.items()}
-        texts = {name: interval.text() + sign(interval) for name, interval in found.items()}
+        texts = {
+            name: one.text() + ("" if one.low > 0 else " (not clearly above 0)")
+            for name, one in found.items()
+        }
         parts.append(f"Among networks with {group} it is {listed(texts)}.")
     return outcome, " ".join(parts)
 
 
-def sign(interval: Interval) -> str:
-    """What an interval says where it is not above 0."""
-    if interval.low > 0:
-        return ""
-    return ", reversed" if interval.high < 0 else ", no longer different from 0"
-
-
 def listed(texts: dict[str, str]) -> str:
     """A text for each architecture."""
-    return "; ".join(f"{text} ({ARCHITECTURES[name]})" for name, text in texts.items())
-
-
-def correlation(networks: list[Row], statistic: Statistic) -> float:
-    """Spearman's correlation of a statistic with the test accuracy."""
-    return float(spearman(*pairs(networks, statistic)))
+    return " and ".join(f"{text} for the {ARCHITECTURES[name]}" for name, text in texts.items())
 
 
 def statistics(networks: list[Row]) -> list[Statistic]:
     """Every reading of the area, then what it is compared with."""
     names = [name for name in networks[0]["statistics"] if name.split()[0] in NORMS]
-    return [
-        *product(names, FORMS),
-        (FIXED[0], "tenth"),
-        (FIXED[0], "smallest"),
-        (FIXED[0], "norm"),
-        (UNNORMALISED, "rank"),
-        (BARTLETT, "rank"),
-    ]
+    others = [(FIXED[0], what) for what in ("tenth", "smallest", "norm")]
+    return [*product(names, FORMS), *others, (UNNORMALISED, "rank"), (BARTLETT, "rank")]
 
 
 def is_area(statistic: Statistic) -> bool:
@@ -148,17 +136,15 @@ def is_area(statistic: Statistic) -> bool:
 def label(statistic: Statistic, architecture: str) -> str:
     """A statistic in words."""
     normaliser, what = statistic
-    norm, _, reading = normaliser.partition(" ")
-    words = norm.capitalize()
-    if architecture == BATCH_NORM and reading:
-        words += f", {reading}"
-    if is_area(statistic):
-        return f"{words}, {'rank' if what == 'rank' else 'CDF'} form"
     if normaliser == UNNORMALISED:
         return "mean margin, not normalised"
     if normaliser == BARTLETT:
-        return "mean spectrally normalised margin (Bartlett et al. 2017)"
+        return "mean margin of Bartlett et al. (2017)"
+    norm, reading = normaliser.split()
+    words = f"{norm.capitalize()}, {reading}" if architecture == BATCH_NORM else norm.capitalize()
     return {
+        "rank": f"{words}, rank form" + (" (fixed)" if statistic == FIXED else ""),
+        "cdf": f"{words}, CDF form",
         "tenth": f"10th percentile of the margins ({words})",
         "smallest": f"smallest margin ({words})",
         "norm": f"product of the norms alone ({words})",
@@ -183,19 +169,17 @@ def by_statistic(name: str, networks: list[Row]) -> Table:
     rows = []
     for statistic in statistics(networks):
         values = pairs(networks, statistic)
-        rows.append(
-            [
-                label(statistic, name) + (" (fixed beforehand)" if statistic == FIXED else ""),
-                correlation_interval(spearman, *values).text(),
-                correlation_interval(kendall, *values).text(),
-                within(networks, statistic, "share").text(),
-                within(networks, statistic, "seed").text(),
-            ]
+        intervals = (
+            correlation_interval(spearman, *values),
+            correlation_interval(kendall, *values),
+            within(networks, statistic, "share"),
+            within(networks, statistic, "seed"),
         )
+        rows.append([label(statistic, name), *(interval.text() for interval in intervals)])
     errors = [100 * row["test_error"] for row in networks]
     return Table(
-        f"The {ARCHITECTURES[name]}: rank correlation of each statistic with the test accuracy, "
-        f"over {len(networks)} networks with test errors from {min(errors):.1f} % to "
+        f"Rank correlation of each statistic with the test accuracy, over {len(networks)} "
+        f"{ARCHITECTURES[name]} with test errors from {min(errors):.1f} % to "
         f"{max(errors):.1f} %, with 95 % intervals of the bootstrap over networks.",
         ["statistic", "Spearman", "Kendall", "Spearman, same share", "Spearman, same seed"],
         rows,
@@ -209,9 +193,11 @@ def by_share(kept: dict[str, list[Row]]) -> Table:
         if group := [row for row in kept[name] if row["share"] == share]:
             values, accuracy = pairs(group, FIXED)
             measured = mean_sd(100 * (1 - accuracy)), mean_sd(1000 * values)
-            rows.append([ARCHITECTURES[name], f"{share:.0%}", str(len(group)), *measured])
+            rows.append(
+                [ARCHITECTURES[name], f"{share:.0%}".replace("%", " %"), str(len(group)), *measured]
+            )
     return Table(
-        "Test error and area (fixed beforehand) after pre-training with each share of random "
+        "Test error and fixed area after pre-training with each share of random "
         "labels: mean ± standard deviation.",
         ["architecture", "random labels", "networks", "test error in %", "1000 x area"],
         rows,
@@ -220,27 +206,37 @@ def by_share(kept: dict[str, list[Row]]) -> Table:
 
 def draw(rows: list[Row], figure: "Figure") -> None:
     """Test error against area, and the correlations of all statistics."""
+    from matplotlib.ticker import LogLocator
+
     groups = separating(rows)
-    figure.set_size_inches(10, 8.5)
-    axes = figure.subplots(2, len(groups), squeeze=False, height_ratios=(1, 1.15))
-    for (name, networks), (above, below) in zip(groups.items(), axes.T, strict=True):
+    figure.set_size_inches(10, 9)
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
+    panels = above.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (name, networks) in zip(panels, groups.items(), strict=True):
         values, accuracy = pairs(networks, FIXED)
         shares = [100 * row["share"] for row in networks]
-        points = above.scatter(values, 100 * (1 - accuracy), c=shares, cmap="viridis", alpha=0.9)
-        above.set_xscale("log")
-        above.set(title=ARCHITECTURES[name], ylabel="test error in %")
-        above.set_xlabel(f"area ({label(FIXED, name)})")
-        figure.colorbar(points, ax=above, label="random labels in pre-training, %")
-        found = statistics(networks)[::-1]
-        for place, statistic in enumerate(found):
-            one = correlation_interval(spearman, *pairs(networks, statistic))
-            colour = "C3" if statistic == FIXED else "C0" if is_area(statistic) else "0.5"
-            below.plot([one.low, one.high], [place, place], color=colour)
-            below.plot(one.value, place, "o", color=colour)
-        below.axvline(THRESHOLD, color="0.3", linestyle="--", linewidth=1)
-        below.axvline(0, color="0.8", linewidth=1)
-        below.set_yticks(range(len(found)), [label(one, name) for one in found], fontsize=8)
-        below.set(xlim=(-1.05, 1.05), xlabel="Spearman's correlation with the test accuracy")
+        points = axes.scatter(1000 * values, 100 * (1 - accuracy), c=shares, vmin=0, vmax=100)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set(title=ARCHITECTURES[name], xlabel="1000 x fixed area", ylabel="test error in %")
+    above.colorbar(points, ax=panels, label="random labels in pre-training, %")
+
+    axes = below.subplots()
+    longest = max(map(statistics, groups.values()), key=len)[::-1]
+    for offset, (name, networks) in zip((0.15, -0.15), groups.items(), strict=False):
+        known = [one for one in longest if one in statistics(networks)]
+        places = np.array([longest.index(one) for one in known]) + offset
+        found = [correlation_interval(spearman, *pairs(networks, one)) for one in known]
+        value, low, high = np.array([(one.value, one.low, one.high) for one in found]).T
+        lines = axes.hlines(places, low, high, color=f"C{len(axes.collections)}")
+        axes.scatter(value, places, color=lines.get_color(), label=ARCHITECTURES[name])
+    axes.grid(axis="x", alpha=0.4)
+    axes.axvline(THRESHOLD, color="0.3", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(longest)), [label(one, BATCH_NORM) for one in longest])
+    axes.set(xlim=(-1.05, 1.05), xlabel="Spearman's correlation with the test accuracy")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
 PROTOCOL = f"""
