@@ -197,7 +197,7 @@ def by_share(kept: dict[str, list[Row]]) -> Table:
                 [ARCHITECTURES[name], f"{share:.0%}".replace("%", " %"), str(len(group)), *measured]
             )
     return Table(
-        "Test error and fixed area after pre-training with each share of random "
+        "Test error and area (the fixed reading) after pre-training with each share of random "
         "labels: mean ± standard deviation.",
         ["architecture", "random labels", "networks", "test error in %", "1000 x area"],
         rows,
@@ -220,7 +220,11 @@ def draw(rows: list[Row], figure: "Figure") -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-        axes.set(title=ARCHITECTURES[name], xlabel="1000 x fixed area", ylabel="test error in %")
+        axes.set(
+            title=ARCHITECTURES[name],
+            xlabel="1000 x area (fixed reading)",
+            ylabel="test error in %",
+        )
     above.colorbar(points, ax=panels, label="random labels in pre-training, %")
 
     axes = below.subplots()
@@ -274,10 +278,10 @@ NOTES = [
     "*Same share* ranks the networks of each share of random labels among themselves: does the "
     "area see more than the pre-training? *Same seed* ranks the networks that differ only in "
     "the share: does it see the pre-training? Each is one correlation of the ranks in all groups.",
+    "The best of many readings is large by selection. Only the one marked as fixed is a test. The "
+    "intervals treat networks as independent, although six of them share a seed.",
     "With batch norm, a larger factor of the initial weights acts as a smaller learning rate.",
-    "The best of many readings is large by selection. Only the fixed one is a test.",
-    "All networks stop near one cross-entropy, so their unnormalised margins differ little. What "
-    "an area says beyond the product of the norms is therefore small in this design.",
+    "All networks stop near one cross-entropy, so areas differ mainly by the product of the norms.",
 ]
 
 CLAIM = Claim(
