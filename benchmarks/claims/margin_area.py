@@ -179,8 +179,8 @@ def by_statistic(name: str, networks: list[Row]) -> Table:
     errors = [100 * row["test_error"] for row in networks]
     return Table(
         f"Rank correlation of each statistic with the test accuracy, over {len(networks)} "
-        f"{ARCHITECTURES[name]} with test errors from {min(errors):.1f} % to "
-        f"{max(errors):.1f} %, with 95 % intervals of the bootstrap over networks.",
+        f"{ARCHITECTURES[name]} with test errors from {min(errors):.1f} % to {max(errors):.1f} %, "
+        "with 95 % intervals of the bootstrap over networks.",
         ["statistic", "Spearman", "Kendall", "Spearman, same share", "Spearman, same seed"],
         rows,
     )
@@ -193,13 +193,11 @@ def by_share(kept: dict[str, list[Row]]) -> Table:
         if group := [row for row in kept[name] if row["share"] == share]:
             values, accuracy = pairs(group, FIXED)
             measured = mean_sd(100 * (1 - accuracy)), mean_sd(1000 * values)
-            rows.append(
-                [ARCHITECTURES[name], f"{share:.0%}".replace("%", " %"), str(len(group)), *measured]
-            )
+            rows.append([ARCHITECTURES[name], f"{100 * share:.0f}", str(len(group)), *measured])
     return Table(
         "Test error and area (the fixed reading) after pre-training with each share of random "
         "labels: mean ± standard deviation.",
-        ["architecture", "random labels", "networks", "test error in %", "1000 x area"],
+        ["architecture", "random labels in %", "networks", "test error in %", "1000 x area"],
         rows,
     )
 
@@ -275,9 +273,8 @@ of the stop come from 30 trials with seed 100, other training samples, and held-
 in place of the test samples. The trials had to separate their samples. No correlation was computed.
 """
 NOTES = [
-    "*Same share* ranks the networks of each share of random labels among themselves: does the "
-    "area see more than the pre-training? *Same seed* ranks the networks that differ only in "
-    "the share: does it see the pre-training? Each is one correlation of the ranks in all groups.",
+    "*Same share* ranks networks with the same share of random labels among themselves, and *same "
+    "seed* ranks networks that differ only in the share. Each is one correlation over all groups.",
     "The best of many readings is large by selection. Only the one marked as fixed is a test. The "
     "intervals treat networks as independent, although six of them share a seed.",
     "With batch norm, a larger factor of the initial weights acts as a smaller learning rate.",
