@@ -268,9 +268,9 @@ accuracy on the 10,000 test samples.
 **Fixed before the runs.** The area is the rank form with the Frobenius norm and batch norms folded
 into the layers before them: the defaults of marginops. The claim is confirmed if Spearman's
 correlation is at least {THRESHOLD} for both architectures. It is partly confirmed if it is for one,
-or if another reading of the area reaches {THRESHOLD} for one. The ranges of the design and the rule
-of the stop come from 30 trials with seed 100, other training samples, and held-out training samples
-in place of the test samples. The trials had to separate their samples. No correlation was computed.
+or if another reading of the area reaches {THRESHOLD} for one. About 30 trials with seed 100, other
+training samples, and held-out ones in place of the test samples decided the ranges of the design
+and the stop, so that networks separate their samples. No correlation was computed from them.
 """
 NOTES = [
     "*Same share* ranks networks with the same share of random labels among themselves, and *same "
