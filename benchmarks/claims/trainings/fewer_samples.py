@@ -16,11 +16,16 @@ from torch.nn import functional
 from torch.optim import SGD
 
 from marginops import select_classification_margin
+from marginops.norms import log_norm_product
 from marginops.training import ReductionSampler, TrainingDynamics
 
 from .loop import error_of, full_batches, logits_of, uniform_batches
 
 SHARES = (0.002, 0.005, 0.01)
+CHOICES = ("smallest", "random", "largest")
+# After separation the loss is the mean of the kept samples, or their part in the mean of all N:
+# their sum divided by N. "new" is a training from the first weights on the kept samples alone.
+MEAN, SUM, ANEW = "mean", "sum", "new"
 HIDDEN = (256, 128)
 BATCH_SIZE = 128
 # The second rate begins after the epochs of the first, and goes on after separation.
@@ -53,16 +58,17 @@ def measure(data: Data, settings: dict[str, Any]) -> dict[str, Any]:
     has the samples with the smallest margins at separation, the smallest first.
     """
     seed, updates = settings["seed"], settings["updates"]
+    count, target = len(data.train_target), data.train_target
     network, optimizer = build(data, settings)
     separated_after = train_until_separated(network, optimizer, data, seed)
     if separated_after is None:
         return {"separated_after": None}
-    logits, count = logits_of(network, data.train_inputs), len(data.train_target)
+    logits = logits_of(network, data.train_inputs)
 
-    def gone_on(batches: Iterator[Tensor]) -> dict[str, float]:
+    def gone_on(batches: Iterator[Tensor], weight: float = 1) -> dict[str, float]:
         own_network, own_optimizer = copy.deepcopy((network, optimizer))
         keep_statistics(own_network)
-        train(own_network, own_optimizer, data, batches, updates)
+        train(own_network, own_optimizer, data, batches, updates, weight)
         return scores(own_network, data)
 
     def begun_anew(batches: Iterator[Tensor]) -> dict[str, float]:
@@ -73,24 +79,30 @@ def measure(data: Data, settings: dict[str, Any]) -> dict[str, Any]:
         return scores(own_network, data)
 
     reduced = []
-    for share in SHARES:
-        kept = max(1, round(share * count))
-        for choice in ("smallest", "random", "largest"):
-            sampler = reduction(logits, data.train_target, kept, choice, seed)
-            classes = len(data.train_target[sampler.kept].unique())
-            common = {"share": share, "choice": choice, "classes": classes}
-            reduced.append(common | {"start": "separated"} | gone_on(epochs_of(sampler)))
-            if choice != "largest":
-                sampler = reduction(logits, data.train_target, kept, choice, seed)
-                reduced.append(common | {"start": "new"} | begun_anew(epochs_of(sampler)))
-    kept = max(1, round(SHARES[-1] * count))
+    for share, choice in itertools.product(SHARES, CHOICES):
+        kept = number(share, count)
+
+        def batches(kept: int = kept, choice: Any = choice) -> Iterator[Tensor]:
+            return batches_of(reduction(logits, target, kept, choice, seed))
+
+        common = {"share": share, "choice": choice}
+        reduced.append(common | {"way": MEAN} | gone_on(batches()))
+        reduced.append(common | {"way": SUM} | gone_on(batches(), kept / count))
+        if choice != "largest":
+            reduced.append(common | {"way": ANEW} | begun_anew(batches()))
+    most = number(SHARES[-1], count)
     return {
         "separated_after": separated_after,
         "separated": scores(network, data),
         "all": gone_on(uniform_batches(count, BATCH_SIZE, seed + 1_000_000)),
         "reduced": reduced,
-        "closest": select_classification_margin(logits, data.train_target, k=kept).indices.tolist(),
+        "closest": select_classification_margin(logits, target, k=most).indices.tolist(),
     }
+
+
+def number(share: float, count: int) -> int:
+    """How many samples a share of them is, at least one."""
+    return max(1, round(share * count))
 
 
 def build(data: Data, settings: dict[str, Any]) -> tuple[nn.Sequential, SGD]:
@@ -120,7 +132,7 @@ def train_until_separated(network: nn.Module, optimizer: SGD, data: Data, seed: 
     for epoch in range(MOST_EPOCHS):
         if epoch == EPOCHS_OF_FIRST_RATE:
             set_rate(optimizer, LEARNING_RATES[1])
-        train(network, optimizer, data, batches, updates, dynamics)
+        train(network, optimizer, data, batches, updates, dynamics=dynamics)
         if (dynamics.margin > 0).double().mean() >= ALMOST_SEPARATED and (
             error_of(network, data.train_inputs, data.train_target) == 0
         ):
@@ -134,14 +146,15 @@ def train(
     data: Data,
     batches: Iterator[Tensor],
     updates: int,
+    weight: float = 1,
     dynamics: TrainingDynamics | None = None,
 ) -> None:
-    """Train on the next batches."""
+    """Train on the next batches, by the mean loss of a batch times the weight."""
     for indices in itertools.islice(batches, updates):
         logits = network(data.train_inputs[indices])
         target = data.train_target[indices]
         optimizer.zero_grad()
-        functional.cross_entropy(logits, target).backward()
+        (weight * functional.cross_entropy(logits, target)).backward()
         optimizer.step()
         if dynamics is not None:
             dynamics.update(indices, logits.detach(), target)
@@ -154,13 +167,13 @@ def reduction(
     count = len(target)
     dynamics = TrainingDynamics(num_samples=count)
     dynamics.update(torch.arange(count), logits, target)
-    sampler = ReductionSampler(dynamics, kept, choice=choice, seed=seed)
+    sampler = ReductionSampler(dynamics, kept, choice=choice, shrink=True, seed=seed)
     sampler.set_epoch(0)
     return sampler
 
 
-def epochs_of(sampler: ReductionSampler) -> Iterator[Tensor]:
-    """Batches of a sampler without end. An epoch visits each kept sample many times."""
+def batches_of(sampler: ReductionSampler) -> Iterator[Tensor]:
+    """Batches of the kept samples without end: all of them, if they fit into one batch."""
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
         yield from full_batches(torch.tensor(list(sampler)), BATCH_SIZE)
@@ -180,8 +193,14 @@ def set_rate(optimizer: SGD, rate: float) -> None:
 
 
 def scores(network: nn.Module, data: Data) -> dict[str, float]:
-    """Accuracies on the test set and on all training samples, in per cent."""
+    """Accuracies in per cent, and the mean of the smallest normalised margins, a hundredth."""
+    logits, target = logits_of(network, data.train_inputs), data.train_target
+    smallest = select_classification_margin(
+        logits, target, number(0.01, len(target)), log_norm=log_norm_product(network)
+    ).scores
+    correct = (logits.argmax(1) == target).double().mean().item()
     return {
-        "accuracy": 100 * (1 - error_of(network, data.test_inputs, data.test_target)),
-        "training_accuracy": 100 * (1 - error_of(network, data.train_inputs, data.train_target)),
+        "accuracy": round(100 * (1 - error_of(network, data.test_inputs, data.test_target)), 4),
+        "training_accuracy": round(100 * correct, 4),
+        "margin": float(f"{smallest.mean().item():.4g}"),
     }
