@@ -6,7 +6,7 @@ all samples, and with M samples of different choices. Other trainings on M sampl
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,50 +54,73 @@ def run(settings: dict[str, Any], sources: Sources) -> dict[str, Any]:
 def measure(data: Data, settings: dict[str, Any]) -> dict[str, Any]:
     """What :func:`run` returns, for data that are loaded.
 
-    ``separated_after`` is a number of updates, or None, and then nothing else is there. ``closest``
-    has the samples with the smallest margins at separation, the smallest first.
+    ``separated_after`` is a number of updates, or None, and then nothing else is there. ``cut`` has
+    what follows at separation, and ``later`` what follows after more updates with all samples.
+    ``closest`` has the samples with the smallest margins at separation, the smallest first, and
+    ``closest_target`` their classes.
     """
-    seed, updates = settings["seed"], settings["updates"]
-    count, target = len(data.train_target), data.train_target
+    seed, count, target = settings["seed"], len(data.train_target), data.train_target
     network, optimizer = build(data, settings)
     separated_after = train_until_separated(network, optimizer, data, seed)
     if separated_after is None:
         return {"separated_after": None}
     logits = logits_of(network, data.train_inputs)
+    closest = select_classification_margin(logits, target, number(SHARES[-1], count)).indices
+    cut = go_on(network, optimizer, data, settings, SHARES, CHOICES)
+    for share, choice in itertools.product(SHARES, CHOICES[:2]):
+        sampler = reduction(logits, target, number(share, count), choice, seed)
+        found = begin_anew(data, settings, batches_of(sampler))
+        cut["reduced"].append({"share": share, "choice": choice, "way": ANEW} | found)
+    train(network, optimizer, data, batches_of_all(data, seed, 1), settings["later"])
+    return {
+        "separated_after": separated_after,
+        "cut": cut,
+        "later": go_on(network, optimizer, data, settings, SHARES[1:2], CHOICES[:2]),
+        "closest": closest.tolist(),
+        "closest_target": target[closest].tolist(),
+    }
 
-    def gone_on(batches: Iterator[Tensor], weight: float = 1) -> dict[str, float]:
+
+def go_on(
+    network: nn.Module,
+    optimizer: SGD,
+    data: Data,
+    settings: dict[str, Any],
+    shares: Sequence[float],
+    choices: Sequence[str],
+) -> dict[str, Any]:
+    """Go on from one state with all samples and with few; network and optimizer do not change."""
+    seed, count, target = settings["seed"], len(data.train_target), data.train_target
+    logits = logits_of(network, data.train_inputs)
+
+    def trained(batches: Iterator[Tensor], weight: float = 1) -> dict[str, float]:
         own_network, own_optimizer = copy.deepcopy((network, optimizer))
         keep_statistics(own_network)
-        train(own_network, own_optimizer, data, batches, updates, weight)
-        return scores(own_network, data)
-
-    def begun_anew(batches: Iterator[Tensor]) -> dict[str, float]:
-        own_network, own_optimizer = build(data, settings)
-        train(own_network, own_optimizer, data, batches, updates // 2)
-        set_rate(own_optimizer, LEARNING_RATES[1])
-        train(own_network, own_optimizer, data, batches, updates - updates // 2)
+        train(own_network, own_optimizer, data, batches, settings["updates"], weight)
         return scores(own_network, data)
 
     reduced = []
-    for share, choice in itertools.product(SHARES, CHOICES):
+    for share, choice in itertools.product(shares, choices):
         kept = number(share, count)
-
-        def batches(kept: int = kept, choice: Any = choice) -> Iterator[Tensor]:
-            return batches_of(reduction(logits, target, kept, choice, seed))
-
-        common = {"share": share, "choice": choice}
-        reduced.append(common | {"way": MEAN} | gone_on(batches()))
-        reduced.append(common | {"way": SUM} | gone_on(batches(), kept / count))
-        if choice != "largest":
-            reduced.append(common | {"way": ANEW} | begun_anew(batches()))
-    most = number(SHARES[-1], count)
+        for way, weight in ((MEAN, 1), (SUM, kept / count)):
+            sampler = reduction(logits, target, kept, choice, seed)
+            found = trained(batches_of(sampler), weight)
+            reduced.append({"share": share, "choice": choice, "way": way} | found)
     return {
-        "separated_after": separated_after,
-        "separated": scores(network, data),
-        "all": gone_on(uniform_batches(count, BATCH_SIZE, seed + 1_000_000)),
+        "start": scores(network, data),
+        "all": trained(batches_of_all(data, seed, 2)),
         "reduced": reduced,
-        "closest": select_classification_margin(logits, target, k=most).indices.tolist(),
     }
+
+
+def begin_anew(data: Data, settings: dict[str, Any], batches: Iterator[Tensor]) -> dict[str, float]:
+    """Train from the first weights, in the second half with the second learning rate."""
+    network, optimizer = build(data, settings)
+    first = settings["updates"] // 2
+    train(network, optimizer, data, batches, first)
+    set_rate(optimizer, LEARNING_RATES[1])
+    train(network, optimizer, data, batches, settings["updates"] - first)
+    return scores(network, data)
 
 
 def number(share: float, count: int) -> int:
@@ -127,7 +150,7 @@ def train_until_separated(network: nn.Module, optimizer: SGD, data: Data, seed: 
     """Train on all samples until all margins of one network are positive; the number of updates."""
     count = len(data.train_target)
     dynamics = TrainingDynamics(num_samples=count)
-    batches = uniform_batches(count, BATCH_SIZE, seed)
+    batches = batches_of_all(data, seed, 0)
     updates = max(1, count // BATCH_SIZE)
     for epoch in range(MOST_EPOCHS):
         if epoch == EPOCHS_OF_FIRST_RATE:
@@ -163,20 +186,28 @@ def train(
 def reduction(
     logits: Tensor, target: Tensor, kept: int, choice: Any, seed: int
 ) -> ReductionSampler:
-    """The sampler of the kept samples, whose margins are exact: those of one network."""
+    """The sampler of the kept samples. Its margins are those of one network, not of an epoch."""
     count = len(target)
     dynamics = TrainingDynamics(num_samples=count)
     dynamics.update(torch.arange(count), logits, target)
-    sampler = ReductionSampler(dynamics, kept, choice=choice, shrink=True, seed=seed)
+    sampler = ReductionSampler(
+        dynamics, kept, choice=choice, num_samples=count // kept * kept, seed=seed
+    )
     sampler.set_epoch(0)
     return sampler
 
 
 def batches_of(sampler: ReductionSampler) -> Iterator[Tensor]:
     """Batches of the kept samples without end: all of them, if they fit into one batch."""
+    batch_size = min(sampler.num_kept, BATCH_SIZE)
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
-        yield from full_batches(torch.tensor(list(sampler)), BATCH_SIZE)
+        yield from full_batches(torch.tensor(list(sampler)), batch_size)
+
+
+def batches_of_all(data: Data, seed: int, part: int) -> Iterator[Tensor]:
+    """Batches of all samples without end, in another order in each part of a run."""
+    return uniform_batches(len(data.train_target), BATCH_SIZE, 10 * seed + part)
 
 
 def keep_statistics(network: nn.Module) -> None:
