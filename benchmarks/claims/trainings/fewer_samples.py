@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
 
-from marginops import select_classification_margin
+from marginops import classification_margin, select_classification_margin
 from marginops.norms import log_norm_product
 from marginops.training import ReductionSampler, TrainingDynamics
 
@@ -124,8 +124,8 @@ def begin_anew(data: Data, settings: dict[str, Any], batches: Iterator[Tensor]) 
 
 
 def number(share: float, count: int) -> int:
-    """How many samples a share of them is, at least one."""
-    return max(1, round(share * count))
+    """How many samples a share of them is, at least the two that a batch norm needs."""
+    return max(2, round(share * count))
 
 
 def build(data: Data, settings: dict[str, Any]) -> tuple[nn.Sequential, SGD]:
@@ -156,10 +156,10 @@ def train_until_separated(network: nn.Module, optimizer: SGD, data: Data, seed: 
         if epoch == EPOCHS_OF_FIRST_RATE:
             set_rate(optimizer, LEARNING_RATES[1])
         train(network, optimizer, data, batches, updates, dynamics=dynamics)
-        if (dynamics.margin > 0).double().mean() >= ALMOST_SEPARATED and (
-            error_of(network, data.train_inputs, data.train_target) == 0
-        ):
-            return (epoch + 1) * updates
+        if (dynamics.margin > 0).double().mean() >= ALMOST_SEPARATED:
+            logits = logits_of(network, data.train_inputs)
+            if (classification_margin(logits, data.train_target) > 0).all():
+                return (epoch + 1) * updates
     return None
 
 

@@ -1,0 +1,173 @@
+"""The claim that training can go on with few samples: its trainings and its report."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+Claims = Callable[[str], ModuleType]
+SETTINGS = {
+    "data": "digits",
+    "seed": 0,
+    "samples": 400,
+    "updates": 6,
+    "later": 5,
+    "batch_norm": True,
+    "weight_decay": 0.0,
+}
+
+
+@pytest.fixture
+def sources(claims: Claims) -> Any:
+    return claims("harness.data").Sources(Path("nothing"))
+
+
+def test_run(claims: Claims, sources: Any) -> None:
+    training = claims("trainings.fewer_samples")
+    found = training.run(SETTINGS, sources)
+    assert found == training.run(SETTINGS, sources)
+    assert found["separated_after"] % 3 == 0  # whole epochs of 400 // 128 updates
+    assert found["cut"]["start"]["training_accuracy"] == 100
+    assert found["cut"]["start"]["margin"] > 0
+    keys = [(one["share"], one["choice"], one["way"]) for one in found["cut"]["reduced"]]
+    assert len(set(keys)) == len(keys) == 3 * (3 * 2 + 2)
+    assert len(found["later"]["reduced"]) == 4
+    assert len(found["closest"]) == len(found["closest_target"]) == 4
+    assert len(json.dumps(found)) < 6000
+
+
+def test_no_separation(claims: Claims, sources: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = claims("trainings.fewer_samples")
+    monkeypatch.setattr(training, "MOST_EPOCHS", 1)
+    assert training.run(SETTINGS, sources) == {"separated_after": None}
+
+
+@pytest.mark.parametrize("choice", ["smallest", "largest", "random"])
+def test_the_kept_samples_make_up_each_batch(claims: Claims, choice: str) -> None:
+    training = claims("trainings.fewer_samples")
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(10, (300,), generator=generator)
+    logits = torch.rand(300, 10, generator=generator)
+    logits[torch.arange(300), target] += 1  # separated
+    margins = [
+        row[label] - max(row[:label] + row[label + 1 :])
+        for row, label in zip(logits.tolist(), target.tolist(), strict=True)
+    ]
+    order = sorted(range(300), key=margins.__getitem__)
+    expected = {"smallest": order[:7], "largest": order[-7:]}
+    sampler = training.reduction(logits, target, 7, choice, seed=3)
+    batches = list(itertools.islice(training.batches_of(sampler), 100))
+    kept = sorted(batches[0].tolist())
+    assert all(sorted(batch.tolist()) == kept for batch in batches)
+    assert len(set(kept)) == 7
+    assert kept == sorted(expected.get(choice, kept))
+
+
+def test_the_sum_is_the_part_of_the_kept_in_the_mean_of_all(claims: Claims) -> None:
+    training = claims("trainings.fewer_samples")
+    data = claims("harness.data").Data(*(torch.randn(40, 5), torch.arange(40) % 3) * 2)
+    network, optimizer = training.build(data, SETTINGS | {"batch_norm": False})
+    before = [one.detach().clone() for one in network.parameters()]
+    logits = network(data.train_inputs)
+    losses = torch.nn.functional.cross_entropy(logits, data.train_target, reduction="none")
+    expected = torch.autograd.grad(losses[:4].sum() / 40, list(network.parameters()))
+    training.train(network, optimizer, data, iter([torch.arange(4)]), 1, weight=4 / 40)
+    for old, new, gradient in zip(before, network.parameters(), expected, strict=True):
+        torch.testing.assert_close(old - 0.05 * gradient, new.detach())
+
+
+def test_batch_norms_keep_their_statistics(claims: Claims) -> None:
+    training = claims("trainings.fewer_samples")
+    data = claims("harness.data").Data(*(torch.randn(40, 5), torch.arange(40) % 3) * 2)
+    network, optimizer = training.build(data, SETTINGS)
+    training.train(network, optimizer, data, iter([torch.arange(40)]), 1)
+    before = {name: one.clone() for name, one in network.named_buffers()}
+    training.keep_statistics(network)
+    training.train(network, optimizer, data, iter([torch.arange(40)]), 1)
+    assert all(one.equal(before[name]) for name, one in network.named_buffers())
+
+
+def rows(claims: Claims, smallest: dict[str, float], random: float = 0.1) -> list[dict[str, Any]]:
+    """Rows in which going on loses some points; batch norm adds a point with the mean loss."""
+    claim = claims("fewer_samples")
+
+    def scores(points: float) -> dict[str, float]:
+        return {"accuracy": 90 - points, "training_accuracy": 100 - points, "margin": 1 + points}
+
+    made = []
+    for settings in claim.settings(scope(claims, quick=False, data=Path(__file__))):
+        reduced = [
+            {"share": share, "choice": choice, "way": way}
+            | scores((smallest[way] if choice == "smallest" else random) + settings["seed"] / 100)
+            for share in claim.SHARES
+            for choice in claim.CHOICES
+            for way in (*claim.LOSSES, claim.ANEW)
+        ]
+        made.append(
+            settings
+            | {
+                "separated_after": 100,
+                "cut": {"start": scores(0.2), "all": scores(0), "reduced": reduced},
+                "later": {"start": scores(0.2), "all": scores(0), "reduced": reduced},
+                "closest": [*range(settings["seed"], settings["seed"] + 100)],
+                "closest_target": [0, 1] * 50,
+            }
+        )
+    return made
+
+
+def scope(claims: Claims, *, quick: bool, data: Path) -> Any:
+    sources = claims("harness.data").Sources(data)
+    return claims("harness.claim").Scope(range(3), quick, sources)
+
+
+@pytest.mark.parametrize(
+    ("mean", "total", "outcome", "words"),
+    [
+        (0.1, 0.0, "confirmed", "worse"),
+        (5, 0.1, "partly confirmed", "worse than random samples with the first loss"),
+        (5, 2, "not confirmed", "worse than random samples with both losses"),
+        (-1, -2, "confirmed", "better than random samples with both losses"),
+    ],
+)
+def test_report(claims: Claims, mean: float, total: float, outcome: str, words: str) -> None:
+    claim = claims("fewer_samples")
+    made = rows(claims, {"mean": mean, "sum": total, "new": 60})
+    report = claim.report(made)
+    assert report.outcome == outcome
+    if outcome != "confirmed" or mean < 0:
+        assert words in report.verdict
+    assert f"{mean + 0.01:.2f} points" in report.verdict
+    assert "60.0 points are lost with the smallest margins" in report.verdict
+    assert all(len(row) == len(table.header) for table in report.tables for row in table.rows)
+    # Sets of two neighbouring seeds share 19 of 21 samples, those of seeds 0 and 2 18 of 22.
+    overlap = report.tables[-1].rows[-3]
+    assert overlap[1] == f"{(2 * 19 / 21 + 18 / 22) / 3:.2f} ± 0.05"
+    figure = claims("harness.page").figure_of(claim.CLAIM, made)
+    assert len(figure.axes) == 3
+
+
+def test_report_of_runs_without_separation(claims: Claims) -> None:
+    claim = claims("fewer_samples")
+    made = rows(claims, {"mean": 0, "sum": 0, "new": 60})
+    made[0] = {key: made[0][key] for key in SETTINGS} | {"separated_after": None}
+    report = claim.report(made)
+    assert report.notes[-1] == "1 runs did not reach separation and do not count."
+    assert claim.report(made[:1]).outcome == claim.report([]).outcome == "not confirmed"
+
+
+def test_settings(claims: Claims, tmp_path: Path) -> None:
+    claim = claims("fewer_samples")
+    full, quick = (
+        claim.settings(scope(claims, quick=quick, data=tmp_path)) for quick in (False, True)
+    )
+    assert len(full) == len(quick) == len({json.dumps(one) for one in full}) == 12
+    assert all(set(one) == set(SETTINGS) for one in full + quick)
+    assert quick[0]["samples"] < full[0]["samples"]
+    assert quick[0]["updates"] < full[0]["updates"]
+    assert claim.settings(scope(claims, quick=True, data=tmp_path / "nothing")) == []
