@@ -172,7 +172,7 @@ def notes(rows: Sequence[Row], missing: int) -> list[str]:
         f"{classes:.1f} classes of 10 on average. The Jaccard index of two random sets of this "
         f"size is about {SHARE / (2 - SHARE):.3f}."
     )
-    return [text, f"{missing} runs did not reach separation and do not count."][: 1 + (missing > 0)]
+    return [text] + [f"Runs that did not reach separation do not count: {missing}."] * (missing > 0)
 
 
 def main_table(groups: dict[str, list[Row]]) -> Table:

@@ -92,8 +92,8 @@ def test_batch_norms_keep_their_statistics(claims: Claims) -> None:
     assert all(one.equal(before[name]) for name, one in network.named_buffers())
 
 
-def rows(claims: Claims, smallest: dict[str, float], random: float = 0.1) -> list[dict[str, Any]]:
-    """Rows in which going on loses some points; batch norm adds a point with the mean loss."""
+def rows(claims: Claims, smallest: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows in which going on loses so many points, and random samples a tenth."""
     claim = claims("fewer_samples")
 
     def scores(points: float) -> dict[str, float]:
@@ -103,17 +103,18 @@ def rows(claims: Claims, smallest: dict[str, float], random: float = 0.1) -> lis
     for settings in claim.settings(scope(claims, quick=False, data=Path(__file__))):
         reduced = [
             {"share": share, "choice": choice, "way": way}
-            | scores((smallest[way] if choice == "smallest" else random) + settings["seed"] / 100)
+            | scores((smallest[way] if choice == "smallest" else 0.1) + settings["seed"] / 100)
             for share in claim.SHARES
             for choice in claim.CHOICES
             for way in (*claim.LOSSES, claim.ANEW)
         ]
+        found = {"start": scores(0.2), "all": scores(0), "reduced": reduced}
         made.append(
             settings
             | {
                 "separated_after": 100,
-                "cut": {"start": scores(0.2), "all": scores(0), "reduced": reduced},
-                "later": {"start": scores(0.2), "all": scores(0), "reduced": reduced},
+                "cut": found,
+                "later": found,
                 "closest": [*range(settings["seed"], settings["seed"] + 100)],
                 "closest_target": [0, 1] * 50,
             }
@@ -127,37 +128,49 @@ def scope(claims: Claims, *, quick: bool, data: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("mean", "total", "outcome", "words"),
+    ("mean", "total", "outcome", "choice"),
     [
-        (0.1, 0.0, "confirmed", "worse"),
-        (5, 0.1, "partly confirmed", "worse than random samples with the first loss"),
+        (0.1, 0, "confirmed", "neither better nor worse than random samples with the first loss, "),
+        (5, 0.1, "partly confirmed", "worse than random samples with the first loss, neither "),
+        (0.1, 5, "partly confirmed", "worse than random samples with the first loss, neither "),
         (5, 2, "not confirmed", "worse than random samples with both losses"),
         (-1, -2, "confirmed", "better than random samples with both losses"),
     ],
 )
-def test_report(claims: Claims, mean: float, total: float, outcome: str, words: str) -> None:
-    claim = claims("fewer_samples")
+def test_report(
+    claims: Claims,
+    monkeypatch: pytest.MonkeyPatch,
+    mean: float,
+    total: float,
+    outcome: str,
+    choice: str,
+) -> None:
+    monkeypatch.setattr(claims("harness.statistics"), "RESAMPLES", 99)
     made = rows(claims, {"mean": mean, "sum": total, "new": 60})
-    report = claim.report(made)
+    report = claims("fewer_samples").report(made)
     assert report.outcome == outcome
-    if outcome != "confirmed" or mean < 0:
-        assert words in report.verdict
-    assert f"{mean + 0.01:.2f} points" in report.verdict
-    assert "60.0 points are lost with the smallest margins" in report.verdict
+    assert report.verdict.startswith(f"The 0.5 % smallest margins are {choice}")
+    assert f"{mean + 0.01:.2f} points of test accuracy" in report.verdict
+    assert f"{total + 0.01:.2f} points of test accuracy" in report.verdict
+    assert "60.0 points are lost with the smallest margins and 0.1 with random" in report.verdict
     assert all(len(row) == len(table.header) for table in report.tables for row in table.rows)
-    # Sets of two neighbouring seeds share 19 of 21 samples, those of seeds 0 and 2 18 of 22.
-    overlap = report.tables[-1].rows[-3]
-    assert overlap[1] == f"{(2 * 19 / 21 + 18 / 22) / 3:.2f} ± 0.05"
-    figure = claims("harness.page").figure_of(claim.CLAIM, made)
-    assert len(figure.axes) == 3
+    # The sets of neighbouring seeds share 19 of 21 samples, those of seeds 0 and 2 18 of 22.
+    assert report.tables[-1].rows[-3][1] == f"{(2 * 19 / 21 + 18 / 22) / 3:.2f} ± 0.05"
 
 
-def test_report_of_runs_without_separation(claims: Claims) -> None:
+def test_figure(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims("harness.statistics"), "RESAMPLES", 9)
+    made = rows(claims, {"mean": 5, "sum": 1, "new": 60})
+    figure = claims("harness.page").figure_of(claims("fewer_samples").CLAIM, made)
+    assert [len(ax.lines) for ax in figure.axes] == [16, 16, 11]
+
+
+def test_report_of_runs_without_separation(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims("harness.statistics"), "RESAMPLES", 9)
     claim = claims("fewer_samples")
     made = rows(claims, {"mean": 0, "sum": 0, "new": 60})
     made[0] = {key: made[0][key] for key in SETTINGS} | {"separated_after": None}
-    report = claim.report(made)
-    assert report.notes[-1] == "1 runs did not reach separation and do not count."
+    assert claim.report(made).notes[-1].startswith("Runs that did not reach separation")
     assert claim.report(made[:1]).outcome == claim.report([]).outcome == "not confirmed"
 
 
