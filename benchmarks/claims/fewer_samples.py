@@ -1,4 +1,4 @@
-"""Measure what is lost if training goes on with the smallest margins alone after separation.
+"""Measure what is lost if only the smallest margins are trained on after separation.
 
 python benchmarks/claims/fewer_samples.py            # tables, verdict, result file, figure
 python benchmarks/claims/fewer_samples.py --quick    # about a minute; writes no result file
@@ -86,7 +86,7 @@ def few(share: float, choice: str, way: str, what: str = "accuracy", at: str = "
 
 
 def full(when: Literal["start", "all"], what: str = "accuracy", at: str = "cut") -> Value:
-    """The value of a row at the start of training on, or after it with all samples."""
+    """The value of a row at the start of further training, or after it with all samples."""
     return lambda row: float(row[at][when][what])
 
 
@@ -168,7 +168,7 @@ def notes(rows: Sequence[Row], missing: int) -> list[str]:
         f"{percent(SHARE)} of the samples are {kept}. Those with the smallest margins belong to "
         f"{classes:.1f} classes of 10 on average. The Jaccard index of two random sets of this "
         f"size is about {SHARE / (2 - SHARE):.3f}.",
-        "Training on changes more than the accuracy: the smallest hundredth of the normalised "
+        "Further training changes more than the accuracy: the smallest hundredth of the normalised "
         f"margins becomes {grown[0]:.2f} times as large with all samples, and {grown[1]:.2f} times "
         f"with the smallest margins and the {LOSSES[SUM]}.",
     ]
@@ -188,8 +188,8 @@ def main_table(groups: dict[str, list[Row]]) -> Table:
     for one in CHOICES[:2]:
         lines.append((f"{one}, from scratch", LOSSES[MEAN], few(SHARE, one, ANEW), full("all")))
     return Table(
-        f"Points of test accuracy lost with {percent(SHARE)} of the samples, against training on "
-        f"with all. Means over {max(map(len, groups.values()))} seeds with 95 % intervals.",
+        f"Points of test accuracy lost with {percent(SHARE)} of the samples, against further "
+        f"training with all: means over {max(map(len, groups.values()))} seeds, 95 % intervals.",
         ["Margins of the kept", "Loss", *groups],
         [
             [what, loss, *(lost(group, value, against).text() for group in groups.values())]
@@ -204,7 +204,7 @@ def shares_table(groups: dict[str, list[Row]]) -> Table:
         "Points of test accuracy lost with the smallest margins.",
         ["M / N", "Loss", "Against", *groups],
         [
-            [f"{percent(share)}", loss, name]
+            [percent(share), loss, name]
             + [lost(group, few(share, "smallest", way), other).text() for group in groups.values()]
             for way, loss in LOSSES.items()
             for name, other in (("going on with all", full("all")), ("separation", full("start")))
@@ -222,11 +222,9 @@ def facts_table(groups: dict[str, list[Row]]) -> Table:
         ("growth of the smallest margins: all", 2, growth(full("all", "margin"))),
     ]
     for way, loss in LOSSES.items():
-        margin, training = (
-            few(SHARE, CHOICES[0], way, what) for what in ("margin", "training_accuracy")
-        )
-        lines.append((f"growth of the smallest margins: smallest, {loss}", 2, growth(margin)))
-        lines.append((f"accuracy on all N samples: smallest, {loss}, %", 2, training))
+        found = [few(SHARE, "smallest", way, one) for one in ("margin", "training_accuracy")]
+        lines.append((f"growth of the smallest margins: smallest, {loss}", 2, growth(found[0])))
+        lines.append((f"accuracy on all N samples: smallest, {loss}, %", 2, found[1]))
     cells = [
         [what, *(mean_sd([value(row) for row in group], digits) for group in groups.values())]
         for what, digits, value in lines
@@ -235,8 +233,9 @@ def facts_table(groups: dict[str, list[Row]]) -> Table:
         overlaps = [jaccard(group, share) for group in groups.values()]
         cells.append([f"Jaccard index of the smallest {percent(share)} of two seeds", *overlaps])
     return Table(
-        f"Means and standard deviations over seeds, M/N = {percent(SHARE)}. Growth is the mean of "
-        "the smallest hundredth of all normalised margins, divided by that at separation.",
+        f"M/N = {percent(SHARE)}: means and standard deviations over seeds, or pairs of seeds. "
+        "Growth is the mean of the smallest hundredth of all normalised margins after further "
+        "training, divided by that at separation.",
         ["", *groups],
         cells,
     )
@@ -285,7 +284,7 @@ def draw(rows: list[Row], figure: "Figure") -> None:
 
 CLAIM = Claim(
     name="fewer_samples",
-    title="Training on with less than 1 % of the samples",
+    title="Further training with less than 1 % of the samples",
     statement=STATEMENT,
     source="Banburski et al. 2021",
     protocol=PROTOCOL,
