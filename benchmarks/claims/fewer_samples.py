@@ -125,13 +125,13 @@ def by_condition(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def verdict(rows: Sequence[Row], cases: dict[str, list[float]]) -> str:
     """What is lost with each loss, the worse first, beside random samples; then other ways."""
-    named = {MEAN: "the mean loss of the kept samples", SUM: "their weights in the full mean loss"}
+    named = {MEAN: "mean of the kept samples", SUM: "sum of the kept samples divided by N"}
 
     def points(value: Value, digits: int = 2) -> str:
         return f"{lost(rows, value, full('all')).value:.{digits}f}"
 
     sentences = [
-        f"With {named[way]}, the {percent(SHARE)} smallest margins lose "
+        f"If the loss is the {named[way]}, the {percent(SHARE)} smallest margins lose "
         f"{points(few(SHARE, 'smallest', way))} points of test accuracy ({min(cases[way]):.2f} to "
         f"{max(cases[way]):.2f} in the {len(cases[way])} conditions): {comparison(rows, way)} "
         f"random samples, which lose {points(few(SHARE, 'random', way))}."
@@ -279,7 +279,8 @@ def draw(rows: list[Row], figure: "Figure") -> None:
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     figure.axes[0].set_ylabel("points of test accuracy lost\nagainst going on with all")
-    figure.axes[0].legend(title="margins of the kept\n(thin: one condition)")
+    entries = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*entries, title="margins\n(thin: a condition)", loc="outside right upper")
 
 
 CLAIM = Claim(
