@@ -133,8 +133,8 @@ def verdict(rows: Sequence[Row], cases: dict[str, list[float]]) -> str:
     sentences = [
         f"If the loss is the {named[way]}, the {percent(SHARE)} smallest margins lose "
         f"{points(few(SHARE, 'smallest', way))} points of test accuracy ({min(cases[way]):.2f} to "
-        f"{max(cases[way]):.2f} in the {len(cases[way])} conditions): {comparison(rows, way)} "
-        f"random samples, which lose {points(few(SHARE, 'random', way))}."
+        f"{max(cases[way]):.2f}, and at most {LIMIT} in {sum(one <= LIMIT for one in cases[way])} of "
+        f"{len(cases[way])} conditions): {comparison(rows, way)} random samples, which lose {points(few(SHARE, 'random', way))}."
         for way in sorted(LOSSES, key=lambda way: -np.mean(cases[way]))
     ]
     anew = [points(few(SHARE, one, ANEW), 1) for one in CHOICES[:2]]
@@ -163,14 +163,14 @@ def notes(rows: Sequence[Row], missing: int) -> list[str]:
     kept = round(SHARE * rows[0]["samples"])
     classes = np.mean([len(set(row["closest_target"][:kept])) for row in rows])
     margins = full("all", "margin"), few(SHARE, "smallest", SUM, "margin")
-    grown = [np.mean([growth(margin)(row) for row in rows]) for margin in margins]
+    grown = [round(np.mean([growth(one)(row) for row in rows]), 2) + 0.0 for one in margins]
     texts = [
         f"{percent(SHARE)} of the samples are {kept}. Those with the smallest margins belong to "
         f"{classes:.1f} classes of 10 on average. The Jaccard index of two random sets of this "
         f"size is about {SHARE / (2 - SHARE):.3f}.",
-        "Further training changes more than the accuracy: the smallest hundredth of the normalised "
-        f"margins becomes {grown[0]:.2f} times as large with all samples, and {grown[1]:.2f} times "
-        f"with the smallest margins and the {LOSSES[SUM]}.",
+        "Further training changes more than the accuracy: the mean of the smallest hundredth of the "
+        f"normalised margins is {grown[0]:.2f} times that at separation with all samples, and "
+        f"{grown[1]:.2f} times with the smallest margins and the {LOSSES[SUM]}.",
     ]
     return texts + [f"Runs that did not reach separation do not count: {missing}."] * (missing > 0)
 
