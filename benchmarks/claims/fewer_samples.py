@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CONDITIONS = [(False, 0.0), (False, 5e-4), (True, 0.0), (True, 5e-4)]  # batch norm, weight decay
-SHARE = 0.005  # the share of the verdict
-LIMIT = 0.5  # points of accuracy that may be lost
+SHARE, LIMIT = 0.005, 0.5  # of the verdict: kept samples, points of accuracy that may be lost
 LOSSES = {MEAN: "mean of the kept", SUM: "sum of the kept / N"}
 Value = Callable[[Row], float]
 
@@ -132,16 +131,17 @@ def verdict(rows: Sequence[Row], cases: dict[str, list[float]]) -> str:
 
     sentences = [
         f"If the loss is the {named[way]}, the {percent(SHARE)} smallest margins lose "
-        f"{points(few(SHARE, 'smallest', way))} points of test accuracy ({min(cases[way]):.2f} to "
-        f"{max(cases[way]):.2f}, and at most {LIMIT} in {sum(one <= LIMIT for one in cases[way])} of "
-        f"{len(cases[way])} conditions): {comparison(rows, way)} random samples, which lose {points(few(SHARE, 'random', way))}."
-        for way in sorted(LOSSES, key=lambda way: -np.mean(cases[way]))
+        f"{points(few(SHARE, 'smallest', way))} points of test accuracy ({min(values):.2f} to "
+        f"{max(values):.2f}, at most {LIMIT} in {sum(one <= LIMIT for one in values)} of "
+        f"{len(values)} conditions): {comparison(rows, way)} random samples, which lose "
+        f"{points(few(SHARE, 'random', way))}."
+        for way, values in sorted(cases.items(), key=lambda case: -np.mean(case[1]))
     ]
     anew = [points(few(SHARE, one, ANEW), 1) for one in CHOICES[:2]]
     return (
-        f"{' '.join(sentences)} Without any further training {points(full('start'))} points are "
-        f"lost. From scratch, where the network never sees the other samples, the smallest margins "
-        f"lose {anew[0]} points and random samples {anew[1]}."
+        f"{' '.join(sentences)} No further training at all loses {points(full('start'))} points. "
+        f"From scratch, without the other samples, the smallest margins lose {anew[0]} points and "
+        f"random samples {anew[1]}."
     )
 
 
@@ -168,7 +168,7 @@ def notes(rows: Sequence[Row], missing: int) -> list[str]:
         f"{percent(SHARE)} of the samples are {kept}. Those with the smallest margins belong to "
         f"{classes:.1f} classes of 10 on average. The Jaccard index of two random sets of this "
         f"size is about {SHARE / (2 - SHARE):.3f}.",
-        "Further training changes more than the accuracy: the mean of the smallest hundredth of the "
+        "Further training changes more than accuracy: the mean of the smallest hundredth of all "
         f"normalised margins is {grown[0]:.2f} times that at separation with all samples, and "
         f"{grown[1]:.2f} times with the smallest margins and the {LOSSES[SUM]}.",
     ]
