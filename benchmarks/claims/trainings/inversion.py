@@ -1,15 +1,16 @@
 """Small networks with the parity of the label as target, and their inversion points.
 
-A run trains several networks on the same samples. They differ in their initial weights alone, so the
-run can compare the sets of samples that they misclassify. It returns no set, but numbers and curves.
+A run trains several networks on the same samples. They differ in their initial weights alone, so
+the run can compare the sets of samples that they misclassify. It returns numbers and curves.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness.data import Sources, load
+from harness.data import Data, Sources, load
 from torch import Tensor, nn
 
 import marginops
@@ -58,98 +59,104 @@ class Networks(nn.Module):
 
 
 class Training:
-    """What was seen of S networks in a training of all of them.
+    """What was seen of S networks while they were trained.
 
     Attributes:
         monitors: The inversion monitor of every network.
-        misclassified: ``[S, P]``, the misclassified samples at every chosen epoch.
-        test_error: The share of misclassified test samples of every network, at the end.
+        misclassified: ``[S, P]``, the misclassified samples, after every epoch of the curves.
+        test_error: ``[S]``, the share of misclassified test samples at the end.
     """
 
-    def __init__(self, networks: int) -> None:
+    def __init__(self, settings: dict[str, Any], seeds: list[int], data: Data, targets: Tensor):
         self.monitors = [
-            InversionMonitor(2, first_epoch=FIRST_EPOCH, per_class=False) for _ in range(networks)
+            InversionMonitor(2, first_epoch=FIRST_EPOCH, per_class=False) for _ in seeds
         ]
         self.misclassified: dict[int, Tensor] = {}
-        self.test_error: list[float] = []
+        networks = Networks(data.train_inputs.shape[1], seeds)
+        optimizer_type, arguments = OPTIMIZERS[settings["optimizer"]]
+        optimizer = optimizer_type(networks.parameters(), lr=settings["learning_rate"], **arguments)
+        epochs = settings["epochs"]
+        states = after_epochs(networks, optimizer, data.train_inputs, targets, epochs)
+        for epoch, (features, logits) in enumerate(states, 1):
+            self.see(epoch, features, logits, targets, epoch in curve_epochs(epochs))
+        with torch.no_grad():
+            predicted = networks(data.test_inputs)[1].argmax(2)
+        self.test_error = (predicted != data.test_target).double().mean(1)
 
-    @property
-    def radius(self) -> Tensor:
-        """``[S, T]``, the radius of class 0 after every epoch."""
-        return torch.stack([monitor.history[:, 0] for monitor in self.monitors])
+    def see(
+        self, epoch: int, features: Tensor, logits: Tensor, targets: Tensor, keep: bool
+    ) -> None:
+        """Tell the monitors of an epoch, and keep what is misclassified if asked to."""
+        wrong = (logits.argmax(2) != targets) & (targets != LEFT_OUT)
+        for index, monitor in enumerate(self.monitors):
+            moments = marginops.class_moments(
+                features[index], targets[index], 2, normalize=True, ignore_index=LEFT_OUT
+            )
+            monitor.update(moments.radius, wrong[index])
+        if keep:
+            self.misclassified[epoch] = wrong
 
 
 def run(settings: dict[str, Any], sources: Sources) -> dict[str, Any]:
     """Train networks with all samples, then some of them again without their stragglers.
 
     Args:
-        settings: ``data``, ``seed`` (of the choice of the samples), ``samples``, ``networks``,
+        settings: ``data``, ``seed`` (which draws the samples), ``samples``, ``networks`` >= 3,
             ``optimizer``, ``learning_rate``, ``epochs``, and ``again``: how many networks are
             trained two more times, without their stragglers and without as many random samples.
         sources: Where the data sets are.
 
     Returns:
-        Lists over networks, over pairs of networks, and curves over the epochs ``at``.
+        Lists over networks, and curves over the epochs ``at``.
     """
-    inputs, target, test_inputs, test_target = samples(settings, sources)
-    count, epochs, seed = settings["networks"], settings["epochs"], settings["seed"]
-    chosen = chosen_epochs(epochs)
+    data = drawn(settings, sources)
+    count, seed, target = settings["networks"], settings["seed"], data.train_target
     seeds = [1000 * seed + index for index in range(count)]
-
-    def trained(seeds: list[int], targets: Tensor) -> Training:
-        networks = Networks(inputs.shape[1], seeds)
-        training = Training(len(seeds))
-        optimizer_type, arguments = OPTIMIZERS[settings["optimizer"]]
-        optimizer = optimizer_type(networks.parameters(), lr=settings["learning_rate"], **arguments)
-        states = after_epochs(networks, optimizer, inputs, targets, epochs)
-        for epoch, (features, logits) in enumerate(states, 1):
-            wrong = (logits.argmax(2) != targets) & (targets != LEFT_OUT)
-            for index, monitor in enumerate(training.monitors):
-                moments = marginops.class_moments(
-                    features[index], targets[index], 2, normalize=True, ignore_index=LEFT_OUT
-                )
-                monitor.update(moments.radius, wrong[index])
-            if epoch in chosen:
-                training.misclassified[epoch] = wrong
-        with torch.no_grad():
-            predicted = networks(test_inputs)[1].argmax(2)
-        training.test_error = (predicted != test_target).double().mean(1).tolist()
-        return training
-
-    everything = trained(seeds, target.expand(count, -1))
-    result = {"at": chosen, **of_networks(everything), **of_pairs(everything, len(target))}
+    everything = Training(settings, seeds, data, target.expand(count, -1))
+    result = {
+        "at": curve_epochs(settings["epochs"]),
+        **of_networks(everything),
+        **of_pairs(everything, len(target)),
+    }
     again = [i for i in range(settings["again"]) if everything.monitors[i].inverted]
     if again:
+        result["again"] = again
         stragglers = torch.stack([everything.monitors[i].stragglers for i in again])
         sets = {"without_stragglers": stragglers, "without_random": as_many(stragglers, seed)}
-        result["again"] = again
         for name, left_out in sets.items():
-            training = trained([seeds[i] for i in again], target.where(~left_out, LEFT_OUT))
+            targets = target.where(~left_out, LEFT_OUT)
+            training = Training(settings, [seeds[i] for i in again], data, targets)
             result |= {f"{name}_{key}": value for key, value in of_networks(training).items()}
     return result
 
 
-def samples(settings: dict[str, Any], sources: Sources) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random training samples and all test samples; every pixel is standardised."""
+def drawn(settings: dict[str, Any], sources: Sources) -> Data:
+    """Random training samples and all test samples; the target is the parity of the label.
+
+    Every pixel is standardised by its mean and standard deviation over the drawn samples.
+    """
     data = load(settings["data"], sources)
     generator = torch.Generator().manual_seed(settings["seed"])
     order = torch.randperm(len(data.train_target), generator=generator)[: settings["samples"]]
     inputs = data.train_inputs[order].flatten(1)
     deviation, mean = torch.std_mean(inputs, dim=0, correction=0)
     deviation = torch.where(deviation == 0, 1, deviation)
-    test_inputs = (data.test_inputs.flatten(1) - mean) / deviation
-    target, test_target = data.train_target[order] % 2, data.test_target % 2
-    return (inputs - mean) / deviation, target, test_inputs, test_target
+    return Data(
+        (inputs - mean) / deviation,
+        data.train_target[order] % 2,
+        (data.test_inputs.flatten(1) - mean) / deviation,
+        data.test_target % 2,
+    )
 
 
-def chosen_epochs(epochs: int) -> list[int]:
+def curve_epochs(epochs: int) -> list[int]:
     """The epochs of the curves, each about 15 % later than the one before, and the last."""
-    chosen = {epochs}
+    found = {epochs}
     epoch = 1.0
     while epoch < epochs:
-        chosen.add(round(epoch))
+        found.add(round(epoch))
         epoch *= 1.15 if epoch >= FIRST_EPOCH else 1.4
-    return sorted(chosen)
+    return sorted(found)
 
 
 def after_epochs(
@@ -165,6 +172,8 @@ def after_epochs(
         features, logits = networks(inputs)
         if epoch > 0:
             yield features.detach(), logits.detach()
+        if epoch == epochs:
+            return
         losses = F.cross_entropy(logits.mT, targets, ignore_index=LEFT_OUT, reduction="none")
         optimizer.zero_grad()
         (losses / kept).sum().backward()
@@ -180,14 +189,14 @@ def as_many(sets: Tensor, seed: int) -> Tensor:
 
 def of_networks(training: Training) -> dict[str, Any]:
     """What a training tells of every network, and the mean radius of class 0."""
-    radius = training.radius
+    radius = torch.stack([monitor.history[:, 0] for monitor in training.monitors])
     rises = radius[:, FIRST_EPOCH - 1 :] >= radius[:, FIRST_EPOCH - 2 : -1]
     sets = [monitor.stragglers for monitor in training.monitors]
     return {
         "inversion": [monitor.epoch for monitor in training.monitors],
         "stragglers": [None if members is None else int(members.sum()) for members in sets],
         "rising": [round(share, 4) for share in rises.double().mean(1).tolist()],
-        "test_error": [round(error, 5) for error in training.test_error],
+        "test_error": [round(error, 5) for error in training.test_error.tolist()],
         "radius": [
             round(radius[:, epoch - 1].mean().item(), 3) for epoch in training.misclassified
         ],
@@ -196,14 +205,10 @@ def of_networks(training: Training) -> dict[str, Any]:
 
 def of_pairs(training: Training, population: int) -> dict[str, Any]:
     """How alike the networks are: their stragglers, and what they misclassify at equal epochs."""
-    inverted = [monitor.stragglers for monitor in training.monitors if monitor.inverted]
     result: dict[str, Any] = {}
+    inverted = [monitor.stragglers for monitor in training.monitors if monitor.inverted]
     if len(inverted) > 1:
-        similarity = jaccard(*pairs(torch.stack(inverted)))
-        result["jaccard"] = [
-            round(value.item(), 4)
-            for value in (similarity.mean(), similarity.min(), similarity.max())
-        ]
+        result["jaccard"] = round(jaccard(*pairs(torch.stack(inverted))).mean().item(), 4)
     errors = torch.stack([wrong.double().mean(1) for wrong in training.misclassified.values()])
     result["error"] = [round(value, 5) for value in errors.mean(1).tolist()]
     result["error_sd"] = [round(value, 5) for value in errors.std(1).tolist()]
@@ -211,7 +216,8 @@ def of_pairs(training: Training, population: int) -> dict[str, Any]:
     for wrong in training.misclassified.values():
         first, second = pairs(wrong)
         stability = straggler_stability(list(first), list(second), population)
-        result["stability"].append(round(stability, 1))
+        # JSON has no infinity, which is z where all pairs have equally many samples in common.
+        result["stability"].append(round(stability, 1) if math.isfinite(stability) else None)
         result["overlap"].append(round(jaccard(first, second).mean().item(), 3))
     return result
 
