@@ -10,7 +10,7 @@ without these samples.
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from harness.claim import Claim, Report, Row, Scope, Settings, Table
@@ -25,45 +25,44 @@ if TYPE_CHECKING:
 
 STATEMENT = (
     "In training, the radius of a class in the hidden layer first shrinks and then grows. At this "
-    "inversion point the training error hardly depends on the seed, and nearly the same samples "
-    "are misclassified in every training: the stragglers. Without the stragglers the radius "
-    "shrinks all the time, and the test error is higher."
+    "inversion point the training error hardly depends on the seed. The samples that are "
+    "misclassified there, the stragglers, are nearly the same in all runs, and the runs agree on "
+    "what they misclassify more than at other epochs. Without the stragglers the radius shrinks "
+    "all the time, and the test error is higher."
 )
 PROTOCOL = """
-The network is that of the authors: one hidden layer of 20 tanh units, two logits, cross-entropy,
-and one step an epoch with all samples. The target is whether the label is even. A run draws 8,192
-training images, standardises every pixel over them, and trains 12 networks that differ in their
-initial weights alone. There are ten such draws, 400 epochs with SGD, learning rate 0.1, without
-momentum. `class_moments` gives the radius of the even class after every epoch, for hidden vectors
-scaled to length 1. `InversionMonitor` finds the inversion point: the first epoch from 20 on at
-which this radius does not fall. Stragglers are the training images that are misclassified then.
-`straggler_stability` is z over all pairs of the networks of a draw, at equal epochs: how much more
-often than by chance two networks misclassify the same images, in standard deviations.
+The network is the authors': one hidden layer of 20 tanh units, two logits, cross-entropy, one step
+an epoch with all images. The target is whether the label is even. A run draws 8,192 training
+images, standardises every pixel over them, and trains 12 networks that differ in their initial
+weights alone, with SGD for 400 epochs (learning rate 0.1, no momentum). There are ten draws.
+`class_moments` gives the radius of the even class after every epoch, for hidden vectors of length
+1. `InversionMonitor` finds the inversion: the first epoch from 20 on at which the radius does not
+fall. The stragglers are the training images that are misclassified then. `straggler_stability`
+is z: how much more often than by chance two networks of a draw misclassify the same images at the
+same epoch, in standard deviations over all pairs. The curves have an epoch every 15 %.
 
-In each draw, four of the networks are trained again from the same initial weights: once without
-their own stragglers, once without as many random images. The test error is that of all test images
-after the last epoch. Intervals of 95 % are bootstrapped over the draws.
+Four networks of each draw are trained again from the same initial weights: without their own
+stragglers, and without as many random images. The test error is that of all test images after the
+last epoch. Intervals of 95 % come from a bootstrap over the draws. The other optimizers train four
+networks on four draws; momentum is 0.9. An eleventh draw, which is not reported, fixed the numbers
+of epochs and the learning rates, so that inversions come after epoch 20 and before the end.
 
-The other optimizers train four networks on each of the first four draws, Adam and the momentum of
-0.9 with learning rates and epochs for which draw 100 had its inversions between epoch 20 and the
-end. Draw 100 fixed the numbers of epochs too; it is not among the reported ones.
-
-Fixed before the runs: the claim is confirmed if all of these hold, partly confirmed if two to four
-hold. (1) The standard deviation of the training error at the inversion, over initial weights, is
-at most 0.3 percentage points. (2) The mean Jaccard index of the stragglers of two networks is at
-least 2/3, which means four fifths of common members in sets of equal size. (3) The maximum of z,
-averaged over the draws, is within 25 % of the mean epoch of the inversion. (4) More than half of
-the networks have no inversion without their stragglers. (5) The test error without stragglers is
-higher than with all images, and higher than without as many random ones; both intervals exclude 0.
+Fixed before the runs: the claim is confirmed if all five parts hold, and partly confirmed if two
+to four do. (1) The standard deviation over initial weights of the training error at the inversion
+is at most 0.3 points. (2) The mean Jaccard index of the stragglers of two networks is at least 2/3:
+equal sets would share four fifths of their members. (3) The maximum of z, averaged over the draws,
+is within 25 % of the mean epoch of the inversion. (4) More than half of the networks have no
+inversion without their stragglers. (5) The test error is higher without the stragglers, than with
+all images and than without as many random ones: both intervals are above 0.
 """
 SAMPLES = 8192
-# Optimizer, learning rate and epochs.
-MAIN = ("SGD", 0.1, 400)
+MAIN = {"optimizer": "SGD", "learning_rate": 0.1, "epochs": 400, "networks": 12, "again": 4}
+SMALL = {"networks": 4, "again": 0}
 OTHERS = [
-    ("SGD", 0.05, 600),
-    ("SGD", 0.2, 300),
-    ("SGD with momentum", 0.02, 300),
-    ("Adam", 0.001, 300),
+    {"optimizer": "SGD", "learning_rate": 0.05, "epochs": 600, **SMALL},
+    {"optimizer": "SGD", "learning_rate": 0.2, "epochs": 300, **SMALL},
+    {"optimizer": "SGD with momentum", "learning_rate": 0.02, "epochs": 300, **SMALL},
+    {"optimizer": "Adam", "learning_rate": 0.001, "epochs": 300, **SMALL},
 ]
 OTHER_DRAWS = 4
 # What counts as a success, as in the protocol.
@@ -71,17 +70,30 @@ LARGEST_SD = 0.003
 SMALLEST_JACCARD = 2 / 3
 NEAR = 0.25
 MOST = 0.5
+# The trainings of the same networks, and how the names of their results begin.
+STRAGGLERS, RANDOM = "without_stragglers_", "without_random_"
+TRAININGS = {
+    "all images": "",
+    "without as many random ones": RANDOM,
+    "without their stragglers": STRAGGLERS,
+}
 
 
-class Part(NamedTuple):
-    """A part of the claim: whether it held, and in which words."""
-
-    held: bool
-    text: str
+def settings(scope: Scope) -> list[Settings]:
+    """A run is a draw of the images. The first optimizer has more networks and draws."""
+    found = []
+    for data, plan in [*((FASHION_MNIST, plan) for plan in [MAIN, *OTHERS]), (MNIST, MAIN)]:
+        seeds = scope.seeds if plan is MAIN else scope.seeds[: 1 if scope.quick else OTHER_DRAWS]
+        if scope.quick:
+            fewer = {"networks": 4, "again": 2} if plan is MAIN else {"networks": 3}
+            plan = plan | {"epochs": plan["epochs"] * 3 // 5} | fewer
+        if scope.sources.has(data):
+            found += [{"data": data, "seed": seed, "samples": SAMPLES, **plan} for seed in seeds]
+    return found
 
 
 class Group:
-    """The runs of one data set and one optimizer, which have a draw of the samples each."""
+    """The runs of one data set and one optimizer: several draws of the images."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -89,156 +101,121 @@ class Group:
         self.optimizer = f"{rows[0]['optimizer']}, {rows[0]['learning_rate']:g}"
         self.networks = sum(row["networks"] for row in rows)
         self.epochs = [epoch for row in rows for epoch in row["inversion"] if epoch is not None]
-        self.stragglers = [
-            count for row in rows for count in row["stragglers"] if count is not None
-        ]
-        # The training errors at the inversion, a list for every draw.
-        self.errors = [
-            [count / row["samples"] for count in row["stragglers"] if count is not None]
-            for row in rows
-        ]
+        self.inversion = float(np.mean(self.epochs)) if self.epochs else None
+        # A list for every draw that has an inversion.
+        counts = [[count for count in row["stragglers"] if count is not None] for row in rows]
+        self.stragglers = [of_draw for of_draw in counts if of_draw]
+        self.errors = [np.array(of_draw) / rows[0]["samples"] for of_draw in self.stragglers]
 
-    @property
     def spread(self) -> float:
         """The standard deviation of the training error at the inversion over initial weights."""
-        variances = [np.var(errors, ddof=1) for errors in self.errors if len(errors) > 1]
+        variances = [errors.var(ddof=1) for errors in self.errors if len(errors) > 1]
         return float(np.sqrt(np.mean(variances))) if variances else float("nan")
 
-    @property
     def jaccard(self) -> float:
-        """The Jaccard index of the stragglers of two networks, averaged over pairs and draws."""
-        means = [row["jaccard"][0] for row in self.rows if "jaccard" in row]
-        return float(np.mean(means)) if means else float("nan")
+        """The mean Jaccard index of the stragglers of two networks of a draw."""
+        values = [row["jaccard"] for row in self.rows if "jaccard" in row]
+        return float(np.mean(values)) if values else float("nan")
 
-    @property
     def chance(self) -> float:
         """The Jaccard index of random sets of the size of the stragglers."""
-        share = float(np.mean(self.stragglers)) / self.rows[0]["samples"]
+        share = float(np.concatenate(self.errors).mean())
         return share / (2 - share)
 
-    def curve(self, name: str) -> np.ndarray:
+    def curves(self, name: str) -> np.ndarray:
         """A curve of every draw that has it, ``[draws, epochs]``."""
         return np.array([row[name] for row in self.rows if name in row], float)
 
-    def largest(self, name: str) -> tuple[int, float]:
-        """The epoch at which a curve, averaged over the draws, is largest, and its value there."""
-        mean = self.curve(name).mean(0)
-        return self.at[int(mean.argmax())], float(mean.max())
+    def peak(self, name: str) -> int:
+        """The epoch at which a curve, averaged over the draws, is largest."""
+        return self.at[int(np.nanargmax(np.nanmean(self.curves(name), 0)))]
 
-    def again(self, name: str, prefix: str = "without_stragglers_") -> list[list[float]]:
-        """What the networks that were trained again show, a list for every draw."""
-        return [row[prefix + name] for row in self.rows if "again" in row]
+    def again(self, name: str, without: str = "") -> list[list[float]]:
+        """What the networks that were trained again show, a list for every draw.
 
-    def with_all(self, name: str) -> list[list[float]]:
-        """What the same networks show with all samples."""
-        return [[row[name][i] for i in row["again"]] for row in self.rows if "again" in row]
+        If ``without`` is empty, this is what the same networks show with all images.
+        """
+        rows = [row for row in self.rows if "trained_again" in row]
+        if without:
+            return [row[without + name] for row in rows]
+        return [[row[name][i] for i in row["trained_again"]] for row in rows]
 
-
-def settings(scope: Scope) -> list[Settings]:
-    """Runs of one draw of the samples each; the first optimizer has more networks and draws."""
-    found = []
-    for data in (FASHION_MNIST, MNIST):
-        if not scope.sources.has(data):
-            continue
-        for optimizer, rate, epochs in [MAIN, *(OTHERS if data == FASHION_MNIST else [])]:
-            is_main = (optimizer, rate, epochs) == MAIN
-            networks, again, draws = (12, 4, None) if is_main else (4, 0, OTHER_DRAWS)
-            if scope.quick:
-                networks, again, epochs = (5, 2, 240) if is_main else (2, 0, epochs * 3 // 5)
-                draws = None if is_main else 1
-            found += [
-                {
-                    "data": data,
-                    "seed": seed,
-                    "samples": SAMPLES,
-                    "networks": networks,
-                    "optimizer": optimizer,
-                    "learning_rate": rate,
-                    "epochs": epochs,
-                    "again": again,
-                }
-                for seed in scope.seeds[:draws]
-            ]
-    return found
+    def more_errors(self, without: str = "") -> Interval:
+        """By how much the test error without the stragglers is higher than that of others."""
+        first, second = (
+            [float(np.mean(errors)) for errors in self.again("test_error", name)]
+            for name in (without, STRAGGLERS)
+        )
+        return paired_difference(first, second)
 
 
-def groups(rows: Sequence[Row]) -> list[list[Group]]:
-    """The groups of every data set, that of the first optimizer first."""
-    found: dict[str, dict[tuple[str, float], list[Row]]] = {}
+def groups(rows: Sequence[Row]) -> list[Group]:
+    """The runs of every data set and optimizer."""
+    found: dict[tuple[str, str, float], list[Row]] = {}
     for row in rows:
-        of_data = found.setdefault(row["data"], {})
-        of_data.setdefault((row["optimizer"], row["learning_rate"]), []).append(row)
-    return [list(map(Group, of_data.values())) for of_data in found.values()]
+        key = row["data"], row["optimizer"], row["learning_rate"]
+        found.setdefault(key, []).append(row)
+    return [Group(same) for same in found.values()]
 
 
 def report(rows: list[Row]) -> Report:
-    """The five parts of the claim on every data set."""
+    """The five parts of the claim on every data set, and the tables."""
     found = groups(rows)
-    several = len(found) > 1
-    on_data = {of_data[0].data: parts(of_data[0]) for of_data in found}
-    held = sum(all(part.held for part in same) for same in zip(*on_data.values(), strict=True))
+    mains = [group for group in found if group.rows[0]["again"]]
+    several = len(mains) > 1
+    parts = {group.data: parts_of(group) for group in mains}
+    held = sum(all(holds for holds, _ in same) for same in zip(*parts.values(), strict=True))
     texts: dict[bool, list[str]] = {False: [], True: []}
-    for data, its_parts in on_data.items():
-        for part in its_parts:
-            texts[part.held].append(f"{part.text} ({data})" if several else part.text)
-    against = f"Against the claim, {'; '.join(texts[False])}. " if texts[False] else ""
-    agreeing = f"As claimed, {'; '.join(texts[True])}." if texts[True] else ""
+    for data, its_parts in parts.items():
+        for holds, text in its_parts:
+            texts[holds].append(f"{text} ({data})" if several else text)
+    verdict = [f"Against the claim, {'; '.join(texts[False])}."] if texts[False] else []
+    verdict += [f"As claimed, {'; '.join(texts[True])}."] if texts[True] else []
+    tested = [group for group in mains if group.again("inversion")]
     return Report(
-        outcome=("confirmed" if held == 5 else "partly confirmed" if held > 1 else "not confirmed"),
-        verdict=(against + agreeing).strip(),
-        tables=[
-            inversion_table([group for of_data in found for group in of_data]),
-            *(again_table(of_data[0]) for of_data in found if of_data[0].again("inversion")),
-        ],
-        notes=[note for of_data in found for note in notes(of_data[0], several)]
+        outcome="confirmed" if held == 5 else "partly confirmed" if held > 1 else "not confirmed",
+        verdict=" ".join(verdict),
+        tables=[inversion_table(found), *map(again_table, tested)],
+        notes=[*map(note, tested)]
         + ([] if several else [f"{MNIST} was not run: `--mnist` names its files."]),
     )
 
 
-def parts(group: Group) -> list[Part]:
-    """The five parts of the claim for one data set."""
+def parts_of(group: Group) -> list[tuple[bool, str]]:
+    """The five parts of the claim: whether each holds, and in which words."""
     if len(group.epochs) < 2 or not group.again("inversion"):
-        text = f"{len(group.epochs)} of {group.networks} networks have an inversion"
-        return [Part(False, text), *[Part(False, "the rest could not be tested")] * 4]
-    spread, jaccard = group.spread, group.jaccard
-    peak, inversion = group.largest("stability")[0], float(np.mean(group.epochs))
-    without = [epoch for epochs in group.again("inversion") for epoch in epochs]
-    quiet = without.count(None)
-    errors = group.again("test_error")
-    than_all = difference(group.with_all("test_error"), errors)
-    than_random = difference(group.again("test_error", "without_random_"), errors)
-    percentages = [100 * error for errors in group.errors for error in errors]
+        nothing = f"{len(group.epochs)} of {group.networks} networks have an inversion"
+        return [(False, nothing), *[(False, "this leaves a part untested")] * 4]
+    spread, jaccard, peak = group.spread(), group.jaccard(), group.peak("stability")
+    error = np.concatenate(group.errors).mean()
+    inversions = np.concatenate(group.again("inversion", STRAGGLERS)).tolist()
+    none = inversions.count(None)
+    than_all, than_random = group.more_errors(), group.more_errors(RANDOM)
     return [
-        Part(
+        (
             spread <= LARGEST_SD,
-            f"the training error at the inversion is {np.mean(percentages):.2f} % and has a "
-            f"standard deviation of {100 * spread:.2f} points over initial weights",
+            f"the training error at the inversion is {100 * error:.2f} % with a standard deviation "
+            f"of {100 * spread:.2f} points over initial weights",
         ),
-        Part(
+        (
             jaccard >= SMALLEST_JACCARD,
-            f"the stragglers of two networks have a mean Jaccard index of {jaccard:.2f}, where "
-            f"chance gives {group.chance:.2f}",
+            f"the stragglers of two networks have a mean Jaccard index of {jaccard:.2f} (chance: "
+            f"{group.chance():.2f})",
         ),
-        Part(
-            abs(peak / inversion - 1) <= NEAR,
-            f"z is largest at epoch {peak}, and the mean inversion is at epoch {inversion:.0f}",
+        (
+            abs(peak / group.inversion - 1) <= NEAR,
+            f"z is largest at epoch {peak}, while the mean inversion is at {group.inversion:.0f}",
         ),
-        Part(
-            quiet > MOST * len(without),
-            f"{quiet} of {len(without)} networks have no inversion without their stragglers",
+        (
+            none > MOST * len(inversions),
+            f"without their stragglers {none} of {len(inversions)} networks have no inversion",
         ),
-        Part(
+        (
             than_all.low > 0 and than_random.low > 0,
-            "the test error without stragglers is higher than with all images by "
-            f"{than_all.text(2, 100)} points, and than without as many random images by "
-            f"{than_random.text(2, 100)} points",
+            f"leaving out the stragglers adds {than_all.text(2, 100)} points to the test error, "
+            f"{than_random.text(2, 100)} more than leaving out as many random images",
         ),
     ]
-
-
-def difference(first: list[list[float]], second: list[list[float]]) -> Interval:
-    """``second - first``, averaged over the networks of a draw, with its interval over draws."""
-    return paired_difference([np.mean(values) for values in first], list(map(np.mean, second)))
 
 
 def inversion_table(found: Sequence[Group]) -> Table:
@@ -246,150 +223,105 @@ def inversion_table(found: Sequence[Group]) -> Table:
     rows = []
     for group in found:
         cells = [group.data, group.optimizer, f"{len(group.epochs)} of {group.networks}"]
-        if len(group.epochs) > 1:
-            means = [np.mean(errors) for errors in group.errors if errors]
+        if group.epochs:
             cells += [
                 mean_sd(group.epochs, 0),
-                mean_sd(means, 2, 100),
-                f"{100 * group.spread:.2f}",
-                mean_sd(group.stragglers, 0),
-                f"{group.jaccard:.2f}",
-                f"{group.chance:.2f}",
+                mean_sd([errors.mean() for errors in group.errors], 2, 100),
+                f"{100 * group.spread():.2f}",
+                mean_sd(np.concatenate(group.stragglers), 0),
+                f"{group.jaccard():.2f}",
+                f"{group.chance():.3f}",
             ]
         rows.append(cells + ["-"] * (9 - len(cells)))
     return Table(
-        "The inversion point. Epoch and stragglers: mean ± standard deviation over networks. "
-        "Training error at the inversion in percent: mean ± standard deviation over draws of the "
-        "images, then the standard deviation over initial weights. Jaccard index of the stragglers "
-        "of two networks on the same images, and that of random sets of their size.",
+        "The inversion point with every optimizer and learning rate: epoch and stragglers, mean ± "
+        "standard deviation over networks; training error in percent, mean ± standard deviation "
+        "over draws; its standard deviation over initial weights, in points; mean Jaccard index of "
+        "the stragglers of two networks on the same images, and that of random sets of this size.",
         [
             "data",
-            "optimizer, learning rate",
-            "with inversion",
+            "optimizer",
+            "inverted",
             "epoch",
-            "training error",
-            "over weights",
+            "error",
+            "its sd",
             "stragglers",
             "Jaccard",
-            "by chance",
+            "random",
         ],
         rows,
     )
 
 
 def again_table(group: Group) -> Table:
-    """The networks that were trained again."""
-    trained = {
-        "all": group.with_all,
-        "without stragglers": group.again,
-        "without as many random ones": lambda name: group.again(name, "without_random_"),
-    }
+    """The networks that were trained again, next to their first training."""
     rows = []
-    for name, values in trained.items():
-        inversions = [epoch for epochs in values("inversion") for epoch in epochs]
-        errors = values("test_error")
-        by_all = difference(group.with_all("test_error"), errors)
-        rows.append(
-            [
-                name,
-                f"{len(inversions) - inversions.count(None)} of {len(inversions)}",
-                f"{100 * np.mean([share for shares in values('rising') for share in shares]):.0f}",
-                mean_sd([np.mean(of_draw) for of_draw in errors], 2, 100),
-                "" if name == "all" else by_all.text(2, 100),
-            ]
-        )
+    for name, without in TRAININGS.items():
+        inversions = np.concatenate(group.again("inversion", without)).tolist()
+        rising = np.concatenate(group.again("rising", without)).mean()
+        errors = [float(np.mean(of_draw)) for of_draw in group.again("test_error", without)]
+        inverted = f"{len(inversions) - inversions.count(None)} of {len(inversions)}"
+        rows.append([name, inverted, f"{100 * rising:.0f}", mean_sd(errors, 2, 100)])
     return Table(
-        f"{group.data}: the same networks trained with fewer images. Epochs: the percentage of "
-        f"those from {FIRST_EPOCH} on at which the radius does not fall. Test error in percent "
-        "after the last epoch: mean ± standard deviation over draws, and the difference with its "
-        "95 % interval.",
-        ["training images", "with inversion", "epochs", "test error", "difference"],
+        f"{group.data}, the networks that were trained again: how many have an inversion, the "
+        f"percentage of epochs from {FIRST_EPOCH} on at which the radius does not fall, and the "
+        "test error in percent after the last epoch, mean ± standard deviation over draws.",
+        ["training images", "inverted", "epochs", "test error"],
         rows,
     )
 
 
-def notes(group: Group, several: bool) -> list[str]:
-    """What the tables do not show: where z and the overlap are largest, and a fixed epoch."""
-    stability, overlap = group.largest("stability"), group.largest("overlap")
-    if not group.epochs:
-        return []
-    near = min(range(len(group.at)), key=lambda i: abs(group.at[i] - np.mean(group.epochs)))
-    fixed = float(np.sqrt(np.mean(group.curve("error_sd")[:, near] ** 2)))
-    return [
-        (f"{group.data}: " if several else "")
-        + f"z is {group.curve('stability').mean(0)[near]:.0f} at epoch {group.at[near]}, next to the "
-        f"mean inversion, and at most {stability[1]:.0f}, at epoch {stability[0]}; the maximum is at "
-        f"epochs {peaks(group)} in 95 % of bootstrap samples of the draws. The mean Jaccard index "
-        f"of misclassified images at equal epochs is {group.curve('overlap').mean(0)[near]:.2f} at "
-        f"epoch {group.at[near]}, and at most {overlap[1]:.2f}, at epoch {overlap[0]}. The standard "
-        f"deviation of the training error over initial weights is {100 * fixed:.2f} points at epoch "
-        f"{group.at[near]} for all networks alike, so a fixed epoch is no worse in this respect."
-    ]
-
-
-def peaks(group: Group) -> str:
-    """Between which epochs z of resampled draws is largest, in 95 % of the resamples."""
-    curves = group.curve("stability")
-    drawn = np.random.default_rng(0).integers(len(curves), size=(999, len(curves)))
-    epochs = np.array(group.at)[curves[drawn].mean(1).argmax(1)]
-    return "{:.0f} to {:.0f}".format(*np.quantile(epochs, [0.025, 0.975], method="nearest"))
+def note(group: Group) -> str:
+    """What the tables do not show: the curves over pairs, and the error at a fixed epoch."""
+    near = min(range(len(group.at)), key=lambda i: abs(group.at[i] - group.inversion))
+    z, overlap = (np.nanmean(group.curves(name), 0) for name in ("stability", "overlap"))
+    fixed = 100 * np.sqrt(np.mean(group.curves("error_sd")[:, near] ** 2))
+    return (
+        f"{group.data}, {group.optimizer}: z is {z[near]:.0f} at epoch {group.at[near]}, next to "
+        f"the mean inversion, and {np.nanmax(z):.0f} at its maximum. The Jaccard index of "
+        f"misclassified images at equal epochs is {overlap[near]:.2f} there, and largest at epoch "
+        f"{group.peak('overlap')} with {overlap.max():.2f}. If all networks stop at epoch "
+        f"{group.at[near]}, the standard deviation of their training error over initial weights is "
+        f"{fixed:.2f} points."
+    )
 
 
 def draw(rows: list[Row], figure: "Figure") -> None:
     """The radius with and without stragglers, z, and the error at the inversion by optimizer."""
-    found = groups(rows)[0]
-    main_group = found[0]
+    every = groups(rows)
+    found = [group for group in every if group.data == every[0].data]
     figure.set_size_inches(11, 3.6)
-    axes = figure.subplots(1, 3)
-    figure.suptitle(f"{main_group.data}, parity of the label", fontsize=11)
-    draw_radius(main_group, axes[0])
-    draw_stability(main_group, axes[1])
+    figure.suptitle(f"{found[0].data}: is the label even?", fontsize=11)
+    radius, stability, errors = figure.subplots(1, 3)
+    for (label, without), style in zip(TRAININGS.items(), ("-", ":", "--"), strict=True):
+        if len(curves := found[0].curves(f"{without}radius")):
+            radius.plot(found[0].at, curves.mean(0), style, label=label)
+    z = found[0].curves("stability")
+    mean, deviation = np.nanmean(z, 0), np.nanstd(z, 0)
+    stability.fill_between(found[0].at, mean - deviation, mean + deviation, alpha=0.2)
+    stability.plot(found[0].at, mean, label="mean and deviation over draws")
+    for axes, name in ((radius, "radius of the even class"), (stability, "z")):
+        mark_inversion(found[0], axes)
+        axes.set(xlabel="epoch", ylabel=name, xscale="log", ylim=(0, None))
+        axes.legend(fontsize=8, loc="lower right" if axes is stability else "lower left")
     for index, group in enumerate(found):
-        errors = [100 * error for of_draw in group.errors for error in of_draw]
-        axes[2].plot(errors, [index] * len(errors), "o", alpha=0.3, markeredgewidth=0)
-    axes[2].set(
-        xlabel="training error at the inversion (%)",
+        values = 100 * np.concatenate([*group.errors, []])
+        errors.plot(values, [index] * len(values), "o", alpha=0.3, markeredgewidth=0)
+    errors.set(
+        xlabel="training error at the inversion (%), a point a network",
         yticks=range(len(found)),
-        yticklabels=[group.optimizer.replace(" with momentum", " + momentum") for group in found],
+        yticklabels=[group.optimizer.replace("with", "+") for group in found],
         ylim=(len(found) - 0.5, -0.5),
-        title="a point per network",
+        xlim=(0, None),
     )
-    axes[2].set_xlim(left=0)
-
-
-def draw_radius(group: Group, axes: "Axes") -> None:
-    """The radius of class 0 of the networks, averaged over the draws."""
-    curves = {
-        "all images": "radius",
-        "without as many random ones": "without_random_radius",
-        "without stragglers": "without_stragglers_radius",
-    }
-    for (label, name), style in zip(curves.items(), ("-", ":", "--"), strict=True):
-        curve = group.curve(name)
-        if len(curve):
-            axes.plot(group.at, curve.mean(0), style, label=label)
-    mark_inversion(group, axes)
-    axes.set(xlabel="epoch", ylabel="radius of the even class", xscale="log", ylim=(0, None))
-    axes.legend(fontsize=8, loc="lower left")
-
-
-def draw_stability(group: Group, axes: "Axes") -> None:
-    """z with its standard deviation over the draws."""
-    curve = group.curve("stability")
-    mean, deviation = curve.mean(0), curve.std(0)
-    axes.fill_between(group.at, mean - deviation, mean + deviation, alpha=0.2, linewidth=0)
-    axes.plot(group.at, mean, label="z: mean and standard deviation")
-    mark_inversion(group, axes)
-    axes.set(xlabel="epoch", ylabel="z of misclassified images", xscale="log", ylim=(0, None))
-    axes.legend(fontsize=8, loc="lower right")
 
 
 def mark_inversion(group: Group, axes: "Axes") -> None:
-    """A line at the mean epoch of the inversion, and the range that counts as near to it."""
-    if group.epochs:
-        epoch = float(np.mean(group.epochs))
-        axes.axvline(epoch, color="0.4", linewidth=1, label=f"inversion, ± {100 * NEAR:.0f} %")
-        axes.axvspan(epoch * (1 - NEAR), epoch * (1 + NEAR), color="0.5", alpha=0.15, linewidth=0)
+    """Mark the mean epoch of the inversion, and what counts as near to it."""
+    if group.inversion is not None:
+        low, high = group.inversion * (1 - NEAR), group.inversion * (1 + NEAR)
+        axes.axvspan(low, high, color="0.5", alpha=0.15, linewidth=0)
+        axes.axvline(group.inversion, color="0.4", linewidth=1, label="mean inversion, ± 25 %")
 
 
 CLAIM = Claim(

@@ -120,7 +120,7 @@ def run(settings: dict[str, Any], sources: Sources) -> dict[str, Any]:
     }
     again = [i for i in range(settings["again"]) if everything.monitors[i].inverted]
     if again:
-        result["again"] = again
+        result["trained_again"] = again
         stragglers = torch.stack([everything.monitors[i].stragglers for i in again])
         sets = {"without_stragglers": stragglers, "without_random": as_many(stragglers, seed)}
         for name, left_out in sets.items():
