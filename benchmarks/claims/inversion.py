@@ -97,7 +97,6 @@ class Group:
         self.inversion = float(np.mean(self.epochs)) if self.epochs else None
         counts = [[count for count in row["stragglers"] if count is not None] for row in rows]
         self.stragglers = [of_draw for of_draw in counts if of_draw]
-        # Of every draw with an inversion, like the stragglers.
         self.errors = [np.array(of_draw) / rows[0]["samples"] for of_draw in self.stragglers]
 
     def spread(self) -> float:

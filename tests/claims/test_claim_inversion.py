@@ -126,3 +126,147 @@ def test_epochs_of_the_curves_rise_to_the_last(training):
     epochs = training.curve_epochs(400)
     assert epochs[0] == 1 and epochs[-1] == 400 and epochs == sorted(set(epochs))
     assert all(b <= 1.2 * a for a, b in pairwise(epochs) if a >= 20)
+
+
+AT = [50, 100, 150, 200]
+
+
+def row(seed, *, peak=100, errors=0.03, inversion_without=None, test_error_without=0.05, **other):
+    """A row of four networks that invert near epoch 100; two of them are trained again."""
+    stragglers = [round(8192 * (errors + 0.001 * shift)) for shift in (-1, 0, 0, 1)]
+    return {
+        "data": "Fashion-MNIST",
+        "seed": seed,
+        "samples": 8192,
+        "networks": 4,
+        "optimizer": "SGD",
+        "learning_rate": 0.1,
+        "epochs": 200,
+        "again": 2,
+        "at": AT,
+        "inversion": [95, 100, 100, 105],
+        "stragglers": stragglers,
+        "jaccard": 0.8,
+        "rising": [0.5] * 4,
+        "test_error": [0.04 + 0.0001 * seed] * 4,
+        "radius": [0.8, 0.5, 0.6, 0.7],
+        "error_sd": [0.001] * 4,
+        "stability": [60.0 if epoch == peak else 40.0 for epoch in AT],
+        "overlap": [0.7, 0.8, 0.9, 0.8],
+        "trained_again": [0, 2],
+        "without_stragglers_inversion": [inversion_without] * 2,
+        "without_stragglers_rising": [0.0] * 2,
+        "without_stragglers_test_error": [test_error_without] * 2,
+        "without_stragglers_radius": [0.8, 0.5, 0.4, 0.3],
+        "without_random_inversion": [101, 102],
+        "without_random_rising": [0.5] * 2,
+        "without_random_test_error": [0.041 + 0.0001 * seed] * 2,
+        "without_random_radius": [0.8, 0.5, 0.6, 0.7],
+    } | other
+
+
+def without_inversion(seed):
+    nothing = {
+        key: value
+        for key, value in row(seed).items()
+        if not key.startswith("without_") and key not in ("trained_again", "jaccard")
+    }
+    return nothing | {"inversion": [None] * 4, "stragglers": [None] * 4}
+
+
+@pytest.fixture
+def claim(claims):
+    return claims("inversion")
+
+
+def test_a_claim_that_holds_everywhere_is_confirmed(claim):
+    report = claim.report([row(seed) for seed in range(5)])
+    assert report.outcome == "confirmed"
+    assert "Against" not in report.verdict
+    assert "3.00 % with a standard deviation of 0.08 points" in report.verdict
+    assert "4 of" not in report.verdict and "10 of 10 networks have no inversion" in report.verdict
+    first, second = report.tables
+    assert first.rows == [
+        ["SGD, 0.1", "20 of 20", "100 ± 4", "3.00 ± 0.00", "0.08", "246 ± 6", "0.80 (0.015)"]
+    ]
+    assert [line[:3] for line in second.rows] == [
+        ["all images", "10 of 10", "50"],
+        ["without as many random ones", "10 of 10", "50"],
+        ["without their stragglers", "0 of 10", "0"],
+    ]
+    assert any("MNIST was not run" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stragglers": [100, 200, 300, 400]}, "the training error at the inversion is 3.05 %"),
+        ({"jaccard": 0.6}, "mean Jaccard index of 0.60"),
+        ({"peak": 150}, "z is largest at epoch 150, while the mean inversion is at epoch 100"),
+        ({"inversion_without": 150}, "without their stragglers 0 of 10 networks"),
+        ({"test_error_without": 0.0405}, "leaving out the stragglers adds 0.03"),
+    ],
+)
+def test_a_part_that_fails_is_named_first(claim, change, said):
+    report = claim.report([row(seed, **change) for seed in range(5)])
+    assert report.outcome == "partly confirmed"
+    against, agreeing = report.verdict.split(" As claimed, ")
+    assert against.startswith("Against the claim, ") and said in against
+    assert said not in agreeing and agreeing.count(";") == 3
+
+
+def test_a_claim_that_fails_is_not_confirmed(claim):
+    change = {"peak": 150, "jaccard": 0.6, "inversion_without": 150, "test_error_without": 0.04}
+    report = claim.report([row(seed, **change) for seed in range(5)])
+    assert report.outcome == "not confirmed"
+
+
+def test_runs_without_inversion_are_reported(claim):
+    rows = [without_inversion(seed) for seed in range(3)]
+    report = claim.report(rows)
+    assert report.outcome == "not confirmed"
+    assert report.verdict == "Against the claim, 0 of 12 networks have an inversion."
+    assert report.tables[0].rows == [["SGD, 0.1", "0 of 12", *["-"] * 5]]
+    some = claim.report([row(0), row(1), *rows])
+    assert some.tables[0].rows[0][1] == "8 of 20"
+    draw(claim, rows)
+
+
+def test_every_data_set_has_to_agree(claim):
+    rows = [row(seed) for seed in range(5)]
+    rows += [row(seed, data="MNIST", peak=200) for seed in range(5)]
+    report = claim.report(rows)
+    assert report.outcome == "partly confirmed"
+    assert report.verdict.startswith("Against the claim, z is largest at epoch 200")
+    assert len(report.tables) == 4 and not any("not run" in note for note in report.notes)
+
+
+def draw(claim, rows):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    claim.draw(rows, figure)
+    return figure
+
+
+def test_the_figure_has_the_curves_and_the_optimizers(claim):
+    rows = [row(seed) for seed in range(2)]
+    rows += [row(0, optimizer="Adam", learning_rate=0.001, again=0)]
+    radius, stability, errors = draw(claim, rows).axes
+    assert len(radius.lines) == 4 and len(stability.lines) == 2
+    assert [label.get_text() for label in errors.get_yticklabels()] == ["SGD, 0.1", "Adam, 0.001"]
+
+
+def test_settings_are_complete_unique_and_fewer_if_quick(claim, claims, tmp_path):
+    scope, sources = claims("harness.claim").Scope, claims("harness.data").Sources
+    only_fashion, both = sources(tmp_path), sources(tmp_path, tmp_path)
+    full = claim.settings(scope(range(10), False, only_fashion))
+    quick = claim.settings(scope(range(2), True, only_fashion))
+    texts = {json.dumps(one, sort_keys=True) for one in full + quick}
+    assert len(texts) == len(full) + len(quick)
+    assert all(one.keys() == SETTINGS.keys() for one in full + quick)
+
+    def cost(settings):
+        return sum(one["epochs"] * (one["networks"] + 2 * one["again"]) for one in settings)
+
+    assert cost(quick) < cost(full) / 10
+    assert len(claim.settings(scope(range(10), False, both))) == len(full) + 10
+    assert claim.settings(scope(range(10), False, sources(tmp_path / "none"))) == []
