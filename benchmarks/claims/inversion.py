@@ -31,11 +31,11 @@ The network is the authors': one hidden layer of 20 tanh units, two logits, cros
 an epoch with all images. The target is whether the label is even. Each of ten runs draws 8,192
 training images, standardises every pixel over them, and trains 12 networks that differ in their
 initial weights alone: SGD without momentum, learning rate 0.1, 400 epochs. `class_moments` gives
-the radius of the even class after every epoch, for hidden vectors of length 1. `InversionMonitor`
-finds the inversion: the first epoch from 20 on at which the radius does not fall. The training
-images that are misclassified then are the stragglers. `straggler_stability` gives z, at epochs that
-grow by 15 %: how much more often than by chance two networks of a draw misclassify the same images
-at this epoch, in standard deviations over all pairs.
+the radius of the even class, for hidden vectors of length 1. `InversionMonitor` finds the
+inversion: the first epoch from 20 on at which the radius does not fall. Images that are
+misclassified then are stragglers. `straggler_stability` gives z, at epochs that grow by 15 %: how
+much more often than by chance two networks of a draw misclassify the same images, in standard
+deviations over all pairs.
 
 Four networks of each draw are trained again from the same initial weights: without their own
 stragglers, and without as many random images. All test images are classified after the last epoch.
@@ -64,11 +64,7 @@ OTHERS += [
 LARGEST_SD, SMALLEST_JACCARD, NEAR, MOST = 0.003, 2 / 3, 0.25, 0.5
 # The trainings of the same networks, and how the names of their results begin.
 STRAGGLERS, RANDOM = "without_stragglers_", "without_random_"
-TRAININGS = {
-    "all images": "",
-    "without as many random ones": RANDOM,
-    "without their stragglers": STRAGGLERS,
-}
+TRAININGS = {"all": "", "without stragglers": STRAGGLERS, "without as many random ones": RANDOM}
 
 
 def settings(scope: Scope) -> list[Settings]:
@@ -158,10 +154,11 @@ def report(rows: list[Row]) -> Report:
         verdict += f"{words}, {'; '.join(texts)}. " if texts else ""
     tables, notes = [], []
     for group in mains:
-        tables.append(inversion_table([other for other in found if other.data == group.data]))
+        same_data = [other for other in found if other.data == group.data]
+        tables.append(inversion_table(same_data))
         if group.again("inversion"):
             tables.append(again_table(group))
-            notes.append(note(group))
+            notes.append(note(group, same_data))
     if MNIST not in [group.data for group in mains]:
         notes.append(f"{MNIST} was not run: `--mnist` names its files.")
     outcome = "confirmed" if held == 5 else "partly confirmed" if held > 1 else "not confirmed"
@@ -239,20 +236,22 @@ def again_table(group: Group) -> Table:
     )
 
 
-def note(group: Group) -> str:
+def note(group: Group, same_data: list[Group]) -> str:
     """What the tables do not show: the curves over pairs, and the error at a fixed epoch."""
     near = min(range(len(group.at)), key=lambda i: abs(group.at[i] - group.inversion))
     z, overlap = (np.nanmean(group.curves(name), 0) for name in ("stability", "overlap"))
     fixed = 100 * np.sqrt(np.mean(group.curves("error_sd")[:, near] ** 2))
-    draws = [Group([row]) for row in group.rows if "jaccard" in row]
+    draws = [Group([row]) for row in group.rows if "trained_again" in row]
     ratios = [one.peak("stability") / one.inversion for one in draws]
+    errors = [100 * np.concatenate(one.errors).mean() for one in same_data if one.errors]
     return (
         f"{group.data}, {group.optimizer}: z is {z[near]:.0f} near the mean inversion, at epoch "
         f"{group.at[near]}, and at most {np.nanmax(z):.0f}. In single draws it is largest at "
         f"{min(ratios):.1f} to {max(ratios):.1f} times the epoch of their inversion. The Jaccard "
         f"index of images misclassified at equal epochs is {overlap[near]:.2f} there, and at most "
-        f"{overlap.max():.2f}, at epoch {group.peak('overlap')}. At the fixed epoch "
-        f"{group.at[near]} the training error deviates by {fixed:.2f} points over initial weights."
+        f"{overlap.max():.2f}, at epoch {group.peak('overlap')}. The training error at the fixed "
+        f"epoch {group.at[near]} deviates by {fixed:.2f} points over initial weights. At the "
+        f"inversion it is {min(errors):.1f} to {max(errors):.1f} % between optimizers."
     )
 
 
@@ -260,9 +259,9 @@ def draw(rows: list[Row], figure: "Figure") -> None:
     """The radius with and without stragglers, z, and the error at the inversion by optimizer."""
     found = [group for group in groups(rows) if group.data == rows[0]["data"]]
     figure.set_size_inches(11, 3.6)
-    figure.suptitle(f"{found[0].data}: is the label even?", fontsize=11)
+    figure.suptitle(f"{found[0].data}: networks that learn whether the label is even", fontsize=11)
     radius, stability, errors = figure.subplots(1, 3)
-    for (label, without), style in zip(TRAININGS.items(), ("-", ":", "--"), strict=True):
+    for (label, without), style in zip(TRAININGS.items(), ("-", "--", ":"), strict=True):
         if len(curves := found[0].curves(f"{without}radius")):
             radius.plot(found[0].at, curves.mean(0), style, label=label)
     z = found[0].curves("stability")
