@@ -64,7 +64,7 @@ OTHERS += [
 LARGEST_SD, SMALLEST_JACCARD, NEAR, MOST = 0.003, 2 / 3, 0.25, 0.5
 # The trainings of the same networks, and how the names of their results begin.
 STRAGGLERS, RANDOM = "without_stragglers_", "without_random_"
-TRAININGS = {"all": "", "without stragglers": STRAGGLERS, "without as many random ones": RANDOM}
+TRAININGS = {"all images": "", "no stragglers": STRAGGLERS, "as many random ones left out": RANDOM}
 
 
 def settings(scope: Scope) -> list[Settings]:
@@ -172,6 +172,8 @@ def parts_of(group: Group) -> list[tuple[bool, str]]:
     spread, jaccard, peak = group.spread(), group.jaccard(), group.peak("stability")
     inversions = np.concatenate(group.again("inversion", STRAGGLERS)).tolist()
     error, none = np.concatenate(group.errors).mean(), inversions.count(None)
+    draws = [Group([row]) for row in group.rows if "trained_again" in row]
+    ratios = [one.peak("stability") / one.inversion for one in draws]
     than_all, than_random = group.more_errors(), group.more_errors(RANDOM)
     holds = [
         spread <= LARGEST_SD,
@@ -185,8 +187,9 @@ def parts_of(group: Group) -> list[tuple[bool, str]]:
         f"{100 * spread:.2f} points over initial weights",
         f"the stragglers of two networks have a mean Jaccard index of {jaccard:.2f} (random sets: "
         f"{group.chance():.3f})",
-        f"runs agree most at epoch {peak} (the maximum of z), while the mean inversion is at epoch "
-        f"{group.inversion:.0f}",
+        f"runs agree most at epoch {peak}, where z is largest, and the mean inversion is at epoch "
+        f"{group.inversion:.0f} (in single draws z is largest at {min(ratios):.1f} to "
+        f"{max(ratios):.1f} times the epoch of the inversion)",
         f"without their stragglers {none} of {len(inversions)} networks have no inversion",
         f"leaving out the stragglers adds {than_all.text(2, 100)} points to the test error, "
         f"{than_random.text(2, 100)} more than leaving out as many random images",
@@ -231,7 +234,7 @@ def again_table(group: Group) -> Table:
         f"{group.data}, the networks that were trained again: how many have an inversion, the "
         f"percentage of epochs from {FIRST_EPOCH} on at which the radius does not fall, and the "
         "test error in percent after the last epoch, mean ± standard deviation over draws.",
-        ["training images", "inverted", "epochs", "test error"],
+        ["training images", "inverted", "epochs (%)", "test error (%)"],
         rows,
     )
 
@@ -241,13 +244,10 @@ def note(group: Group, same_data: list[Group]) -> str:
     near = min(range(len(group.at)), key=lambda i: abs(group.at[i] - group.inversion))
     z, overlap = (np.nanmean(group.curves(name), 0) for name in ("stability", "overlap"))
     fixed = 100 * np.sqrt(np.mean(group.curves("error_sd")[:, near] ** 2))
-    draws = [Group([row]) for row in group.rows if "trained_again" in row]
-    ratios = [one.peak("stability") / one.inversion for one in draws]
     errors = [100 * np.concatenate(one.errors).mean() for one in same_data if one.errors]
     return (
         f"{group.data}, {group.optimizer}: z is {z[near]:.0f} near the mean inversion, at epoch "
-        f"{group.at[near]}, and at most {np.nanmax(z):.0f}. In single draws it is largest at "
-        f"{min(ratios):.1f} to {max(ratios):.1f} times the epoch of their inversion. The Jaccard "
+        f"{group.at[near]}, and at most {np.nanmax(z):.0f}. The Jaccard "
         f"index of images misclassified at equal epochs is {overlap[near]:.2f} there, and at most "
         f"{overlap.max():.2f}, at epoch {group.peak('overlap')}. The training error at the fixed "
         f"epoch {group.at[near]} deviates by {fixed:.2f} points over initial weights. At the "
