@@ -173,9 +173,8 @@ def collapse_faults(rows: list[Row]) -> list[str]:
             ]
             grew = [margin_grew(row) for row in part_of(rows, "collapse", data=data, norm=norm)]
             if not all(grew):
-                faults.append(
-                    f"the margin does not grow {where} in {grew.count(False)} of {len(grew)} runs"
-                )
+                count = f"{grew.count(False)} of {len(grew)} runs"
+                faults.append(f"the margin does not grow {where} in {count}")
     return faults
 
 
@@ -243,14 +242,14 @@ def margin_table(rows: list[Row]) -> Table:
                 for reading in (LARGEST, TAU, FROBENIUS)
             ]
             cells.append((data, text, *start, mean_sd(ends, 2), possible, *grew))
+    margins = "step of separation", "margin there", "margin at the end"
     return Table(
         "3. Smallest margin, divided by the norm of the parameters with the largest rate, at "
         "separation and at the end. Possible: the share of the largest margin that any features "
         "behind the norm allow. The last columns are the shares of comparisons after separation in "
         "which the margin grew, for this version, for the version tau, and for the Frobenius norm "
         "of all parameters.",
-        "data|norm|step of separation|margin there|margin at the end|possible|grew|grew (tau)|"
-        "grew (Frobenius)".split("|"),
+        ("data", "norm", *margins, "possible", "grew", "grew (tau)", "grew (Frobenius)"),
         cells,
     )
 

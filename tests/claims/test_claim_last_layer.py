@@ -23,8 +23,9 @@ def claim(claims):
     return claims("last_layer").CLAIM
 
 
-def flow(data, loss, norm=1000.0, seed=4):
-    return {"part": "flow", "data": data, "loss": loss, "points": 60, "norm": norm, "seed": seed}
+def flow(data, loss):
+    settings = {"part": "flow", "data": data, "loss": loss, "points": 60}
+    return settings | {"final_norm": 1000.0, "seed": 4}
 
 
 @pytest.mark.parametrize("data", ["points in the plane", "digits"])

@@ -132,7 +132,7 @@ def run_rates(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def balanced(data: Data, each: int, seed: int) -> tuple[Tensor, Tensor]:
-    """As many training samples of every class, drawn by the seed."""
+    """The same number of training samples of every class, drawn by the seed."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.train_target), generator=generator)
     target = data.train_target[order]
@@ -151,9 +151,8 @@ def log_loss(logits: Tensor, target: Tensor) -> Tensor:
 class Descent:
     """Full-batch steps down the logarithm of the loss.
 
-    A step that would increase it is not done, and the next one is half as long. After every other
-    step the next one is a tenth longer. So the steps follow the gradient flow closely enough for
-    the loss never to rise.
+    A step that would not decrease it is not done, and the next one is half as long. After every
+    other step the next one is a tenth longer.
     """
 
     def __init__(self, network: nn.Module, inputs: Tensor, target: Tensor, step: float) -> None:
@@ -202,10 +201,10 @@ def run_collapse(settings: dict[str, Any], sources: Sources) -> dict[str, Any]:
         if not (at_checkpoint or (is_separated and (step % 10 == 0 or not separated))):
             continue
         margins = smallest_margins(network, descent.logits.detach(), target, rates)
-        if is_separated:
-            if not separated:
-                separated = {"step": step, "margins": margins}
-            elif before is not None:
+        if is_separated and not separated:
+            separated = {"step": step, "margins": margins}
+        if is_separated and step % 10 == 0:
+            if before is not None:
                 rising += np.array(margins) > before
                 compared += 1
             before = np.array(margins)

@@ -104,7 +104,7 @@ def run_flow(settings: dict[str, Any], sources: Sources) -> dict[str, Any]:
         return np.concatenate([slope[:singles], slope[singles:] * second, slope[singles:] * first])
 
     def reached(_: float, parameters: np.ndarray) -> float:
-        return float(np.linalg.norm(parameters[:singles])) - settings["norm"]
+        return float(np.linalg.norm(parameters[:singles])) - settings["final_norm"]
 
     reached.terminal = True  # type: ignore[attr-defined]
     flow = solve_ivp(velocity, (0, 1e9), start, "BDF", events=reached, rtol=1e-8, atol=1e-8)
