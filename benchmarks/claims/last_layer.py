@@ -132,7 +132,7 @@ def draw_flows(rows: list[Row], axes: "Axes") -> None:
         ylabel="distance of the margin from its optimum (%)",
         xscale="log",
         yscale="log",
-        ylim=(0.01, 300),
+        ylim=(0.005, 300),
     )
     axes.legend()
 
@@ -141,27 +141,28 @@ def draw_margins(rows: list[Row], axes: "Axes") -> None:
     """The normalised margins of one data set, as shares of their ends."""
     data = data_of(rows, "collapse")[0]
     lines = (
-        ("batch", LARGEST, "batch norm, last layer", "C0"),
-        ("layer", LARGEST, "layer norm, last layer", "C1"),
-        ("none", LARGEST, "no norm, last bias", "C2"),
-        ("none", TAU, "no norm, tau", "C3"),
-        ("none", FROBENIUS, "no norm, Frobenius", "C4"),
+        ("batch", LARGEST, "batch norm, last layer", "C0", "-"),
+        ("layer", LARGEST, "layer norm, last layer", "C1", "-"),
+        ("none", LARGEST, "no norm, last bias", "C2", "-"),
+        ("none", TAU, "no norm, tau", "C3", "-"),
+        ("none", FROBENIUS, "no norm, Frobenius", "black", ":"),
     )
-    for norm, reading, label, color in lines:
+    for norm, reading, label, color, style in lines:
 
         def share(row: Row, reading: int = reading) -> np.ndarray:
             margins = np.array(row["curve"])[:, 2 + reading]
             return margins / margins[-1]
 
-        draw_mean(axes, part_of(rows, "collapse", data=data, norm=norm), share, label, color)
+        some = part_of(rows, "collapse", data=data, norm=norm)
+        draw_mean(axes, some, share, label, color, style)
     axes.set(
         title=f"Smallest normalised margin, {data}",
         xlabel="step",
         ylabel="share of its value at the end",
         xscale="log",
-        ylim=(-0.3, 1.15),
+        ylim=(-0.3, 1.1),
     )
-    axes.legend()
+    axes.legend(fontsize="small")
 
 
 def draw_collapse(rows: list[Row], axes: "Axes") -> None:
