@@ -129,10 +129,11 @@ def report(rows: list[Row]) -> Report:
     failures = [] if is_exact else ["not all rates are those of the theory"]
     failures += [] if is_optimal else ["not every flow comes within 1 % of its optimum"]
     failures += faults
+    accuracy = f"up to {worst_rate:.1g}" if worst_rate else "without any difference"
     verdict = (
-        f"The rates are those of the theory up to {worst_rate:.1g}, all {len(flows)} flows end "
-        f"within {100 * worst_flow:.2f} % of their optimum, and behind a norm NC1 ends at "
-        f"{nc1_text(rows)} of its value without one."
+        f"The rates are those of the theory {accuracy}. All {len(flows)} flows end within "
+        f"{100 * worst_flow:.2f} % of their optimum. Behind a norm NC1 ends at {nc1_text(rows)} of "
+        "its value without one."
     )
     if failures:
         verdict = f"The claim fails: {'; '.join(failures)}. {verdict}"
