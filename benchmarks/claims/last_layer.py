@@ -182,6 +182,7 @@ def draw_collapse(rows: list[Row], axes: "Axes") -> None:
         ylabel="NC1",
         xscale="log",
         yscale="log",
+        ylim=(1e-5, 10),
     )
     axes.legend(fontsize="small")
 

@@ -148,7 +148,7 @@ def nc1_text(rows: list[Row]) -> str:
         for data in data_of(rows, "collapse")
         for norm in ("batch", "layer")
     ]
-    low, high = (f"{100 * value:.0f}" for value in (min(ratios), max(ratios)))
+    low, high = (f"{100 * value:.1f}" for value in (min(ratios), max(ratios)))
     return f"{low} to {high} %"
 
 
@@ -263,11 +263,11 @@ def collapse_table(rows: list[Row]) -> Table:
         for norm, text in NORMS.items():
             some = part_of(rows, "collapse", data=data, norm=norm)
             cells.append(
-                (data, text, *(mean_sd(collapse_at_end(some, name), 3) for name in MEASURES))
+                (data, text, *(mean_sd(collapse_at_end(some, name), 4) for name in MEASURES))
             )
         for norm in ("batch", "layer"):
-            ratios = [ratio_of(rows, data, norm, name).text() for name in DECISIVE]
-            cells.append((data, f"{NORMS[norm]} / none", *ratios, "", ""))
+            ratios = [ratio_of(rows, data, norm, name).text(1, 100) for name in DECISIVE]
+            cells.append((data, f"{NORMS[norm]} / none, in %", *ratios, "", ""))
     return Table(
         "4. Neural collapse of the training samples at the end, and the ratios of seeds in pairs.",
         ("data", "norm", *MEASURES.values()),
@@ -279,7 +279,8 @@ def notes(rows: list[Row]) -> list[str]:
     """What a reader has to know beside the tables."""
     gap = max(abs(row["optimum_gap"]) for row in part_of(rows, "flow"))
     equal = [
-        f"{data}, {NORMS[norm]}: {paired_ratio(*nc1_at_equal_loss(rows, data, norm)).text()}"
+        f"{paired_ratio(*nc1_at_equal_loss(rows, data, norm)).text(1, 100)} % "
+        f"({NORMS[norm]}, {data})"
         for data in data_of(rows, "collapse")
         for norm in ("batch", "layer")
     ]
