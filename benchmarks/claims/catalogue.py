@@ -3,19 +3,13 @@
 import fewer_samples
 import fewer_updates
 import inversion
-import label_issues
 import last_layer
 import margin_area
-import regularization
-import train_faster
 
 CLAIMS = [
     module.CLAIM
     for module in (
-        train_faster,
-        label_issues,
         fewer_updates,
-        regularization,
         margin_area,
         fewer_samples,
         last_layer,
