@@ -1,5 +1,6 @@
 """The shape of all claims: cached runs, options, statistics, the page."""
 
+import dataclasses
 import json
 import math
 import os
@@ -150,6 +151,25 @@ def test_a_claim_prints_and_writes_what_its_rows_say(claims, toy, run_here, tmp_
     assert all(row["cpu_seconds"] >= 0 for row in result["rows"])
     assert result["quick"] is False
     assert (tmp_path / "out/claims-toy-claim.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_a_sheet_is_written_if_there_is_something_to_draw(
+    claims, toy, run_here, tmp_path, is_found
+):
+    def draw_sheet(rows, sources, figure):
+        assert [row["error"] for row in rows] == [1, 2, 3, 4]
+        assert sources.fashion_mnist == tmp_path
+        if is_found:
+            figure.subplots(2, 2)
+
+    claim = dataclasses.replace(toy(), draw_sheet=draw_sheet)
+    folder = tmp_path / "out"
+    options = ["--cache", str(tmp_path / "c"), "--output", str(folder)]
+    assert claims("harness.command").main(claim, [*options, "--data-dir", str(tmp_path)]) == 0
+    sheet = folder / "claims-toy-claim-sheet.png"
+    assert sheet.exists() == is_found
+    assert (folder / "claims-toy-claim.png").exists()
 
 
 def test_finished_runs_are_kept_when_one_fails(claims, toy, run_here, tmp_path):

@@ -75,6 +75,7 @@ class Claim:
         draw: Draws the rows into a figure of matplotlib.
         seeds: The number of seeds.
         quick_seeds: The number of seeds of a quick run.
+        draw_sheet: Draws samples that a run found into a second figure, if there are any.
     """
 
     name: str
@@ -88,8 +89,14 @@ class Claim:
     draw: Callable[[list[Row], "Figure"], None]
     seeds: int = 5
     quick_seeds: int = 2
+    draw_sheet: Callable[[list[Row], Sources, "Figure"], None] | None = None
 
     @property
     def result_file(self) -> str:
         """The name of the result file; the figure has the same stem."""
         return f"claims-{self.name.replace('_', '-')}.json"
+
+    @property
+    def sheet_file(self) -> str | None:
+        """The name of the second figure; None for a claim without one."""
+        return f"claims-{self.name.replace('_', '-')}-sheet.png" if self.draw_sheet else None

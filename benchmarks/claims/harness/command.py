@@ -40,7 +40,7 @@ def main(claim: Claim, arguments: Sequence[str] | None = None) -> int:
     result = machine() | {"quick": options.quick, "rows": rows}
     print(markdown(claim, result))
     if options.output or not options.quick:
-        save(claim, result, options.output or RESULTS)
+        save(claim, result, options.output or RESULTS, sources)
     return 0
 
 
@@ -158,12 +158,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(claim: Claim, result: dict[str, Any], folder: Path) -> None:
-    """The result file, a line a row, and the figure."""
+def save(claim: Claim, result: dict[str, Any], folder: Path, sources: Sources) -> None:
+    """The result file, a line a row, and the figures."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / claim.result_file
     head = json.dumps({key: value for key, value in result.items() if key != "rows"})
     rows = ",\n".join(map(json.dumps, result["rows"]))
     path.write_text(f'{head[:-1]}, "rows": [\n{rows}\n]}}\n')
-    figure_of(claim, result["rows"]).savefig(path.with_suffix(".png"), dpi=90)
-    print(f"written: {path} and {path.with_suffix('.png').name}", file=sys.stderr)
+    names = [path.with_suffix(".png").name]
+    figure_of(claim, result["rows"]).savefig(folder / names[0], dpi=90)
+    if claim.draw_sheet and claim.sheet_file:
+        from matplotlib.figure import Figure
+
+        sheet = Figure(layout="constrained")
+        claim.draw_sheet(result["rows"], sources, sheet)
+        if sheet.axes:
+            names.append(claim.sheet_file)
+            sheet.savefig(folder / claim.sheet_file, dpi=90)
+    print(f"written: {path} and {', '.join(names)}", file=sys.stderr)
