@@ -24,11 +24,22 @@ def sections_of_claims(folder: Path) -> str:
     return "\n\n".join(_section(claim, result) for claim, result in _measured(folder))
 
 
+def finding_of_claim(path: Path) -> str:
+    """The verdict of one claim and its first table, for the page of what it is about."""
+    from_result = {claim.result_file: (claim, result) for claim, result in _measured(path.parent)}
+    claim, result = from_result[path.name]
+    from harness.page import table
+
+    report = claim.report(result["rows"])
+    return f"**{report.outcome.capitalize()}.** {report.verdict}\n\n{table(report.tables[0])}"
+
+
 def _section(claim: Any, result: dict[str, Any]) -> str:
     from harness.page import markdown
 
-    figure = f"../benchmarks/results/{Path(claim.result_file).with_suffix('.png')}"
-    return markdown(claim, result, f"![{claim.title}]({figure})")
+    names = [Path(claim.result_file).with_suffix(".png"), claim.sheet_file]
+    figures = [f"![{claim.title}](../benchmarks/results/{name})" for name in names if name]
+    return markdown(claim, result, "\n\n".join(figures))
 
 
 def _measured(folder: Path) -> list[tuple[Any, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from claims_page import overview_of_claims, sections_of_claims
+from claims_page import finding_of_claim, overview_of_claims, sections_of_claims
 from scoring_costs import costs
 from tables import overview, read_results, tables, time_of
 
@@ -31,6 +31,7 @@ RESULTS = HERE / "results"
 # For each page its generated parts, each with what makes it of a result file or of their folder.
 PAGES = {
     "README.md": {"overview": overview},
+    "docs/find_mislabelled.md": {"found": finding_of_claim},
     "docs/performance.md": {
         "tables": lambda path: tables(path, linear=False),
         "tables of the linear head": lambda path: tables(path, linear=True),
@@ -41,6 +42,7 @@ PAGES = {
 # What a page shows, if not the results of all devices.
 SHOWN = {
     "README.md": "amd-epyc-avx512.csv",
+    "docs/find_mislabelled.md": "claims-label-issues.json",
     "docs/reproduced.md": ".",
     "docs/score_files.md": "claims-scoring.json",
 }

@@ -3,12 +3,14 @@
 import fewer_samples
 import fewer_updates
 import inversion
+import label_issues
 import last_layer
 import margin_area
 
 CLAIMS = [
     module.CLAIM
     for module in (
+        label_issues,
         fewer_updates,
         margin_area,
         fewer_samples,

@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import re
-import statistics
 import struct
 import sys
 import warnings
@@ -159,23 +158,6 @@ def test_the_readme_has_the_gains_of_the_result_file() -> None:
         ).groups()
         assert f"{before}{accuracies} % in {gain} times less" in readme
         assert interval in readme
-
-
-def test_the_page_has_the_figures_of_label_issues() -> None:
-    root = CLAIMS.parents[1]
-    runs = json.loads((root / "benchmarks/results/claims-label-issues.json").read_text())["runs"]
-    page = (root / "docs/find_mislabelled.md").read_text()
-    rows = re.findall(
-        r"^\| (\d+) % \| `?([^|`]+?)`? \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", page, re.M
-    )
-    assert len(rows) == 4
-    for rate, method, *shown in rows:
-        own = [run for run in runs if run["rate"] == int(rate) / 100 and run["method"] == method]
-        means = [
-            statistics.fmean(run[name] for run in own)
-            for name in ("auroc", "average_precision", "cpu_seconds")
-        ]
-        assert shown == [f"{means[0]:.3f}", f"{means[1]:.3f}", f"{means[2]:.0f}"]
 
 
 @pytest.mark.parametrize("host", ["lightning"])
