@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
 from ..networks import unwrap
 from . import layers as kinds
-from .structure import Call, Structure, structure_of, watch
+from .structure import Call, Structure, examine, watch
 from .unsupported import check_whole
 
 BatchNorm = Literal["fold", "last", "affine"]
@@ -66,8 +65,8 @@ def factors_of(
     _check(batch_norm, conv, example_input)
     check_whole("", model)
     model = unwrap(model)
-    modules = kinds.modules_of(model)
-    structure = structure_of(model, modules)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    structure = examine(model, modules)
     sequence, calls = structure.sequence, None
     if conv == "operator" or (structure.untraceable and example_input is not None):
         for path in sequence:
@@ -131,15 +130,10 @@ def result_dtype(factors: list[Factor]) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def fold_scale(batch_norms: list[Any]) -> Tensor:
-    """The factors of the channels of all batch norms in evaluation, concatenated."""
-    variance = torch.cat([norm.running_var for norm in batch_norms]).double()
-    sizes = [norm.num_features for norm in batch_norms]
-    eps = np.repeat([norm.eps for norm in batch_norms], sizes)
-    scale = (variance + torch.from_numpy(eps).to(variance.device)).rsqrt()
-    if all(norm.weight is None for norm in batch_norms):
-        return scale
-    return scale * torch.cat([_weight("", norm) for norm in batch_norms]).double()
+def fold_scale(batch_norm: Any) -> Tensor:
+    """``[channels]`` in float64, by what a batch norm multiplies the channels in evaluation."""
+    scale = (batch_norm.running_var.double() + batch_norm.eps).rsqrt()
+    return scale if batch_norm.weight is None else scale * _weight("", batch_norm).double()
 
 
 def scaled_weight(factor: Factor, dtype: torch.dtype) -> Tensor:
@@ -149,7 +143,7 @@ def scaled_weight(factor: Factor, dtype: torch.dtype) -> Tensor:
     """
     if factor.batch_norm is None:
         return factor.weight.to(dtype)
-    scale = fold_scale([factor.batch_norm])
+    scale = fold_scale(factor.batch_norm)
     return kinds.scaled(factor.module, factor.weight.double(), scale)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._checks import check_not_distributed
+from .._operations import changes_scale
 from . import layers as kinds
 from .tracing import evaluated_copy, trace
 from .unsupported import (
@@ -52,43 +52,13 @@ class Structure:
     untraceable: str | None = None
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = weakref.WeakKeyDictionary()
+def examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
+    """Trace a copy of the model, and refuse one whose norm product is not defined.
 
-
-def structure_of(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
-    """Examine the model, or return the cached structure if its modules are the same as before."""
-    signature = [
-        (path, id(module), type(module), *module._parameters.keys(), *_switches(module))
-        for path, module in modules.items()
-    ]
-    known = _KNOWN.get(model)
-    if known is None or known[0] != signature:
-        known = signature, _examine(model, modules)
-        _KNOWN[model] = known
-    return known[1]
-
-
-def _switches(module: nn.Module) -> list[Any]:
-    """Attributes that a forward may branch on, for a class that is not PyTorch's."""
-    if type(module).__module__.startswith("torch."):
-        return [id(vars(module).get("forward"))]
-    return [
-        (name, id(value) if callable(value) else value if _is_simple(value) else list(value))
-        for name, value in vars(module).items()
-        if name != "training" and (callable(value) or _is_simple(value) or _is_list(value))
-    ]
-
-
-def _is_simple(value: Any) -> bool:
-    return isinstance(value, (int, float, str))
-
-
-def _is_list(value: Any) -> bool:
-    """Whether this lists names or numbers of parts. A list of floats is a record, as of losses."""
-    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, str)) for item in value)
-
-
-def _examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
+    Args:
+        model: The model.
+        modules: All of its modules by path, a module with several names under each of them.
+    """
     walked = _walk(modules)
     if not any(kinds.is_layer(modules[path]) for path in walked.sequence):
         raise ValueError(
@@ -97,7 +67,7 @@ def _examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
         )
     if walked.sequence == [""]:
         return walked
-    copied = evaluated_copy(model)
+    copied = evaluated_copy(model, (modules[path] for path in walked.sequence))
     try:
         graph = trace(copied)
     except Exception as error:
@@ -144,7 +114,7 @@ def _read(graph: fx.Graph, modules: dict[str, nn.Module], breaking: list[str]) -
                 found.sequence.append(node.target)
         elif node.op in ("call_function", "call_method"):
             name = function_name(node)
-            if name.rstrip("_") in kinds.BREAKING_FUNCTIONS:
+            if changes_scale(name):
                 place = place_of(node) or "the model itself"
                 found.breaking.append(f"{place} (function {name})")
     return found
