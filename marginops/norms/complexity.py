@@ -103,7 +103,7 @@ def _check_reference(others: list[Factor], factors: list[Factor]) -> None:
     for other, factor in zip(others, factors, strict=True):
         if other.weight.shape != factor.weight.shape:
             raise ValueError(
-                f"reference: expected shape {[*factor.weight.shape]} as for {factor.name} of "
-                f"model, got {[*other.weight.shape]} for {other.name}"
+                f"reference: expected shape {[*factor.weight.shape]} as for {factor.call.name} of "
+                f"model, got {[*other.weight.shape]} for {other.call.name}"
             )
     checks.check_device("reference", others[0].weight, factors[0].weight, "model")

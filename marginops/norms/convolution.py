@@ -12,22 +12,22 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 
 def columns(factor: Factor) -> tuple[int, ...]:
     """The shape ``[1, in, ...]`` of one input, which has an entry for each column."""
-    assert factor.call is not None
-    sizes = factor.call.input[2 - factor.weight.dim() :]
+    assert factor.call.shapes is not None
+    sizes = factor.call.shapes[0][2 - factor.weight.dim() :]
     return (1, factor.module.in_channels, *sizes)
 
 
 def convolve(factor: Factor, weight: Tensor, input: Tensor) -> Tensor:
     """The output of the layer for ``input``, without the bias."""
-    module, call = factor.module, factor.call
+    module, shapes = factor.module, factor.call.shapes
     if isinstance(module, kinds.CONVOLUTIONS):
         return module._conv_forward(input, weight, None)
-    assert call is not None
+    assert shapes is not None
     axes = weight.dim() - 2
     how = module.stride, module.padding
     # A caller of the layer may pass output_size, so the output padding follows from the sizes.
     extra = module._output_padding(
-        input, list(call.output[-axes:]), *how, module.kernel_size, axes, module.dilation
+        input, list(shapes[1][-axes:]), *how, module.kernel_size, axes, module.dilation
     )
     return _TRANSPOSED[axes](input, weight, None, *how, extra, module.groups, module.dilation)
 
@@ -54,7 +54,8 @@ def row_norms(factor: Factor, weight: Tensor) -> Tensor:
     if pads and (wraps or mode not in ("zeros", "circular")):
         raise ValueError(
             "conv: expected padding with zeros, or circular padding of an input larger than the "
-            f'kernel, for this norm with "operator", got {factor.name} with padding_mode={mode!r}'
+            f'kernel, for this norm with "operator", got {factor.call.name} with '
+            f"padding_mode={mode!r}"
         )
     peak = weight.detach().abs().amax()
     peak = torch.where((peak > 0) & peak.isfinite(), peak, 1)

@@ -63,7 +63,12 @@ def is_normalization(module: nn.Module) -> bool:
 
 
 def keeps_scale(module: nn.Module) -> bool:
-    """Whether the output scales with the input. The trace judges classes that are not PyTorch's."""
+    """Whether the output scales with the input in evaluation, as that of a batch norm does.
+
+    Classes that are not PyTorch's are judged by the functions that they call.
+    """
+    if is_normalization(module):
+        return is_batch_norm(module)
     kind = type(module)
     return not (kind.__module__.startswith("torch.nn.") and changes_scale(kind.__name__))
 

@@ -31,7 +31,7 @@ def log_spectral_norm(factor: Factor, dtype: torch.dtype, tolerance: float) -> T
                 lambda vector: convolution.gram_product(factor, weight, vector),
                 random_start(math.prod(convolution.columns(factor)), weight),
                 tolerance,
-                factor.name,
+                factor.call.name,
             )
         image = convolution.convolve(factor, weight, vector.view(convolution.columns(factor)))
     else:
@@ -39,7 +39,7 @@ def log_spectral_norm(factor: Factor, dtype: torch.dtype, tolerance: float) -> T
         if blocks.shape[1] < blocks.shape[2]:
             blocks = blocks.mT  # It has the same norm, and shorter vectors.
         with torch.no_grad():
-            index, vector = _leading_right_vector(blocks, tolerance, factor.name)
+            index, vector = _leading_right_vector(blocks, tolerance, factor.call.name)
         image = blocks[index] @ vector
     # The vector is a constant. So the gradient of this is that of the norm, but the second
     # derivative is not.
