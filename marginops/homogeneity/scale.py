@@ -113,7 +113,7 @@ def log_scale(
         tensor(0.6931, dtype=torch.float64)
         >>> logits, target = torch.tensor([[6.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
         >>> marginops.classification_margin(logits, target, log_norm=log_norm)
-        tensor([ 3., -1.])
+        tensor([ 3.0000, -1.0000])
     """
     checks.check_choice("version", version, ("tau", "lambda_max"))
     rate, squares, unit = groups_of(parameters, rates, largest_only=version == "lambda_max")

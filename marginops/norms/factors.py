@@ -57,7 +57,8 @@ def factors_of(
     check_whole("", model)
     model = unwrap(model)
     structure = examine(model)
-    runs = conv == "operator" or (structure.untraceable and example_input is not None)
+    is_untraceable = structure.untraceable is not None
+    runs = conv == "operator" or (is_untraceable and example_input is not None)
     calls = _ran(model, structure, example_input) if runs else structure.calls
     norms = [i for i, call in enumerate(calls) if not kinds.is_layer(call.module)]
     if len(norms) == len(calls):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,9 @@ def log_spectral_norm(factor: Factor, dtype: torch.dtype, tolerance: float) -> T
     weight = weight.double() / peak
     if factor.is_operator:
         with torch.no_grad():
-            vector = leading_eigenvector(
-                lambda vector: convolution.gram_product(factor, weight, vector),
-                random_start(math.prod(convolution.columns(factor)), weight),
-                tolerance,
-                factor.call.name,
-            )
+            start = random_start(math.prod(convolution.columns(factor)), weight)
+            apply = partial(convolution.gram_product, factor, weight)
+            vector = leading_eigenvector(apply, start, tolerance, factor.call.name)
         image = convolution.convolve(factor, weight, vector.view(convolution.columns(factor)))
     else:
         blocks = kinds.blocks(factor.module, weight)
@@ -54,12 +52,16 @@ def _leading_right_vector(blocks: Tensor, tolerance: float, name: str) -> tuple[
         return index, torch.linalg.eigh(grams[index]).eigenvectors[:, -1]
     start = random_start(blocks.shape[2], blocks)
     vectors = [
-        leading_eigenvector(lambda v, b=block: b.mT @ (b @ v), start, tolerance, name)
+        leading_eigenvector(partial(_gram_product, block), start, tolerance, name)
         for block in blocks
     ]
     images = blocks @ torch.stack(vectors).unsqueeze(2)
     index = int(torch.linalg.vector_norm(images, dim=(1, 2)).argmax())
     return index, vectors[index]
+
+
+def _gram_product(matrix: Tensor, vector: Tensor) -> Tensor:
+    return matrix.mT @ (matrix @ vector)
 
 
 def random_start(size: int, like: Tensor) -> Tensor:
