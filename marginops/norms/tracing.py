@@ -65,7 +65,7 @@ def evaluated_copy(model: nn.Module, shared: Iterable[nn.Module] = ()) -> nn.Mod
         model: The model.
         shared: Modules that the copy shares unchanged, because nobody runs them.
     """
-    kept = {id(module): module for module in shared}
+    kept = {id(module): module for whole in shared for module in whole.modules()}
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} | kept
     for module in model.modules():
         for name, value in vars(module).items():
