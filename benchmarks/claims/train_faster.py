@@ -64,9 +64,9 @@ stale margins had many more of these trials than the rate of uniform batches. Ad
 neighbouring rates for uniform batches at the smallest and the largest budget, so that the CNN has
 0.05 in the plain run. For the residual network, three rates of 0.05, 0.1, 0.2 and 0.4 were tried
 with both samplings at 10, 20 and 50 %, without 0.05 for stale margins at 50 %, and shares of 30, 40
-and 50 % at 20 %. Each other sampling had two rates at 20 % in all settings but the residual network. They
-confirmed the rates of uniform batches, and for the largest losses those of stale margins. InfoBatch
-has its share of 70 % without a trial.
+and 50 % at 20 %. Each other sampling had two rates at 20 % in all settings but the residual
+network. They confirmed the rates of uniform batches, and for the largest losses those of stale
+margins. InfoBatch has its share of 70 % without a trial.
 
 The budgets and the outcomes were fixed before all runs. A gain is taken over all accuracies that
 both samplings reach. The claim is confirmed if stale margins gain {GAIN} or more in CPU time in at
