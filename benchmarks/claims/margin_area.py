@@ -279,8 +279,7 @@ NOTES = [
     "intervals treat networks as independent, although six of them share a seed.",
     "With batch norm, a larger factor of the initial weights acts as a smaller learning rate.",
     "All networks stop near one cross-entropy, so areas differ mainly by the product of the norms.",
-    "The training amplifies rounding, which differs from one machine to another. On another machine "
-    "the same networks gave 0.62 for the convolutions and 0.55 for the perceptrons.",
+    "Training amplifies rounding errors: another machine gave 0.62 for the convolutions.",
 ]
 
 CLAIM = Claim(
