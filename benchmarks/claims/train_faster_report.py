@@ -149,6 +149,8 @@ def sentence(setting: Setting, rows: Sequence[Row]) -> str:
         return f"{start}stale margins and uniform batches reach no common accuracy."
     if lower := [percent(budget) for budget in losses(rows)]:
         start += f"stale margins lose accuracy at {' and '.join(lower)} of the plain budget. They "
+    elif seconds.value < 1:
+        start += "stale margins lose: they "
     else:
         start += "" if seconds.value >= GAIN else f"the gain is below {GAIN}: "
         start += "stale margins "
@@ -226,13 +228,14 @@ def draw(rows: list[Row], figure: "Figure") -> None:
     groups = by_setting(rows)
     if not groups:
         return
-    figure.set_size_inches(4.4 * len(groups), 3.8)
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, (setting, group) in zip(panels, groups.items(), strict=True):
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    figure.set_size_inches(5 * columns, 3.8 * lines)
+    for place, (setting, group) in enumerate(groups.items(), 1):
+        axes = figure.add_subplot(lines, columns, place)
         compared(group, STALE).plot(axes)
         for sampling in others(group)[1:]:
             seconds, accuracies = np.transpose(compared(group, sampling).frontier(sampling))
             axes.plot(seconds, accuracies, "--", marker=".", label=sampling)
-        axes.set(xlabel="CPU seconds of training", ylabel="", title=TITLES[setting])
+        axes.set(xlabel="CPU seconds of training", ylabel="test accuracy", title=TITLES[setting])
         axes.legend(fontsize="small")
-    panels[0].set_ylabel("test accuracy")

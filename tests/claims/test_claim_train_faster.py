@@ -288,6 +288,9 @@ def test_a_loss_at_one_budget_is_said_first(claims: Claims) -> None:
 def test_a_gain_below_one_is_told_as_more_time(claims: Claims) -> None:
     report = claims("train_faster_report").report(rows([0.8]))
     assert "1.25 (" in report.verdict and "times more CPU time" in report.verdict
+    # The time of an update alone makes them lose.
+    slow = claims("train_faster_report").report(rows([1.2], slower=1.5)).verdict
+    assert "stale margins lose: they need 1.25 (1.25 to 1.25) times more CPU time" in slow
 
 
 def test_time_counts_and_not_only_samples(claims: Claims) -> None:
@@ -348,3 +351,20 @@ def test_the_figure_has_a_panel_for_each_setting(claims: Claims) -> None:
     assert titles == ["MLP on Fashion-MNIST", "CNN on Fashion-MNIST"]
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert sorted(labels) == ["InfoBatch", "stale margins", "uniform"]
+
+
+def test_the_page_shows_the_gains_of_stale_margins(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    made = rows([1.9, 1.4])
+    path = tmp_path / claims("train_faster").CLAIM.result_file
+    path.write_text(json.dumps({"rows": made}))
+    lines = claims("claims_page").gains_of_stale_margins(path).splitlines()
+    assert len(lines) == 4
+    for line, setting, factor in zip(lines[2:], ("MLP", "CNN"), (1.9, 1.4), strict=True):
+        title, accuracies, seconds, samples = line.strip("| ").split(" | ")
+        assert title == f"{setting} on Fashion-MNIST"
+        assert " to " in accuracies
+        assert float(seconds.split()[0]) == pytest.approx(factor, rel=0.01)
+        assert float(samples.split()[0]) == pytest.approx(factor, rel=0.01)
