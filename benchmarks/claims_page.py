@@ -24,28 +24,6 @@ def sections_of_claims(folder: Path) -> str:
     return "\n\n".join(_section(claim, result) for claim, result in _measured(folder))
 
 
-def gains_of_stale_margins(path: Path) -> str:
-    """What stale margins gained in each setting of ``train_faster``."""
-    lines = [
-        "| Network and data | Test accuracies, % | Gain in CPU time | Gain in samples |",
-        "|---|---|---|---|",
-    ]
-    for setting, sampling, *numbers, _ in _report(path).tables[0].rows:
-        if sampling == "stale margins":
-            lines.append(f"| {' | '.join([setting, *numbers])} |")
-    return "\n".join(lines)
-
-
-def verdict(path: Path) -> str:
-    """What a result file says of its claim."""
-    return _report(path).verdict
-
-
-def _report(path: Path) -> Any:
-    claims = {claim.result_file: claim for claim in _claims()}
-    return claims[path.name].report(json.loads(path.read_text())["rows"])
-
-
 def _section(claim: Any, result: dict[str, Any]) -> str:
     from harness.page import markdown
 
@@ -55,15 +33,10 @@ def _section(claim: Any, result: dict[str, Any]) -> str:
 
 def _measured(folder: Path) -> list[tuple[Any, dict[str, Any]]]:
     """The claims with a result file, and what it holds."""
-    files = [(claim, folder / claim.result_file) for claim in _claims()]
-    return [(claim, json.loads(file.read_text())) for claim, file in files if file.exists()]
-
-
-def _claims() -> list[Any]:
-    """All claims, in the order of their page."""
     sys.path.insert(0, str(CLAIMS))
     try:
         from catalogue import CLAIMS as claims
     finally:
         sys.path.remove(str(CLAIMS))
-    return claims
+    files = [(claim, folder / claim.result_file) for claim in claims]
+    return [(claim, json.loads(file.read_text())) for claim, file in files if file.exists()]

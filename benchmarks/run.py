@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from claims_page import gains_of_stale_margins, overview_of_claims, sections_of_claims, verdict
+from claims_page import overview_of_claims, sections_of_claims
 from scoring_costs import costs
 from tables import overview, read_results, tables, time_of
 
@@ -37,14 +37,12 @@ PAGES = {
     },
     "docs/reproduced.md": {"overview": overview_of_claims, "claims": sections_of_claims},
     "docs/score_files.md": {"costs": costs},
-    "docs/train_faster.md": {"gains": gains_of_stale_margins, "verdict": verdict},
 }
 # What a page shows, if not the results of all devices.
 SHOWN = {
     "README.md": "amd-epyc-avx512.csv",
     "docs/reproduced.md": ".",
     "docs/score_files.md": "claims-scoring.json",
-    "docs/train_faster.md": "claims-train-faster.json",
 }
 # Other libraries run in a process of their own: a fault there must not end ours.
 OTHER_LIBRARIES = (

@@ -5,12 +5,10 @@ import fewer_updates
 import inversion
 import last_layer
 import margin_area
-import train_faster
 
 CLAIMS = [
     module.CLAIM
     for module in (
-        train_faster,
         fewer_updates,
         margin_area,
         fewer_samples,
