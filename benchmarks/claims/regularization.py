@@ -187,28 +187,22 @@ def effect_table(groups: dict[Task, dict[str, list[Row]]]) -> Table:
     """What the regularization does to the training samples and margins, and what a step costs."""
     cells = []
     for (data, network), group in groups.items():
-        for loss in LOSSES:
-            seconds = values(group[loss], "step_seconds")
-            ratio = ""
+        for loss, rows in group.items():
+            margins, seconds = (values(rows, field) for field in ("margin", "step_seconds"))
+            ratios = ["", ""]
             if loss == REGULARIZED:
-                ratio = paired_ratio(values(group[PLAIN], "step_seconds"), seconds).text()
-            cells.append(
-                (
-                    data,
-                    network,
-                    loss,
-                    mean_sd(values(group[loss], "train_error"), scale=100),
-                    mean_sd(values(group[loss], "train_loss"), 3),
-                    mean_sd(values(group[loss], "margin"), 3),
-                    mean_sd(seconds, scale=1000),
-                    ratio,
-                )
-            )
-    numbers = "training error, %", "training cross-entropy", "margin", "ms of a step", "ratio"
+                ratios = [
+                    paired_ratio(values(group[PLAIN], field), values(rows, field)).text()
+                    for field in ("margin", "step_seconds")
+                ]
+            train = mean_sd(values(rows, "train_error"), scale=100)
+            numbers = train, mean_sd(values(rows, "train_loss"), 3), mean_sd(margins, 3), ratios[0]
+            cells.append((data, network, loss, *numbers, mean_sd(seconds, scale=1000), ratios[1]))
+    names = "training error, %", "training cross-entropy", "margin", "margin, ratio"
     return Table(
-        "Training samples, margins of test samples, and the CPU time of a step with its paired "
-        "ratio.",
-        ("data", "network", "loss", *numbers),
+        "Training samples, margins of test samples, and the CPU time of a step. Ratios are paired, "
+        "to cross-entropy alone.",
+        ("data", "network", "loss", *names, "ms of a step", "time, ratio"),
         cells,
     )
 
