@@ -37,7 +37,8 @@ hidden units, for 12 epochs. The texts are all training samples of 20 Newsgroups
 as weights of 5,000 words (tf-idf). They train a perceptron with 64 hidden units for 20 epochs. The
 training is stochastic gradient descent with Nesterov momentum 0.9 and batches of 128. The learning
 rate rises over the first tenth of the steps, and then falls to 0 as a cosine. The test error is
-that after the last step. CPU time is that of one thread.
+that after the last step. CPU time is that of one thread, while other programs used the processor,
+too.
 
 Learning rate, weight decay and coefficient have the smallest error on a sixth of the training
 samples, held out, with other seeds. Both losses had the same candidates: every pair of a learning
@@ -49,9 +50,14 @@ coefficient was chosen first, out of 1e-5, 1e-4 and 1e-3 with two or three seeds
 cross-entropy alone. It was 1e-5 with every perceptron, so it was given to the convolutions without
 this choice. The best pair of every network was also tried with about a third and three times the
 coefficient. On Reuters R8, 1e-6 and less were tried first. They were as good as cross-entropy
-alone, because they do almost nothing, and were left out. There were 193 such trainings, and 8 of 4
-epochs before them, in which 1e-2 was too much everywhere. The largest weight decay was best for
-both losses with the convolutions, and for cross-entropy alone on 20 Newsgroups.
+alone, because they do almost nothing, and were left out. Cross-entropy alone was also tried there
+with the learning rate 0.2 and with the weight decays 2e-3 and 5e-3, which were worse. There were
+193 such trainings, and 8 of 4 epochs before them, in which 1e-2 was too much everywhere. The
+largest weight decay was best for both losses with the convolutions, and for cross-entropy alone on
+20 Newsgroups. There the settings of the losses differ. With those of cross-entropy alone, the
+regularized loss had the error 10.47 % on held-out samples with two seeds. With its own it had 10.54
+% with three, and cross-entropy alone 10.43 %. The runs keep the choice as it was made, by the best
+two of the first seed.
 
 The outcomes were fixed before all runs on the test samples. The claim is confirmed if the 95 %
 interval of the paired difference lies above 0 with a network on images and on a text data set, and
@@ -60,7 +66,7 @@ confirmed.
 """
 IMAGES = 20_000
 EPOCHS = {FASHION_MNIST: 12, NEWSGROUPS: 20, REUTERS: 20}
-QUICK_EPOCHS = 4
+QUICK_EPOCHS = 3
 # Learning rate, weight decay and coefficient, chosen on held-out training samples.
 CHOSEN = {
     (FASHION_MNIST, CONVOLUTIONS): {PLAIN: (0.1, 0.002, 0.0), REGULARIZED: (0.1, 0.002, 1e-05)},
@@ -129,7 +135,8 @@ def report(rows: list[Row]) -> Report:
     verdict = " ".join(sentence(task, gains[task], groups[task]) for task in order)
     notes = [
         "A difference is the error of cross-entropy alone less that with the regularization, seed "
-        "by seed, with its 95 % interval. Above 0 the regularization is better.",
+        "by seed, with its 95 % interval. Above 0 the regularization is better. The intervals are "
+        "not corrected for their number.",
         "The margin is the median distance of a test sample's features to the boundary between "
         "its label and the rival class, as a share of the largest norm of the features.",
     ]
@@ -143,19 +150,19 @@ def sentence(task: Task, difference: Interval, group: dict[str, list[Row]]) -> s
     plain, regularized = (np.mean(values(group[loss], "test_error")) for loss in LOSSES)
     change = f"from {100 * plain:.2f} to {100 * regularized:.2f} %"
     if difference.low > 0:
-        points = difference.text(scale=100)
+        points = difference.text(3, scale=100)
         return (
             f"On {TASKS[task]}, it lowers the test error by {points} percentage points, {change}."
         )
     if difference.high < 0:
-        points = opposite(difference).text(scale=100)
+        points = opposite(difference).text(3, scale=100)
         return (
             f"On {TASKS[task]}, it raises the test error by {points} percentage points, {change}."
         )
-    points = difference.text(scale=100)
+    points = difference.text(3, scale=100)
     return (
-        f"On {TASKS[task]}, no difference in test error is certain: {change}, a gain of {points} "
-        "percentage points."
+        f"On {TASKS[task]}, no difference in test error is certain: {change}, a difference of "
+        f"{points} percentage points."
     )
 
 
@@ -171,7 +178,7 @@ def error_table(groups: dict[Task, dict[str, list[Row]]]) -> Table:
         for loss in LOSSES:
             row = group[loss][0]
             chosen = (row["learning_rate"], row["weight_decay"], row["coefficient"])
-            difference = gain(group).text(scale=100) if loss == REGULARIZED else ""
+            difference = gain(group).text(3, scale=100) if loss == REGULARIZED else ""
             errors = mean_sd(values(group[loss], "test_error"), scale=100)
             cells.append((data, network, loss, *(f"{one:g}" for one in chosen), errors, difference))
     numbers = "learning rate", "weight decay", "coefficient", "test error, %", "difference"
@@ -212,7 +219,7 @@ def draw(rows: list[Row], figure: "Figure") -> None:
     groups = of_tasks(rows)
     if not groups:
         return
-    figure.set_size_inches(8, 1 + 0.7 * len(groups))
+    figure.set_size_inches(8, 1.2 + 0.7 * len(groups))
     axes = figure.subplots()
     axes.axvline(0, color="0.6", linewidth=1)
     for place, group in enumerate(groups.values()):
@@ -222,12 +229,11 @@ def draw(rows: list[Row], figure: "Figure") -> None:
         axes.plot(differences, np.full(len(differences), place + 0.2), "o", color="C0", alpha=0.5)
         axes.plot([100 * mean.low, 100 * mean.high], [place, place], color="C1", linewidth=3)
         axes.plot(100 * mean.value, place, "D", color="C1")
-    axes.set_yticks(range(len(groups)), [TASKS[task] for task in groups])
+    names = [TASKS[task].replace(" with ", "\nwith ") for task in groups]
+    axes.set_yticks(range(len(groups)), names)
     axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_xlabel(
-        "test error with cross-entropy alone less that with the regularization, percentage points\n"
-        "dots: seeds; diamonds: means with 95 % intervals"
-    )
+    axes.set_xlabel("test error of cross-entropy less that with regularization, percentage points")
+    axes.set_title("Dots: seeds. Diamonds: means with 95 % intervals.", fontsize="medium")
 
 
 CLAIM = Claim(
