@@ -5,11 +5,13 @@ import fewer_updates
 import inversion
 import last_layer
 import margin_area
+import regularization
 
 CLAIMS = [
     module.CLAIM
     for module in (
         fewer_updates,
+        regularization,
         margin_area,
         fewer_samples,
         last_layer,
