@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import nn
 from ._native import NativeUnavailableWarning
 from ._version import __version__
-from .norms import log_norm_product, spectrally_normalized_margin
+from .norms import log_norm_product, log_spectral_complexity
 from .ops.distribution import margin_area, support_vector_counts
 from .ops.linear_log_prob import linear_log_prob
 from .ops.linear_margin import linear_classification_margin, linear_minimal_margin_score
@@ -45,6 +45,7 @@ __all__ = [
     "linear_select_classification_margin",
     "linear_select_minimal_margin",
     "log_norm_product",
+    "log_spectral_complexity",
     "margin_area",
     "minimal_margin_score",
     "multi_margin_regularization",
@@ -53,7 +54,6 @@ __all__ = [
     "select_classification_margin",
     "select_minimal_margin",
     "select_smallest",
-    "spectrally_normalized_margin",
     "support_vector_counts",
 ]
 

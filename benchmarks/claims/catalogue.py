@@ -6,12 +6,14 @@ import inversion
 import label_issues
 import last_layer
 import margin_area
+import regularization
 
 CLAIMS = [
     module.CLAIM
     for module in (
         label_issues,
         fewer_updates,
+        regularization,
         margin_area,
         fewer_samples,
         last_layer,

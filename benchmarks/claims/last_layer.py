@@ -62,10 +62,10 @@ norm, or nothing. The norms have no parameters, so the three networks of a seed 
 parameters. Every step takes all samples and goes down the logarithm of the loss, far past
 separation. A step that would not decrease the loss is not done and halves the next one; any other
 step makes the next one a tenth longer. There is no weight decay. `NeuralCollapse` measures the
-inputs of the last layer on the training samples: 0 is full collapse. `normalized_margin` gives the
-smallest margin in its two versions. After separation it is compared with its value ten steps
-before. The Frobenius version divides the margin by the norm of all parameters, to the power of the
-number of linear layers after the norm.
+inputs of the last layer on the training samples: 0 is full collapse. The smallest margin is divided
+by the two versions of the scale that `log_scale` gives. After separation it is compared with its
+value ten steps before. The Frobenius version divides the margin by the norm of all parameters, to
+the power of the number of linear layers after the norm.
 
 **Fixed before the runs.** The data, widths, numbers of steps and the norm of 1000 were chosen with
 seeds of 100 and more. The claim holds if (1) all rates are exact and the output grows as they say,

@@ -1,14 +1,13 @@
-"""Quasi-homogeneous networks: rates of the parameters, the scale that they define, and margins."""
+"""Quasi-homogeneous networks: rates of the parameters, and the scale that they define."""
 
 from .assignment import rates
-from .scale import lambda_seminorm, log_scale, normalized_margin, rescale
-from .system import NotQuasiHomogeneousError
+from .equations import NotQuasiHomogeneousError
+from .scale import lambda_seminorm, log_scale, rescale
 
 __all__ = [
     "NotQuasiHomogeneousError",
     "lambda_seminorm",
     "log_scale",
-    "normalized_margin",
     "rates",
     "rescale",
 ]

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from .._checks import check_not_distributed
 from ..networks import unwrap
+from .equations import NotQuasiHomogeneousError, System
+from .graph import Network, export
+from .linear_program import LinearProgram
 from .parameters import check_ordinary
-from .program import Program
-from .system import NotQuasiHomogeneousError, System
-from .trace import Network, exported
 
 
 def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str, float]:
@@ -105,9 +105,9 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
     for argument in arguments:
         if isinstance(argument, Tensor):
             check_not_distributed("example_input", argument)
-    network = Network(model, exported(model, arguments), names)
+    network = Network(model, export(model, arguments), names)
     system = network.system
-    program = Program(_matrix(system), network.output)
+    program = LinearProgram(_matrix(system), network.output)
     if not program.is_feasible():
         raise _blame(network)
     program.minimize_sum(sorted(system.normalizing))
@@ -137,7 +137,7 @@ def _blame(network: Network) -> NotQuasiHomogeneousError:
     system = network.system
 
     def fails(count: int) -> bool:
-        return not Program(_matrix(system, count), network.output).is_feasible()
+        return not LinearProgram(_matrix(system, count), network.output).is_feasible()
 
     first = bisect_left(range(len(system.equations) + 1), True, key=fails)
     if first == 0:

@@ -55,18 +55,18 @@ class Groups(NamedTuple):
     squares: Tensor
     unit: Tensor
 
-    def largest(self) -> Groups:
-        """The group with the largest rate."""
-        return Groups(self.rate[-1:], self.squares[-1:], self.unit[-1:])
 
+def groups_of(parameters: Any, rates: Any, largest_only: bool = False) -> Groups:
+    """Check the arguments, and group the parameters. Those with rate 0 do not count.
 
-def groups_of(parameters: Any, rates: Any) -> Groups:
-    """Check the arguments, and group the parameters. Those with rate 0 do not count."""
+    With ``largest_only``, only the parameters with the largest rate count.
+    """
     rated = rated_parameters(parameters, rates)
     device = rated[0][0].device
-    groups: dict[float, list[Tensor]] = {max(rate for _, rate in rated): []}
+    largest = max(rate for _, rate in rated)
+    groups: dict[float, list[Tensor]] = {largest: []}
     for value, rate in rated:
-        if rate > 0:
+        if rate > 0 and (rate == largest or not largest_only):
             groups.setdefault(rate, []).append(value)
     ordered = sorted(groups)
     units = [_unit(groups[rate], device) for rate in ordered]

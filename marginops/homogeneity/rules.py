@@ -1,12 +1,12 @@
-"""The rate of the result of each operation. A rule also adds the equations of the operation."""
+"""The rule of each ATen operation: the rate of its result. A rule also adds its equations."""
 
 import math
 from collections.abc import Callable
 
 import torch
 
-from .operation import Operation
-from .system import Form
+from .._operations import KEEPING, NEVER, NORMALIZING, POWERS
+from .equations import Form, Operation
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -194,3 +194,102 @@ def normed(rule: Rule) -> Rule:
         return operation.system.constant() if order == 0 else rate
 
     return norm_rule
+
+
+LOOK_UP = """
+    embedding gather index index_select masked_select take take_along_dim _unsafe_index
+"""
+
+CHOOSE = """
+    argmax argmin argsort count_nonzero empty_like isfinite isinf isnan new_empty new_ones
+    ones_like rand_like randn_like sgn sign signbit sym_numel sym_size sym_stride
+"""
+
+CAST = "to _to_copy"
+
+EQUAL = {
+    "self other": "add sub rsub max min maximum minimum fmax fmin where gt ge lt le eq ne",
+    "tensors": "cat concat concatenate stack hstack vstack dstack column_stack row_stack",
+    "self value": "masked_fill index_fill",
+    "self source": "masked_scatter index_add index_copy",
+    "self src": "slice_scatter select_scatter diagonal_scatter as_strided_scatter scatter_add",
+    "self values": "index_put",
+    "src": "copy",
+}
+
+PRODUCT = {
+    "self other": "mul vdot inner matmul kron linalg_cross cross tensordot",
+    "self mat2": "mm bmm",
+    "self tensor": "dot",
+    "x y": "linalg_vecdot",
+    "self vec": "mv",
+    "self vec2": "outer ger",
+    "tensors": "einsum linalg_multi_dot",
+    "matrices": "chain_matmul",
+}
+
+AFFINE = {
+    "input weight": """linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+        conv_transpose3d convolution""",
+    "input1 input2 weight": "bilinear",
+}
+
+ADDED = {
+    "mat1 mat2": "addmm",
+    "batch1 batch2": "addbmm baddbmm",
+    "mat vec": "addmv",
+    "vec1 vec2": "addr",
+    "tensor1 tensor2": "addcmul",
+}
+
+
+def _table() -> dict[str, Rule]:
+    table: dict[str, Rule] = {}
+
+    def follow(rule: Rule, names: str) -> None:
+        table.update(dict.fromkeys(names.split(), rule))
+
+    follow(keep, KEEPING)
+    follow(look_up, LOOK_UP)
+    follow(choose, CHOOSE)
+    follow(normalization, NORMALIZING)
+    follow(zeros, "zeros zeros_like new_zeros")
+    follow(filled, "full full_like new_full fill")
+    follow(bounded, "clamp clamp_min clamp_max clip")
+    follow(threshold, "threshold")
+    follow(padded, "pad constant_pad_nd")
+    follow(cast, CAST)
+    follow(normed(keep), "linalg_vector_norm norm")
+    follow(normed(equal("self", "other")), "dist")
+    follow(normed(equal("x1", "x2")), "cdist")
+    follow(parametric_relu, "prelu _prelu_kernel")
+    follow(interpolation("self", "end", "weight"), "lerp")
+    follow(interpolation("input", "grid"), "grid_sampler grid_sampler_2d grid_sampler_3d")
+    follow(scattered, "scatter")
+    follow(quotient, "div divide true_divide")
+    follow(variance_and_mean, "var_mean")
+    follow(power, "pow")
+    follow(product_of_elements, "prod")
+    follow(cosine, "cosine_similarity")
+    follow(weight_normalization, "_weight_norm _weight_norm_interface")
+    follow(product("weight", "per_sample_weights"), "embedding_bag _embedding_bag")
+    for name, exponent in POWERS.items():
+        follow(scaled(exponent), name)
+    for operands, names in EQUAL.items():
+        follow(equal(*operands.split()), names)
+    for operands, names in PRODUCT.items():
+        follow(product(*operands.split()), names)
+    for operands, names in AFFINE.items():
+        follow(product(*operands.split(), plus="bias"), names)
+    for operands, names in ADDED.items():
+        follow(product(*operands.split(), plus="self"), names)
+    return table
+
+
+RULES = _table()
+# An operation that is neither here nor in RULES has no rule yet.
+UNSCALED = frozenset(NEVER.split())
+# Operations on parameters whose results are views or sums of these parameters.
+CARRYING = frozenset(f"{KEEPING} {LOOK_UP} {CAST} {' '.join(EQUAL.values())}".split())
+# Operations that create constants, which may be 0.
+CREATING = frozenset(["zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full"])

@@ -1,4 +1,4 @@
-"""Seminorm, scale and margins of a quasi-homogeneous network with given rates."""
+"""Seminorm and scale of a quasi-homogeneous network with given rates."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
-from .._checks import result_dtype
-from .parameters import Groups, Parameters, groups_of, rated_parameters
+from .parameters import Parameters, groups_of, rated_parameters
 
 Version = Literal["tau", "lambda_max"]
 
@@ -51,9 +50,7 @@ def lambda_seminorm(
         >>> lambda_seminorm(parameters, {"weight": 1.0, "bias": 0.25}, largest_only=True)
         tensor(3., dtype=torch.float64)
     """
-    groups = groups_of(parameters, rates)
-    if largest_only:
-        groups = groups.largest()
+    groups = groups_of(parameters, rates, largest_only)
     # A group of zeros has the unit 1, in which the squares of small parameters would vanish.
     units = torch.where(groups.squares == 0, 0, groups.unit)
     unit = torch.where(units.any(), units.amax(), 1)
@@ -63,12 +60,19 @@ def lambda_seminorm(
     return torch.where(is_zero, 0, torch.where(is_zero, 1, total).sqrt() * unit)
 
 
-def log_scale(parameters: Parameters, rates: Mapping[str, float]) -> Tensor:
+def log_scale(
+    parameters: Parameters, rates: Mapping[str, float], *, version: Version = "tau"
+) -> Tensor:
     r"""Logarithm of the scale of the parameters of a quasi-homogeneous network.
 
-    It is the root :math:`\tau` of
-
-    .. math:: \sum_i \lambda_i \, e^{-2 \tau \lambda_i} \, \theta_i^2 = 1.
+    ================ ============================================================================
+    ``"tau"``        the root :math:`\tau` of :math:`\sum_i \lambda_i \, e^{-2 \tau \lambda_i} \,
+                     \theta_i^2 = 1`
+    ``"lambda_max"`` the logarithm of :math:`\lVert \theta \rVert_{\Lambda_{\max}}^{1 /
+                     \lambda_{\max}}`, with :func:`marginops.homogeneity.lambda_seminorm` over the
+                     parameters with the largest rate only; it is the root of the same equation with
+                     these parameters only
+    ================ ============================================================================
 
     Consider the curve :math:`\theta_i \mapsto e^{\alpha \lambda_i} \theta_i`. Along it the output
     of the network grows by :math:`e^\alpha`. The logarithm of the scale is the :math:`\alpha`
@@ -76,17 +80,24 @@ def log_scale(parameters: Parameters, rates: Mapping[str, float]) -> Tensor:
     the parameters. :func:`marginops.homogeneity.rescale` by :math:`\alpha` adds :math:`\alpha`
     to it. The scale is that of Kunin, Yamamura, Ma, Ganguli (2023).
 
+    ``classification_margin(..., log_norm=...)`` computes with it the margins of the network at
+    scale 1. They do not change when the network is rescaled. So they compare networks, and epochs
+    of one training run. Gradient flow maximises those of the second version in the limit. Neither
+    version has to grow all the time. For example, the first one falls while training discards a
+    parameter that has the largest rate and that the margin does not need.
+
     Args:
         parameters: A module or a mapping, see :func:`marginops.homogeneity.lambda_seminorm`.
         rates: The rate of each parameter by name, see :func:`marginops.homogeneity.rates`.
+        version: ``"tau"`` or ``"lambda_max"``.
 
     Returns:
-        0-d float64, on the device of the first parameter. It is NaN if a parameter with a
-        positive rate has a NaN, and ``+inf`` if one has an infinity.
+        0-d float64, on the device of the first parameter. It is NaN if a parameter that counts has
+        a NaN, and ``+inf`` if one has an infinity. Parameters with rate 0 do not count.
 
     Raises:
         TypeError, ValueError: As for :func:`marginops.homogeneity.lambda_seminorm`. Also if the
-            seminorm is 0, because then there is no root.
+            parameters that count are all 0, because then there is no root.
 
     The result is differentiable in the parameters up to third derivatives. It is deterministic on
     the CPU. The function reads the parameters once and waits for the device once. Newton's method
@@ -94,75 +105,34 @@ def log_scale(parameters: Parameters, rates: Mapping[str, float]) -> Tensor:
     float64.
 
     Example:
-        >>> import torch
+        >>> import torch, marginops
         >>> from marginops.homogeneity import log_scale
         >>> parameters = {"a": torch.tensor([2.0]), "b": torch.tensor([0.0])}
-        >>> log_scale(parameters, {"a": 1.0, "b": 0.5})
+        >>> log_norm = log_scale(parameters, {"a": 1.0, "b": 0.5})
+        >>> log_norm
         tensor(0.6931, dtype=torch.float64)
+        >>> logits, target = torch.tensor([[6.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
+        >>> marginops.classification_margin(logits, target, log_norm=log_norm)
+        tensor([ 3.0000, -1.0000])
     """
-    return _log_scale(groups_of(parameters, rates))
-
-
-def normalized_margin(
-    margins: Tensor,
-    parameters: Parameters,
-    rates: Mapping[str, float],
-    *,
-    version: Version = "tau",
-) -> Tensor:
-    r"""Margins of a quasi-homogeneous network at scale 1.
-
-    ================ ============================================================================
-    ``"tau"``        :math:`e^{-\tau} q_n`, where :math:`\tau` is
-                     :func:`marginops.homogeneity.log_scale`
-    ``"lambda_max"`` :math:`q_n / \lVert \theta \rVert_{\Lambda_{\max}}^{1 / \lambda_{\max}}`, with
-                     :func:`marginops.homogeneity.lambda_seminorm` over the parameters with the
-                     largest rate only
-    ================ ============================================================================
-
-    Both versions do not change when :func:`marginops.homogeneity.rescale` scales the network. So
-    they compare networks, and epochs of one training run. Gradient flow maximises the second
-    version in the limit (Kunin, Yamamura, Ma, Ganguli, 2023). Neither version has to grow all the
-    time. For example, the first one falls while training discards a parameter that has the largest
-    rate and that the margin does not need.
-
-    Args:
-        margins: ``[N]``, float32, float64, bfloat16 or float16, of the network with these
-            parameters, such as :func:`marginops.classification_margin`.
-        parameters: A module or a mapping, see :func:`marginops.homogeneity.lambda_seminorm`, on
-            the device of ``margins``.
-        rates: The rate of each parameter by name, see :func:`marginops.homogeneity.rates`.
-        version: ``"tau"`` or ``"lambda_max"``.
-
-    Returns:
-        ``[N]``, float64 for float64 margins, else float32. The function multiplies twice by the
-        square root of the factor, in float64. So no intermediate value overflows or underflows
-        before the product does.
-
-    Raises:
-        TypeError, ValueError: As for :func:`marginops.homogeneity.log_scale`. With
-            ``"lambda_max"`` also if the parameters with the largest rate are all 0.
-
-    The margins are differentiable in ``margins`` and in the parameters. The result is
-    deterministic on the CPU. The function reads the parameters once and waits for the device once.
-
-    Example:
-        >>> import torch
-        >>> from marginops.homogeneity import normalized_margin
-        >>> margins = torch.tensor([6.0, -2.0])
-        >>> normalized_margin(margins, {"a": torch.tensor([2.0])}, {"a": 1.0})
-        tensor([ 3., -1.])
-    """
-    checks.check_tensor("margins", margins, 1, "[N]")
     checks.check_choice("version", version, ("tau", "lambda_max"))
-    groups = groups_of(parameters, rates)
-    checks.check_device("parameters", groups.squares, margins, "margins")
-    if version == "lambda_max":
-        # For a single rate the root is log(lambda * S) / (2 * lambda), where S is the sum of
-        # squares. This is the logarithm of the power in the formula.
-        groups = groups.largest()
-    half = (_log_scale(groups) / -2).exp()
-    return (margins.to(half.dtype) * half * half).to(result_dtype(margins.dtype))
+    rate, squares, unit = groups_of(parameters, rates, largest_only=version == "lambda_max")
+    if squares.is_meta:
+        raise ValueError("parameters: expected tensors with values, got tensors on the meta device")
+    shift = 2 * unit.log()
+    root = _root(rate.tolist(), squares.tolist(), shift.tolist())
+    if not math.isfinite(root):
+        return squares.sum() * root
+    # ``root`` has no gradient. Two more Newton steps keep its value and have the first three
+    # derivatives of the root. A weight that overflows is clamped: its squares are almost 0.
+    finite = torch.finfo(rate.dtype).max
+    weight = (rate * (shift - 2 * root * rate).exp()).clamp(max=finite)
+    step = torch.zeros_like(squares[0])
+    for _ in range(2):
+        terms = weight * squares * (-2 * rate * step).exp()
+        total = terms.sum()
+        step = step + total * total.log() / (2 * (rate * terms).sum())
+    return root + step
 
 
 def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
@@ -211,26 +181,6 @@ def rescale(model: nn.Module, rates: Mapping[str, float], alpha: float) -> None:
             if rate > 0:
                 # The factor may exceed the dtype, although the product does not.
                 value.copy_(value.double() * factor)
-
-
-def _log_scale(groups: Groups) -> Tensor:
-    rate, squares, unit = groups
-    if squares.is_meta:
-        raise ValueError("parameters: expected tensors with values, got tensors on the meta device")
-    shift = 2 * unit.log()
-    root = _root(rate.tolist(), squares.tolist(), shift.tolist())
-    if not math.isfinite(root):
-        return squares.sum() * root
-    # ``root`` has no gradient. Two more Newton steps keep its value and have the first three
-    # derivatives of the root. A weight that overflows is clamped: its squares are almost 0.
-    finite = torch.finfo(rate.dtype).max
-    weight = (rate * (shift - 2 * root * rate).exp()).clamp(max=finite)
-    step = torch.zeros_like(squares[0])
-    for _ in range(2):
-        terms = weight * squares * (-2 * rate * step).exp()
-        total = terms.sum()
-        step = step + total * total.log() / (2 * (rate * terms).sum())
-    return root + step
 
 
 def _root(rate: list[float], squares: list[float], shift: list[float]) -> float:

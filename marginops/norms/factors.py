@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
 from ..networks import unwrap
 from . import layers as kinds
-from .structure import Call, Structure, structure_of, watch
+from .structure import Call, Structure, examine, watch
 from .unsupported import check_whole
 
 BatchNorm = Literal["fold", "last", "affine"]
@@ -23,30 +22,21 @@ class Factor(NamedTuple):
     """The matrix of one call of a layer, or the diagonal matrix of a batch norm.
 
     Attributes:
-        path: The path of the module in the model.
-        module: The layer or batch norm.
-        weight: The weight of the module.
+        call: The call.
+        weight: The weight of its module.
         batch_norm: The batch norm that is folded into the rows; None if there is none.
-        call: The shapes of the call, with ``conv="operator"``; else None.
+        is_operator: Whether the matrix maps the whole input of a convolution to its whole output.
     """
 
-    path: str
-    module: Any  # nn.Module, whose attributes have no types
+    call: Call
     weight: Tensor
     batch_norm: Any
-    call: Call | None
+    is_operator: bool
 
     @property
-    def name(self) -> str:
-        """The name of the module in messages."""
-        return kinds.described(self.path, self.module)
-
-    @property
-    def is_operator(self) -> bool:
-        """Whether the matrix maps the whole input of a convolution to its whole output."""
-        return self.call is not None and isinstance(
-            self.module, (*kinds.CONVOLUTIONS, *kinds.TRANSPOSED)
-        )
+    def module(self) -> Any:
+        """The layer or batch norm."""
+        return self.call.module
 
 
 def factors_of(
@@ -66,57 +56,39 @@ def factors_of(
     _check(batch_norm, conv, example_input)
     check_whole("", model)
     model = unwrap(model)
-    modules = kinds.modules_of(model)
-    structure = structure_of(model, modules)
-    sequence, calls = structure.sequence, None
-    if conv == "operator" or (structure.untraceable and example_input is not None):
-        for path in sequence:
-            if kinds.is_layer(modules[path]):
-                kinds.weight_of(path, modules[path])
-        calls = watch(model, example_input)
-        if structure.untraceable:
-            sequence = [call.path for call in calls]
-    if calls is not None and [call.path for call in calls] != sequence:
-        raise ValueError(
-            "example_input: expected the calls of layers in the trace of the model "
-            f"({len(sequence)} calls), got others ({len(calls)} calls)"
-        )
-    layers = [i for i, path in enumerate(sequence) if kinds.is_layer(modules[path])]
-    norms = [i for i, path in enumerate(sequence) if not kinds.is_layer(modules[path])]
-    if not layers:
+    structure = examine(model)
+    is_untraceable = structure.untraceable is not None
+    runs = conv == "operator" or (is_untraceable and example_input is not None)
+    calls = _ran(model, structure, example_input) if runs else structure.calls
+    norms = [i for i, call in enumerate(calls) if not kinds.is_layer(call.module)]
+    if len(norms) == len(calls):
         raise ValueError("example_input: expected at least one call of a layer, got none")
-    has_batch_norm = any(kinds.is_batch_norm(modules[sequence[i]]) for i in norms)
-    folds = structure.folds
-    if batch_norm == "last" and norms:
-        if norms[-1] > layers[-1]:
-            name = kinds.described(sequence[norms[-1]], modules[sequence[norms[-1]]])
+    if batch_norm == "fold":
+        _check_folds(structure, [calls[i] for i in norms])
+    if batch_norm == "affine":
+        chosen = [call for call in calls if not _is_other(call.module)]
+    elif batch_norm == "last" and norms:
+        chosen = calls[norms[-1] + 1 :]
+        if not chosen:
             raise ValueError(
                 'batch_norm: expected "fold" or "affine" because a normalisation follows the last '
-                f'layer, got "last" with {name}'
+                f'layer, got "last" with {calls[-1].name}'
             )
-        chosen, folds = [i for i in layers if i > norms[-1]], {}
-    elif batch_norm == "affine":
-        chosen = [i for i, path in enumerate(sequence) if not _is_other(modules[path])]
-        folds = {}
     else:
-        chosen = layers
-        if has_batch_norm:
-            _check_folds(structure, modules)
+        chosen = [call for call in calls if kinds.is_layer(call.module)]
     # If only the last layer counts, the model scales with it, whatever the modules before do.
     only_last = batch_norm == "last" and bool(norms) and len(chosen) == 1
-    _warn(structure, only_last, calls is not None, stacklevel + 1)
-    operator = calls if conv == "operator" else None
-    weights: dict[str, Tensor] = {}
+    _warn(structure, only_last, runs, stacklevel + 1)
+    modules = {call.path: call.module for call in chosen}
+    weights = {path: _weight(path, module) for path, module in modules.items()}
+    convolutions = (*kinds.CONVOLUTIONS, *kinds.TRANSPOSED)
     found = []
-    for i in chosen:
-        path = sequence[i]
-        if path not in weights:
-            weights[path] = _weight(path, modules[path])
-        folded = modules[folds[i]] if i in folds else None
-        if folded is not None:
-            _weight(folds[i], folded)
-        call = operator[i] if operator else None
-        found.append(Factor(path, modules[path], weights[path], folded, call))
+    for call in chosen:
+        norm = call.batch_norm if batch_norm == "fold" else None
+        if norm is not None:
+            _weight(norm.path, norm.module)
+        is_operator = conv == "operator" and isinstance(call.module, convolutions)
+        found.append(Factor(call, weights[call.path], norm and norm.module, is_operator))
     devices = {factor.weight.device for factor in found}
     if len(devices) > 1:
         raise ValueError(
@@ -125,21 +97,34 @@ def factors_of(
     return found
 
 
+def _ran(model: nn.Module, structure: Structure, example_input: Any) -> list[Call]:
+    """The calls with the shapes of their inputs and outputs."""
+    for call in structure.calls:
+        if kinds.is_layer(call.module):
+            kinds.weight_of(call.path, call.module)
+    ran = watch(model, example_input)
+    if structure.untraceable:
+        return ran
+    if [call.path for call in ran] != [call.path for call in structure.calls]:
+        raise ValueError(
+            "example_input: expected the calls of layers in the trace of the model "
+            f"({len(structure.calls)} calls), got others ({len(ran)} calls)"
+        )
+    for call, other in zip(structure.calls, ran, strict=True):
+        call.shapes = other.shapes
+    return structure.calls
+
+
 def result_dtype(factors: list[Factor]) -> torch.dtype:
     """float64 if a weight is float64, else float32."""
     is_double = any(factor.weight.dtype == torch.float64 for factor in factors)
     return torch.float64 if is_double else torch.float32
 
 
-def fold_scale(batch_norms: list[Any]) -> Tensor:
-    """The factors of the channels of all batch norms in evaluation, concatenated."""
-    variance = torch.cat([norm.running_var for norm in batch_norms]).double()
-    sizes = [norm.num_features for norm in batch_norms]
-    eps = np.repeat([norm.eps for norm in batch_norms], sizes)
-    scale = (variance + torch.from_numpy(eps).to(variance.device)).rsqrt()
-    if all(norm.weight is None for norm in batch_norms):
-        return scale
-    return scale * torch.cat([_weight("", norm) for norm in batch_norms]).double()
+def fold_scale(batch_norm: Any) -> Tensor:
+    """``[channels]`` in float64, by what a batch norm multiplies the channels in evaluation."""
+    scale = (batch_norm.running_var.double() + batch_norm.eps).rsqrt()
+    return scale if batch_norm.weight is None else scale * _weight("", batch_norm).double()
 
 
 def scaled_weight(factor: Factor, dtype: torch.dtype) -> Tensor:
@@ -149,7 +134,7 @@ def scaled_weight(factor: Factor, dtype: torch.dtype) -> Tensor:
     """
     if factor.batch_norm is None:
         return factor.weight.to(dtype)
-    scale = fold_scale([factor.batch_norm])
+    scale = fold_scale(factor.batch_norm)
     return kinds.scaled(factor.module, factor.weight.double(), scale)
 
 
@@ -176,8 +161,10 @@ def _check(batch_norm: Any, conv: Any, example_input: Any) -> None:
         )
 
 
-def _check_folds(structure: Structure, modules: dict[str, Any]) -> None:
+def _check_folds(structure: Structure, norms: list[Call]) -> None:
     """Check that every batch norm has statistics and directly follows a layer of the same width."""
+    if not any(kinds.is_batch_norm(call.module) for call in norms):
+        return
     instead = 'use batch_norm="last" or batch_norm="affine" instead'
     if structure.untraceable is not None:
         raise ValueError(
@@ -187,22 +174,24 @@ def _check_folds(structure: Structure, modules: dict[str, Any]) -> None:
     expected = "model: expected a layer directly before every batch norm to fold it into"
     if structure.unfoldable is not None:
         raise ValueError(f"{expected}, got {structure.unfoldable}; {instead}")
-    for place, path in structure.folds.items():
-        norm, layer = modules[path], modules[structure.sequence[place]]
+    for call in structure.calls:
+        if call.batch_norm is None:
+            continue
+        layer, norm = call.module, call.batch_norm.module
         if norm.running_var is None:
             raise ValueError(
                 "model: expected batch norms with running statistics, got "
-                f"{kinds.described(path, norm)} without them; {instead}"
+                f"{call.batch_norm.name} without them; {instead}"
             )
         outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         if norm.num_features != outputs:
             raise ValueError(
-                f"{expected}, got {kinds.described(path, norm)} with {norm.num_features} features "
-                f"after {structure.sequence[place]} with {outputs} outputs; {instead}"
+                f"{expected}, got {call.batch_norm.name} with {norm.num_features} features "
+                f"after {call.path} with {outputs} outputs; {instead}"
             )
 
 
-def _warn(structure: Structure, only_last: bool, has_calls: bool, stacklevel: int) -> None:
+def _warn(structure: Structure, only_last: bool, has_run: bool, stacklevel: int) -> None:
     if structure.breaking and not only_last:
         warnings.warn(
             "model: margins divided by this norm product depend on the scale of the layers, "
@@ -210,7 +199,7 @@ def _warn(structure: Structure, only_last: bool, has_calls: bool, stacklevel: in
             UserWarning,
             stacklevel=stacklevel + 1,
         )
-    if structure.untraceable is not None and not has_calls:
+    if structure.untraceable is not None and not has_run:
         warnings.warn(
             "model: every layer counts once for each name that it is registered under, because "
             f"torch.fx cannot trace the model ({structure.untraceable}); pass example_input to "

@@ -1,6 +1,5 @@
 """Kinds of modules: which ones have a matrix, and which ones keep the scale of their input."""
 
-import functools
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from .. import _advice as advice
 from .._checks import FLOATING, is_distributed, wraps_tensors
+from .._operations import changes_scale
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -17,35 +17,10 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # Normalisations that use statistics of their input in evaluation too.
 OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, *_INSTANCE_NORMS)
-_OF_EVERY_DIMENSION = (
-    *("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "LPPool", "MaxUnpool"),
-    *("ReflectionPad", "ReplicationPad", "ZeroPad", "CircularPad", "Dropout"),
-)
 IDENTITIES = (
     *(nn.Identity, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout),
     *(nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
 )
-HOMOGENEOUS = (
-    *IDENTITIES,
-    *(getattr(nn, f"{kind}{n}d") for kind in _OF_EVERY_DIMENSION for n in (1, 2, 3)),
-    *(nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, nn.Upsample),
-    *(nn.ReLU, nn.LeakyReLU, nn.RReLU, nn.PReLU),
-    *(nn.Flatten, nn.Unflatten, nn.Fold, nn.Unfold),
-    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
-    *(nn.Sequential, nn.ModuleList, nn.ModuleDict),
-)
-# Names of functions and tensor methods in a trace that do not keep the scale of their input. The
-# underscore at the end of in-place ones is left out.
-BREAKING_FUNCTIONS = {
-    *("tanh", "sigmoid", "logsigmoid", "log_sigmoid", "special_expit", "gelu", "silu", "mish"),
-    *("elu", "selu", "celu", "glu", "softplus", "softsign", "hardtanh", "relu6", "hardswish"),
-    *("hardsigmoid", "tanhshrink", "softshrink", "hardshrink", "threshold", "_threshold"),
-    *("softmax", "log_softmax", "softmin", "gumbel_softmax", "logsumexp", "batch_norm"),
-    *("layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"),
-    *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "atan", "erf"),
-    *("pow", "square", "sqrt", "rsqrt", "reciprocal", "scaled_dot_product_attention"),
-    *("round", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
-}
 # The methods that compute the output of a layer.
 _COMPUTING = ("__call__", "forward", "_conv_forward")
 # Attributes of a weight that do not depend on its values.
@@ -54,20 +29,17 @@ DESCRIBING = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 
 def is_layer(module: nn.Module) -> bool:
     """Whether the module is a linear layer or a convolution."""
-    kind: Any = type(module)
-    return _runs_as(kind, LAYERS) and not has_own_forward(module)
+    return _runs_as(module, LAYERS)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether the module is a batch norm of any dimension."""
-    kind: Any = type(module)
-    return _runs_as(kind, BATCH_NORMS) and not has_own_forward(module)
+    return _runs_as(module, BATCH_NORMS)
 
 
 def is_parametric_relu(module: nn.Module) -> bool:
     """Whether the module is a PReLU, whose parameters do not count."""
-    kind: Any = type(module)
-    return _runs_as(kind, (nn.PReLU,)) and not has_own_forward(module)
+    return _runs_as(module, (nn.PReLU,))
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -75,10 +47,10 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-@functools.lru_cache(maxsize=1024)
-def _runs_as(own: type[nn.Module], kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a class is, or inherits from, one of ``kinds`` and computes the same."""
-    return any(
+def _runs_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether the class is, or inherits from, one of ``kinds`` and computes the same."""
+    own: Any = type(module)
+    return not has_own_forward(module) and any(
         issubclass(own, kind)
         and all(getattr(own, name, None) is getattr(kind, name, None) for name in _COMPUTING)
         for kind in kinds
@@ -91,30 +63,14 @@ def is_normalization(module: nn.Module) -> bool:
 
 
 def keeps_scale(module: nn.Module) -> bool:
-    """Whether the output scales with the input, judged by the type of the module."""
-    if isinstance(module, HOMOGENEOUS):
-        return True
-    if type(module).__module__.startswith(("torch.nn.", "torch.ao.")):
-        return next(module.children(), None) is not None
-    # The class is not PyTorch's. The module has children, which are judged themselves, or the
-    # trace looks into its forward.
-    has_children = next(module.children(), None) is not None
-    return has_children or next(module.buffers(recurse=False), None) is None
+    """Whether the output scales with the input in evaluation, as that of a batch norm does.
 
-
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by path, a module with several names under each of them.
-
-    Every call of a norm needs this, so it has to be faster than ``named_modules``.
+    Classes that are not PyTorch's are judged by the functions that they call.
     """
-    found, waiting = {}, [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        found[path] = module
-        for name, child in reversed(module._modules.items()):
-            if child is not None:
-                waiting.append((f"{path}.{name}" if path else name, child))
-    return found
+    if is_normalization(module):
+        return is_batch_norm(module)
+    kind = type(module)
+    return not (kind.__module__.startswith("torch.nn.") and changes_scale(kind.__name__))
 
 
 def described(path: str, module: nn.Module) -> str:

@@ -1,17 +1,74 @@
-"""The largest singular value of a linear map, and the right singular vector of it."""
+"""The spectral norm of a matrix. ARPACK in SciPy finds the singular vector of a large one."""
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-APPLICATIONS = 5000
+from . import convolution
+from . import layers as kinds
+from .factors import Factor, scaled_weight
+
 DIRECT = 64  # up to this size, a dense eigenvalue problem is solved without iterations
-GRAM = 1024  # up to this size, the product with the transpose is computed
-_BASIS_ELEMENTS = 2**24
+RESTARTS = 1000
 
-Map = Callable[[Tensor], Tensor]
+
+def log_spectral_norm(factor: Factor, dtype: torch.dtype, tolerance: float) -> Tensor:
+    """0-d float64, of the weight in ``dtype``."""
+    weight: Tensor = _FirstOrder.apply(scaled_weight(factor, dtype))
+    peak = weight.detach().abs().amax()
+    if not 0 < peak.item() < math.inf:
+        return peak.double().log()
+    weight = weight / peak
+    if factor.is_operator:
+        weight = weight.double()
+        with torch.no_grad():
+            start = random_start(math.prod(convolution.columns(factor)), weight)
+            apply = partial(convolution.gram_product, factor, weight)
+            vector = leading_eigenvector(apply, start, tolerance, factor.call.name)
+        image = convolution.convolve(factor, weight, vector.view(convolution.columns(factor)))
+    else:
+        blocks = kinds.blocks(factor.module, weight)
+        if blocks.shape[1] < blocks.shape[2]:
+            blocks = blocks.mT  # It has the same norm, and shorter vectors.
+        with torch.no_grad():
+            # Single precision is enough for this tolerance, and twice as fast.
+            exact = blocks if tolerance >= 1e-6 else blocks.double()
+            index, vector = _leading_right_vector(exact, tolerance, factor.call.name)
+        image = blocks[index].double() @ vector
+    # The vector is a constant. So the gradient of this is that of the norm, but the second
+    # derivative is not.
+    return torch.linalg.vector_norm(image).log() + peak.double().log()
+
+
+def _leading_right_vector(blocks: Tensor, tolerance: float, name: str) -> tuple[int, Tensor]:
+    """The index of the block with the largest singular value, and its right singular vector.
+
+    The vector is in float64.
+    """
+    if blocks.shape[2] <= DIRECT:
+        blocks = blocks.double()
+        grams = blocks.mT @ blocks
+        index = int(torch.linalg.eigvalsh(grams)[:, -1].argmax())
+        return index, torch.linalg.eigh(grams[index]).eigenvectors[:, -1]
+    start = random_start(blocks.shape[2], blocks)
+    vectors = [
+        leading_eigenvector(partial(_gram_product, block), start, tolerance, name)
+        for block in blocks
+    ]
+    images = blocks @ torch.stack(vectors).to(blocks).unsqueeze(2)
+    index = int(torch.linalg.vector_norm(images, dim=(1, 2)).argmax())
+    return index, vectors[index]
+
+
+def _gram_product(matrix: Tensor, vector: Tensor) -> Tensor:
+    return matrix.mT @ (matrix @ vector)
 
 
 def random_start(size: int, like: Tensor) -> Tensor:
@@ -20,93 +77,54 @@ def random_start(size: int, like: Tensor) -> Tensor:
     return torch.randn(size, generator=generator, dtype=torch.float64).to(like)
 
 
-def leading_eigenvector(apply: Map, start: Tensor, tolerance: float, name: str) -> Tensor:
-    """Unit eigenvector for the largest eigenvalue of a symmetric non-negative map.
+def leading_eigenvector(
+    apply: Callable[[Tensor], Tensor], start: Tensor, tolerance: float, name: str
+) -> Tensor:
+    """Unit eigenvector in float64 for the largest eigenvalue of a symmetric non-negative map.
 
-    The method is that of Lanczos. It makes each new vector orthogonal to all vectors before it.
-    When the basis is full, it restarts from the better half of the approximations (Wu, Simon,
-    2000). It ends when ``|map(v) - value v| <= tolerance * value``. Then there is an eigenvalue
-    within ``tolerance * value`` of ``value``.
+    It ends when ``|map(v) - value v| <= tolerance * value``. Then there is an eigenvalue within
+    ``tolerance * value`` of ``value``.
     """
     size = start.numel()
-    capacity = size if size <= GRAM else max(16, min(256, _BASIS_ELEMENTS // size))
-    basis = start.new_empty(capacity, size)
-    # The matrix of the map in the basis.
-    projected = torch.zeros(capacity, capacity, dtype=torch.float64)
-    vector, used, look = start / torch.linalg.vector_norm(start), 0, 8
-    for _ in range(APPLICATIONS):
-        basis[used] = vector
-        used += 1
-        known, image = basis[:used], apply(vector)
-        before = torch.linalg.vector_norm(image)
-        row = known @ image
-        image = image - row @ known
-        again = known @ image
-        image = image - again @ known
-        projected[used - 1, :used] = projected[:used, used - 1] = (row + again).double().cpu()
-        rest, before = torch.stack([torch.linalg.vector_norm(image), before]).tolist()
-        ends = rest <= 4 * torch.finfo(image.dtype).eps * before or used == size
-        if ends or used >= look or used == capacity:
-            values, vectors = torch.linalg.eigh(projected[:used, :used])
-            if ends or rest * abs(vectors[-1, -1].item()) <= tolerance * values[-1].item():
-                return vectors[:, -1].to(basis) @ known
-            look = used + used // 4 + 4
-            if used == capacity:
-                used, look = capacity // 2, 0
-                basis[:used] = vectors[:, -used:].T.to(basis) @ known
-                projected.zero_().diagonal()[:used] = values[-used:]
-        vector = image / rest
-    raise RuntimeError(
-        f"tolerance: expected the spectral norm of {name} to converge to {tolerance:g}, got no "
-        f"convergence in {APPLICATIONS} iterations; its largest singular values may be too close "
-        "to each other"
-    )
+    if size <= DIRECT:
+        matrix = torch.stack([apply(row) for row in torch.eye(size).to(start)]).double()
+        return torch.linalg.eigh(matrix).eigenvectors[:, -1]
+    try:
+        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    except ImportError as error:
+        raise ImportError(
+            f"norm: expected SciPy to be installed for the spectral norm of {name}, got no SciPy; "
+            'run pip install "marginops[norms]"'
+        ) from error
+
+    def product(vector: NDArray[np.float64]) -> NDArray[Any]:
+        return apply(torch.from_numpy(vector).to(start)).cpu().numpy()
+
+    try:
+        _, vectors = eigsh(
+            LinearOperator((size, size), product, dtype=np.float64),
+            k=1,
+            v0=start.cpu().numpy(),
+            tol=tolerance,
+            maxiter=RESTARTS,
+        )
+    except ArpackNoConvergence as error:
+        raise RuntimeError(
+            f"tolerance: expected the spectral norm of {name} to converge to {tolerance:g}, got no "
+            f"convergence in {RESTARTS} restarts of ARPACK; its largest singular values may be too "
+            "close to each other"
+        ) from error
+    return torch.from_numpy(vectors[:, 0]).to(start.device)
 
 
-def leading_right_vector(blocks: Tensor, tolerance: float, name: str) -> tuple[int, Tensor]:
-    """The index of the block with the largest singular value, and its right singular vector.
+class _FirstOrder(torch.autograd.Function):
+    """The identity. Its gradient cannot be differentiated."""
 
-    Args:
-        blocks: ``[groups, rows, columns]``, real or complex, of magnitude around 1.
-        tolerance: See :func:`leading_eigenvector`.
-        name: The name of the matrix in messages.
-    """
-    wide = blocks.shape[1] < blocks.shape[2]
-    side = min(blocks.shape[1:])
-    if side > GRAM:
-        found = [_iterated(block, wide, tolerance, name) for block in blocks]
-    else:
-        gram = blocks @ blocks.mH if wide else blocks.mH @ blocks
-        if side <= DIRECT:
-            best = int(torch.linalg.eigvalsh(gram)[:, -1].argmax())
-            vector = torch.linalg.eigh(gram[best]).eigenvectors[:, -1]
-            return best, _right(blocks[best], vector, wide)
-        start = random_start(side, gram)
-        found = [
-            _right(block, leading_eigenvector(g.mv, start, tolerance, name), wide)
-            for block, g in zip(blocks, gram, strict=True)
-        ]
-    sizes = [
-        torch.linalg.vector_norm(block @ vector)
-        for block, vector in zip(blocks, found, strict=True)
-    ]
-    best = int(torch.stack(sizes).argmax())
-    return best, found[best]
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
 
-
-def _iterated(block: Tensor, wide: bool, tolerance: float, name: str) -> Tensor:
-    adjoint = block.mH
-    first, second = (adjoint, block) if wide else (block, adjoint)
-    start = random_start(first.shape[1], block)
-    vector = leading_eigenvector(lambda v: second @ (first @ v), start, tolerance, name)
-    return _right(block, vector, wide)
-
-
-def _right(block: Tensor, vector: Tensor, is_left: bool) -> Tensor:
-    """The right singular vector. ``vector`` is that vector or, with ``is_left``, the left one."""
-    if not is_left:
-        return vector
-    vector = block.mH @ vector
-    norm = torch.linalg.vector_norm(vector)
-    # For the zero matrix every unit vector is a right singular vector.
-    return torch.where(norm > 0, vector / norm, 1 / math.sqrt(vector.numel()))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad

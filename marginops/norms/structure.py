@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .._checks import check_not_distributed
+from .._operations import changes_scale
 from . import layers as kinds
 from .tracing import evaluated_copy, trace
 from .unsupported import (
@@ -24,12 +24,26 @@ from .unsupported import (
 )
 
 
-class Call(NamedTuple):
-    """One call of a layer or normalisation, with the shapes of its input and output."""
+@dataclass(eq=False)
+class Call:
+    """One call of a layer or normalisation.
+
+    Attributes:
+        path: The path of the module in the model.
+        module: The layer or normalisation.
+        batch_norm: The call of the batch norm that directly follows a layer; None if there is none.
+        shapes: The shapes of input and output; None if the model did not run.
+    """
 
     path: str
-    input: torch.Size
-    output: torch.Size
+    module: Any  # nn.Module, whose attributes have no types
+    batch_norm: Call | None = None
+    shapes: tuple[torch.Size, torch.Size] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the module in messages."""
+        return kinds.described(self.path, self.module)
 
 
 @dataclass
@@ -37,67 +51,32 @@ class Structure:
     """The structure of a model, which does not depend on the values of its parameters.
 
     Attributes:
-        sequence: The paths of layers and normalisations in the order of their calls.
+        calls: The calls of layers and normalisations in their order.
         breaking: Modules and functions that do not keep the scale of their input.
-        folds: The path of the batch norm that follows a layer, by the layer's index in
-            ``sequence``.
         unfoldable: A batch norm that no layer takes, and why; None if there is none.
-        untraceable: Why ``torch.fx`` cannot trace the model; None if it can.
+        untraceable: Why ``torch.fx`` cannot trace the model; None if it can. Then each layer and
+            normalisation counts as called once, in the order of registration.
     """
 
-    sequence: list[str]
+    calls: list[Call] = field(default_factory=list)
     breaking: list[str] = field(default_factory=list)
-    folds: dict[int, str] = field(default_factory=dict)
     unfoldable: str | None = None
     untraceable: str | None = None
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = weakref.WeakKeyDictionary()
-
-
-def structure_of(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
-    """Examine the model, or return the cached structure if its modules are the same as before."""
-    signature = [
-        (path, id(module), type(module), *module._parameters.keys(), *_switches(module))
-        for path, module in modules.items()
-    ]
-    known = _KNOWN.get(model)
-    if known is None or known[0] != signature:
-        known = signature, _examine(model, modules)
-        _KNOWN[model] = known
-    return known[1]
-
-
-def _switches(module: nn.Module) -> list[Any]:
-    """Attributes that a forward may branch on, for a class that is not PyTorch's."""
-    if type(module).__module__.startswith("torch."):
-        return [id(vars(module).get("forward"))]
-    return [
-        (name, id(value) if callable(value) else value if _is_simple(value) else list(value))
-        for name, value in vars(module).items()
-        if name != "training" and (callable(value) or _is_simple(value) or _is_list(value))
-    ]
-
-
-def _is_simple(value: Any) -> bool:
-    return isinstance(value, (int, float, str))
-
-
-def _is_list(value: Any) -> bool:
-    """Whether this lists names or numbers of parts. A list of floats is a record, as of losses."""
-    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, str)) for item in value)
-
-
-def _examine(model: nn.Module, modules: dict[str, nn.Module]) -> Structure:
+def examine(model: nn.Module) -> Structure:
+    """Trace a copy of the model, and refuse one whose norm product is not defined."""
+    # A module with several names stands under each of them.
+    modules = dict(model.named_modules(remove_duplicate=False))
     walked = _walk(modules)
-    if not any(kinds.is_layer(modules[path]) for path in walked.sequence):
+    if not any(kinds.is_layer(call.module) for call in walked.calls):
         raise ValueError(
             "model: expected at least one linear layer or convolution, "
             f"got {type(model).__name__} without any"
         )
-    if walked.sequence == [""]:
+    if walked.calls[0].path == "":
         return walked
-    copied = evaluated_copy(model)
+    copied = evaluated_copy(model, (call.module for call in walked.calls))
     try:
         graph = trace(copied)
     except Exception as error:
@@ -113,45 +92,47 @@ def _walk(modules: dict[str, nn.Module]) -> Structure:
 
     The function also collects the modules that do not keep the scale of their input.
     """
-    found = Structure([])
+    found = Structure()
     inside: str | None = None
     for path, module in modules.items():
         if inside is not None and path.startswith(inside):
             continue
         check_whole(path, module)
         if kinds.is_layer(module) or kinds.is_normalization(module):
-            found.sequence.append(path)
+            found.calls.append(Call(path, module))
             inside = f"{path}." if path else ""  # skip the modules of a parametrization
-            if not kinds.is_layer(module) and not kinds.is_batch_norm(module):
-                found.breaking.append(kinds.described(path, module))
-            continue
-        check_module(path, module)
+        else:
+            check_module(path, module)
         if not kinds.keeps_scale(module):
             found.breaking.append(kinds.described(path, module))
     return found
 
 
 def _read(graph: fx.Graph, modules: dict[str, nn.Module], breaking: list[str]) -> Structure:
-    found = Structure([], list(breaking))
-    places: dict[fx.Node, int] = {}
+    found = Structure(breaking=list(breaking))
+    calls: dict[fx.Node, Call] = {}
     for node in graph.nodes:
         if node.op == "call_module":
-            module = modules[node.target]
-            if kinds.is_batch_norm(module):
-                _fold(node, modules, places, found)
-            if kinds.is_layer(module) or kinds.is_normalization(module):
-                places[node] = len(found.sequence)
-                found.sequence.append(node.target)
+            call = Call(node.target, modules[node.target])
+            if kinds.is_batch_norm(call.module):
+                _fold(node, call, modules, calls, found)
+            if kinds.is_layer(call.module) or kinds.is_normalization(call.module):
+                calls[node] = call
         elif node.op in ("call_function", "call_method"):
             name = function_name(node)
-            if name.rstrip("_") in kinds.BREAKING_FUNCTIONS:
+            if changes_scale(name):
                 place = place_of(node) or "the model itself"
                 found.breaking.append(f"{place} (function {name})")
+    found.calls.extend(calls.values())
     return found
 
 
 def _fold(
-    node: fx.Node, modules: dict[str, nn.Module], places: dict[fx.Node, int], found: Structure
+    node: fx.Node,
+    norm: Call,
+    modules: dict[str, nn.Module],
+    calls: dict[fx.Node, Call],
+    found: Structure,
 ) -> None:
     """Find the layer before a batch norm. Modules without effect in evaluation are skipped."""
     source, uses = node.all_input_nodes[0], 1
@@ -161,12 +142,12 @@ def _fold(
         if not (isinstance(module, kinds.IDENTITIES) or is_idle_dropout(source)):
             break
         source = source.all_input_nodes[0]
-    if module is not None and kinds.is_layer(module) and uses == 1:
-        found.folds[places[source]] = str(node.target)
+    follows_layer = module is not None and kinds.is_layer(module)
+    if follows_layer and uses == 1:
+        calls[source].batch_norm = norm
     elif found.unfoldable is None:
-        is_shared = module is not None and kinds.is_layer(module)
-        why = "after a layer whose output has other uses" if is_shared else "after no layer"
-        found.unfoldable = f"{kinds.described(str(node.target), modules[str(node.target)])} {why}"
+        why = "after a layer whose output has other uses" if follows_layer else "after no layer"
+        found.unfoldable = f"{norm.name} {why}"
 
 
 def watch(model: nn.Module, example_input: Any) -> list[Call]:
@@ -183,9 +164,10 @@ def watch(model: nn.Module, example_input: Any) -> list[Call]:
     copied = evaluated_copy(model)
 
     def note(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, given: Any, named: Any, result: Tensor) -> None:
+        def hook(_: nn.Module, given: Any, named: Any, result: Tensor) -> None:
             value = given[0] if given else next(iter(named.values()))
-            calls.append(Call(path, value.shape, result.shape))
+            shapes = value.shape, result.shape
+            calls.append(Call(path, model.get_submodule(path), shapes=shapes))
 
         return hook
 

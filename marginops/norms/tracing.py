@@ -3,6 +3,7 @@
 import copy
 import inspect
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,20 +58,29 @@ def _inner(path: str) -> str:
     return path.removeprefix("0").removeprefix(".")
 
 
-def evaluated_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model in evaluation mode. It shares the tensors and has no hooks."""
-    memo: dict[int, Any] = {}
+def evaluated_copy(model: nn.Module, shared: Iterable[nn.Module] = ()) -> nn.Module:
+    """A copy of the model in evaluation mode, without hooks. It shares its parameters.
+
+    Args:
+        model: The model.
+        shared: Modules that the copy shares unchanged, because nobody runs them.
+    """
+    kept = {id(module): module for whole in shared for module in whole.modules()}
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} | kept
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 memo[id(value)] = value
             elif name.endswith("_hooks") and isinstance(value, dict):
                 memo[id(value)] = type(value)()
-    memo.update((id(parameter), parameter) for parameter in model.parameters())
     try:
-        return copy.deepcopy(model, memo).eval()
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
             f"model: expected a module that copy.deepcopy can copy, got {type(model).__name__} "
             f"({type(error).__name__}: {error}); if it is sharded, gather it first"
         ) from error
+    for module in copied.modules():
+        if id(module) not in kept:
+            module.training = False
+    return copied

@@ -53,9 +53,8 @@ class EpochReport:
             :class:`marginops.metrics.NeuralCollapse`.
         manifolds: Class manifolds of the input of the last layer on the unit sphere, see
             :class:`marginops.metrics.ClassManifolds`.
-        tau_margin: The smallest margin, normalised by
-            :func:`marginops.homogeneity.normalized_margin` in its version ``"tau"``; NaN without
-            rates.
+        tau_margin: The smallest margin divided by the scale of the network, see
+            :func:`marginops.homogeneity.log_scale`, in the version ``"tau"``; NaN without rates.
         lambda_max_margin: The same in the version ``"lambda_max"``.
     """
 
@@ -173,15 +172,13 @@ def report_epoch(
 
         wrong = torch.cat(misclassified)
         # The normalised margins may underflow, so the smallest margin comes from the others.
-        smallest_margin = torch.stack(smallest).amin().reshape(1)
+        smallest_margin = torch.stack(smallest).amin().double()
 
         def margin_at_scale_one(version: Literal["tau", "lambda_max"]) -> float:
             if rates is None:
                 return math.nan
-            scaled = homogeneity.normalized_margin(
-                smallest_margin.double(), network, rates, version=version
-            )
-            return scaled.item()
+            scale = homogeneity.log_scale(network, rates, version=version)
+            return normalize(smallest_margin, scale).item()
 
         test_accuracy = math.nan
         if test_inputs is not None and test_target is not None:

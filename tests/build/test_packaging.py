@@ -148,8 +148,8 @@ def test_metadata_names_requirements_and_extras(metadata: Message) -> None:
     required = metadata.get_all("Requires-Dist") or []
     runtime = {text for text in required if "extra ==" not in text}
     assert runtime == {"torch>=2.11", "numpy", "ninja", "pybind11"}
-    extras = {"metrics", "homogeneity", "tables", "report", "transformers", "lightning", "demo"}
-    extras |= {"score", "ray", "bench", "test", "docs", "dev"}
+    extras = {"metrics", "norms", "homogeneity", "tables", "report", "transformers", "lightning"}
+    extras |= {"demo", "score", "ray", "bench", "test", "docs", "dev"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
     assert metadata["Version"] == marginops.__version__
     assert metadata["Requires-Python"] == ">=3.10"

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from marginops.homogeneity.program import Infeasible, Program, clean
+from marginops.homogeneity.linear_program import Infeasible, LinearProgram, clean
 
 
 def vertices(matrix, output):
@@ -39,7 +39,7 @@ def most_even(matrix, output):
 
 
 def solved(matrix, output):
-    program = Program(matrix, output)
+    program = LinearProgram(matrix, output)
     if not program.is_feasible():
         return None
     program.level(range(len(output)))
@@ -77,16 +77,16 @@ def test_permuted_parameters_have_permuted_rates():
 
 def test_minimizing_a_sum_comes_before_levelling():
     # x0 + x1 + x2 = 1: first the sum x1 + x2 is minimized, then the rates are levelled.
-    program = Program(np.zeros((0, 3)), np.ones(3))
+    program = LinearProgram(np.zeros((0, 3)), np.ones(3))
     program.minimize_sum([1, 2])
     program.level([0, 1, 2])
     assert program.lower.tolist() == [1.0, 0.0, 0.0]
-    program = Program(np.array([[1.0, -1.0, 0.0, 1.0]]), np.array([0.0, 1.0, 1.0, 0.0]))
+    program = LinearProgram(np.array([[1.0, -1.0, 0.0, 1.0]]), np.array([0.0, 1.0, 1.0, 0.0]))
     program.minimize_sum([1, 2])
     program.level([0, 1, 2, 3])
     # x1 + x2 = 1 cannot be less; x1 = x0 + x3.
     np.testing.assert_allclose(program.lower, [0.25, 0.5, 0.5, 0.25])
-    program = Program(np.zeros((0, 2)), np.array([2.0, 1.0]))
+    program = LinearProgram(np.zeros((0, 2)), np.array([2.0, 1.0]))
     program.minimize_sum([0, 1])
     program.level([0, 1])
     # It is not 1/3 each, because that sum is larger.
@@ -96,21 +96,21 @@ def test_minimizing_a_sum_comes_before_levelling():
 def test_following_rates_gives_the_result_of_levelling():
     matrix = np.array([[1.0, 0, -1, 0, 0], [1, 1, 0, -1, 0]])
     output = np.array([1.0, 1, 0, 0, 0])
-    one, other = Program(matrix, output), Program(matrix, output)
+    one, other = LinearProgram(matrix, output), LinearProgram(matrix, output)
     for program in (one, other):
         program.level([0, 1])
     one.follow([2, 3, 4])
     other.level([2, 3, 4])
     assert one.lower.tolist() == other.lower.tolist() == [0.5, 0.5, 0.5, 1.0, 0.0]
     # Rates that do not follow from the others are levelled: x2 + 2 x3 = 1.
-    free = Program(np.array([[1.0, 1.0, -1.0, -2.0]]), np.array([1.0, 1.0, 0.0, 0.0]))
+    free = LinearProgram(np.array([[1.0, 1.0, -1.0, -2.0]]), np.array([1.0, 1.0, 0.0, 0.0]))
     free.level([0, 1])
     free.follow([2, 3])
     np.testing.assert_allclose(free.lower, [0.5, 0.5, 1 / 3, 1 / 3])
 
 
 def test_no_solution_is_an_error():
-    program = Program(np.array([[1.0, 0.0]]), np.array([1.0, 0.0]))
+    program = LinearProgram(np.array([[1.0, 0.0]]), np.array([1.0, 0.0]))
     assert not program.is_feasible()
     with pytest.raises(Infeasible):
         program.minimize(np.ones(2))

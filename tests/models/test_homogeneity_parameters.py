@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from marginops.homogeneity import (
-    lambda_seminorm,
-    log_scale,
-    normalized_margin,
-    rates,
-    rescale,
-)
+from marginops import classification_margin
+from marginops.homogeneity import lambda_seminorm, log_scale, rates, rescale
 
 
 @pytest.mark.parametrize("size", [1e-290, 1e-150, 1e150, 1e290])
@@ -28,9 +23,10 @@ def test_squares_beyond_float64(size):
     assert gradient.tolist() == pytest.approx([0.6, 0.8], rel=1e-14)
     gradient = torch.autograd.grad(scale, a)[0] * size
     assert gradient.tolist() == pytest.approx([0.12, 0.16], rel=1e-14)
-    margins = torch.tensor([size], dtype=torch.float64)
+    logits, target = torch.tensor([[size, 0]], dtype=torch.float64), torch.tensor([0])
     for version in ("tau", "lambda_max"):
-        found = normalized_margin(margins, parameters, given_rates, version=version)
+        log_norm = log_scale(parameters, given_rates, version=version)
+        found = classification_margin(logits, target, log_norm=log_norm)
         assert found.item() == pytest.approx(0.2, rel=1e-12)
     zeros = {"a": a, "b": torch.zeros(2), "c": 0 * small}
     assert lambda_seminorm(zeros, {"a": 1.0, "b": 0.5, "c": 0.25}).item() == seminorm.item()
@@ -63,7 +59,7 @@ class Packed(torch.Tensor):
     [
         lambda_seminorm,
         log_scale,
-        lambda p, r: normalized_margin(torch.ones(1), p, r),
+        lambda p, r: log_scale(p, r, version="lambda_max"),
         lambda p, r: rescale(p, r, 1.0),
     ],
 )

@@ -1,4 +1,4 @@
-"""Seminorm, scale and normalised margins: closed forms, a root finder, derivatives, flow."""
+"""Seminorm, scale and margins over it: closed forms, a root finder, derivatives, flow."""
 
 import math
 
@@ -11,20 +11,23 @@ from torch import nn
 
 import marginops
 from helpers.homogeneous import seeded
-from marginops.homogeneity import (
-    lambda_seminorm,
-    log_scale,
-    normalized_margin,
-    rates,
-    rescale,
-)
+from marginops.homogeneity import lambda_seminorm, log_scale, rates, rescale
 
+VERSIONS = "tau", "lambda_max"
 FUNCTIONS = {
     "lambda_seminorm": lambda_seminorm,
     "log_scale": log_scale,
-    "normalized_margin": lambda p, r: normalized_margin(torch.ones(1), p, r),
+    "log_scale, lambda_max": lambda p, r: log_scale(p, r, version="lambda_max"),
     "rescale": lambda p, r: rescale(p, r, 1.0),
 }
+
+
+def over_scale(margins, parameters, given_rates, version="tau"):
+    """Margins divided by the scale. The logits are the margins, and 0 for the other class."""
+    logits = torch.stack([margins, torch.zeros_like(margins)], 1)
+    target = torch.zeros(len(margins), dtype=torch.int64)
+    log_norm = log_scale(parameters, given_rates, version=version)
+    return marginops.classification_margin(logits, target, log_norm=log_norm)
 
 
 def scale_by_bisection(parameters, given_rates):
@@ -106,9 +109,11 @@ def test_margins_do_not_depend_on_the_scale():
     found = rates(model, x)
 
     def both():
-        margins = marginops.classification_margin(model(x), target)
-        versions = ("tau", "lambda_max")
-        return [normalized_margin(margins, model, found, version=v) for v in versions], margins
+        norms = [log_scale(model, found, version=version) for version in VERSIONS]
+        logits = model(x)
+        return [
+            marginops.classification_margin(logits, target, log_norm=norm) for norm in norms
+        ], marginops.classification_margin(logits, target)
 
     before, plain = both()
     expected = plain * math.exp(-log_scale(model, found).item())
@@ -124,11 +129,9 @@ def test_margins_do_not_depend_on_the_scale():
 
 def test_largest_rate_other_than_one():
     parameters = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([9.0])}
-    found = normalized_margin(
-        torch.tensor([2.0]), parameters, {"a": 0.5, "b": 0.25}, version="lambda_max"
-    )
+    found = log_scale(parameters, {"a": 0.5, "b": 0.25}, version="lambda_max")
     # The seminorm is sqrt(0.5 * 25); its power 1 / 0.5 is 12.5.
-    torch.testing.assert_close(found, torch.tensor([2.0 / 12.5]))
+    assert found.item() == pytest.approx(math.log(12.5), rel=1e-15)
 
 
 def test_derivatives():
@@ -150,10 +153,10 @@ def test_derivatives():
         return torch.autograd.grad(gradient.sum(), a, create_graph=True)[0]
 
     assert torch.autograd.gradcheck(first_derivative_twice, (a,))
-    for version in ("tau", "lambda_max"):
+    for version in VERSIONS:
 
         def margins(q, a, b, version=version):
-            return normalized_margin(q, {"a": a, "b": b, "c": c}, given_rates, version=version)
+            return over_scale(q, {"a": a, "b": b, "c": c}, given_rates, version)
 
         assert torch.autograd.gradcheck(margins, (q, a, b))
     # In the direction of the rates the scale grows by 1: <grad tau, Lambda theta> = 1.
@@ -180,16 +183,11 @@ def test_parameters_that_are_zero():
     seminorm = lambda_seminorm({"zero": zero}, {"zero": 1.0})
     assert seminorm.item() == 0
     assert torch.autograd.grad(seminorm, zero)[0].tolist() == [0, 0]
-    for function in (log_scale, FUNCTIONS["normalized_margin"]):
+    for version in VERSIONS:
         with pytest.raises(ValueError, match=r"^parameters: .* got a seminorm of 0"):
-            function({"zero": zero, "one": one}, {"zero": 0.5, "one": 0.0})
+            log_scale({"zero": zero, "one": one}, {"zero": 0.5, "one": 0.0}, version=version)
     with pytest.raises(ValueError, match=r"^parameters: .* got a seminorm of 0"):
-        normalized_margin(
-            torch.ones(1),
-            {"zero": zero, "one": one},
-            {"zero": 1.0, "one": 0.5},
-            version="lambda_max",
-        )
+        log_scale({"zero": zero, "one": one}, {"zero": 1.0, "one": 0.5}, version="lambda_max")
 
 
 def test_nan_and_infinity_propagate():
@@ -202,7 +200,7 @@ def test_nan_and_infinity_propagate():
         # A parameter with rate 0 does not count.
         assert math.isfinite(log_scale(parameters, {"a": 0.0, "b": 0.5}).item())
     margins = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
-    found = normalized_margin(margins, {"a": torch.tensor([2.0])}, {"a": 1.0})
+    found = over_scale(margins, {"a": torch.tensor([2.0])}, {"a": 1.0})
     torch.testing.assert_close(found, margins / 2, equal_nan=True)
 
 
@@ -211,7 +209,7 @@ def test_factor_beyond_the_range_of_numbers():
     for tiny, margin in ((1e-40, 1e-300), (1e40, 1e300)):
         parameters = {"a": torch.tensor([1 / tiny], dtype=torch.float64)}
         margins = torch.tensor([1 / margin], dtype=torch.float64)
-        found = normalized_margin(margins, parameters, {"a": 0.1}, version="lambda_max")
+        found = over_scale(margins, parameters, {"a": 0.1}, "lambda_max")
         log10 = math.log10(1 / margin) - 10 * (0.5 * math.log10(0.1) + math.log10(1 / tiny))
         assert math.log10(found.item()) == pytest.approx(log10, rel=1e-13)
 
@@ -222,11 +220,11 @@ def test_factor_beyond_the_range_of_numbers():
 def test_dtypes(dtype):
     parameters = {"a": torch.tensor([2.0], dtype=dtype)}
     margins = torch.tensor([6.0, -2.0], dtype=dtype)
-    found = normalized_margin(margins, parameters, {"a": 1.0})
+    found = over_scale(margins, parameters, {"a": 1.0})
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert found.tolist() == pytest.approx([3.0, -1.0], rel=1e-6)
     assert log_scale(parameters, {"a": 1.0}).dtype == torch.float64
-    assert normalized_margin(margins[:0], parameters, {"a": 1.0}).shape == (0,)
+    assert over_scale(margins[:0], parameters, {"a": 1.0}).shape == (0,)
 
 
 def test_rescale_leaves_rate_0_alone_and_keeps_dtypes():
@@ -241,7 +239,7 @@ def test_rescale_leaves_rate_0_alone_and_keeps_dtypes():
         assert value.requires_grad and value.grad_fn is None
 
 
-def test_the_normalized_margin_of_the_toy_flow_falls_in_the_end():
+def test_the_margin_of_the_toy_flow_at_scale_one_falls_in_the_end():
     # f = t1 x1 + t2 t3 x2. t1 has the largest rate and vanishes, since it is not needed. At scale 1
     # and with t2 = t3 the margin is t1 x1 + (1 - t1^2) x2. It is largest at t1 = x1 / (2 x2), not
     # in the limit t1 = 0.
@@ -252,7 +250,7 @@ def test_the_normalized_margin_of_the_toy_flow_falls_in_the_end():
         a, b, c = (number.requires_grad_() for number in numbers.unbind())
         margin = a * 0.1 + b * c * 1.0
         named = {"a": a.detach(), "b": b.detach(), "c": c.detach()}
-        history.append(normalized_margin(margin.detach()[None], named, given_rates).item())
+        history.append(over_scale(margin.detach()[None], named, given_rates).item())
         gradient = torch.stack(torch.autograd.grad(margin, (a, b, c)))
         numbers = (numbers + 0.05 * gradient).detach()
     assert history[0] < 0.5
@@ -300,13 +298,6 @@ def test_wrong_arguments(name):
             function(parameters, {"a": 1.0})
 
 
-def test_wrong_margins():
-    parameters, given_rates = {"a": torch.ones(1)}, {"a": 1.0}
-    with pytest.raises(ValueError, match=r"^margins: expected shape \[N\], got \[2, 2\]"):
-        normalized_margin(torch.ones(2, 2), parameters, given_rates)
-    with pytest.raises(TypeError, match=r"^margins: expected a tensor"):
-        normalized_margin([1.0], parameters, given_rates)
+def test_wrong_version():
     with pytest.raises(ValueError, match=r'^version: expected "tau" or "lambda_max", got \'max\''):
-        normalized_margin(torch.ones(2), parameters, given_rates, version="max")
-    with pytest.raises(ValueError, match=r"^parameters: expected device cpu as margins, got meta"):
-        normalized_margin(torch.ones(2), {"a": torch.ones(1, device="meta")}, given_rates)
+        log_scale({"a": torch.ones(1)}, {"a": 1.0}, version="max")

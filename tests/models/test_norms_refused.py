@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from helpers.models_for_norms import Function
 from marginops.norms import log_norm_product
+from marginops.norms.layers import keeps_scale
 
 
 class Branching(nn.Module):
@@ -77,6 +78,38 @@ def test_what_keeps_the_scale_is_not_named():
     head = nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)
     with pytest.warns(UserWarning, match=r"because of .*1 \(torch.nn.LayerNorm\), 3 \(torch.nn.T"):
         log_norm_product(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), *head), batch_norm="last")
+
+
+PADS = nn.ZeroPad2d(1), nn.ConstantPad2d(1, 1.0), nn.CircularPad2d(1), nn.ReflectionPad2d(1)
+POOLS = nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(2), nn.LPPool2d(2, 2), nn.FractionalMaxPool2d(2, 2)
+NORMALIZATIONS = (
+    *(nn.BatchNorm2d(4), nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)),
+    *(nn.RMSNorm(4), nn.LocalResponseNorm(2), nn.CrossMapLRN2d(2, 1.0)),
+)
+ACTIVATIONS = (
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Mish),
+    *(nn.LogSigmoid, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softmax2d, nn.Softplus, nn.Tanh),
+    *(nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.GLU, nn.ReLU, nn.LeakyReLU, nn.RReLU, nn.PReLU),
+)
+SHAPES = nn.Flatten(), nn.PixelShuffle(2), nn.ChannelShuffle(2), nn.Upsample(8), nn.Dropout()
+SOFTMAXES = nn.Softmax(1), nn.Softmin(1), nn.LogSoftmax(1), nn.Threshold(0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [*PADS, *POOLS, *NORMALIZATIONS, *(kind() for kind in ACTIVATIONS), *SHAPES, *SOFTMAXES],
+    ids=lambda module: type(module).__name__,
+)
+def test_the_name_of_a_module_tells_whether_it_keeps_the_scale(module):
+    module, x = module.eval(), 4 * torch.randn(2, 4, 6, 4)
+
+    def output(x):
+        torch.manual_seed(0)
+        return module(x)
+
+    with torch.no_grad():
+        is_scaled = torch.allclose(output(2 * x), 2 * output(x))
+    assert keeps_scale(module) == is_scaled
 
 
 class Owner(nn.Module):

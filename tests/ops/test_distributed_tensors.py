@@ -44,9 +44,8 @@ CALLS = [
     (marginops.multi_margin_regularization, {**LINEAR, "target": TARGET}),
     (marginops.margin_area, {"margins": MARGINS}),
     (marginops.support_vector_counts, {"margins": MARGINS}),
-    (marginops.spectrally_normalized_margin, {"logits": LOGITS, "target": TARGET, "input": INPUT}),
+    (marginops.log_spectral_complexity, {"input": INPUT}),
     (marginops.log_norm_product, {"example_input": INPUT}),
-    (homogeneity.normalized_margin, {"margins": MARGINS}),
     (homogeneity.rates, {"example_input": INPUT}),
     (MarginDistribution().update, {"margins": MARGINS}),
     (NeuralCollapse(4, 3).update, {"input": INPUT, "target": TARGET, "weight": WEIGHT}),
@@ -65,9 +64,8 @@ FIXED = {
     "linear_select_classification_margin": {"k": 2},
     "linear_select_minimal_margin": {"k": 2},
     "class_moments": {"num_classes": 4},
-    "spectrally_normalized_margin": {"model": LAYER},
+    "log_spectral_complexity": {"model": LAYER},
     "log_norm_product": {"model": LAYER, "conv": "operator"},
-    "normalized_margin": {"parameters": {"a": WEIGHT}, "rates": {"a": 1.0}},
     "rates": {"model": LAYER},
 }
 

@@ -57,7 +57,6 @@ def calls() -> dict[str, Call]:
         "linear_select_minimal_margin": linear | k,
         "multi_margin_regularization": linear | labels | plain,
         "class_moments": {"input": input, "num_classes": C} | labels,
-        "spectrally_normalized_margin": plain | labels | {"model": layer},
         "margin_area": margins,
         "support_vector_counts": margins,
         "select_smallest": {"scores": logits[:, 0]} | k,
@@ -124,7 +123,7 @@ def test_right_arguments_are_taken(function: str) -> None:
 
 def test_the_table_has_every_function() -> None:
     functions = {name for name in marginops.__all__ if name[0].islower()} - {"nn"}
-    assert functions - set(CALLS) == {"log_norm_product"}
+    assert functions - set(CALLS) == {"log_norm_product", "log_spectral_complexity"}
 
 
 def error_of(function: str, argument: str, mistake: str) -> Exception:

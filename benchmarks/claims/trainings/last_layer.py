@@ -230,9 +230,9 @@ def smallest_margins(
     The Frobenius norm takes all parameters, biases as well, and its power is the number of layers
     that follow the last normalisation.
     """
-    smallest = marginops.classification_margin(logits, target).min().reshape(1).double()
+    smallest = marginops.classification_margin(logits, target).min().double()
     found = [
-        homogeneity.normalized_margin(smallest, network, rates, version=version).item()
+        (smallest * (-homogeneity.log_scale(network, rates, version=version)).exp()).item()
         for version in READINGS[:2]
     ]
     squares = sum(parameter.double().square().sum() for parameter in network.parameters())

@@ -152,9 +152,9 @@ def statistics_of(network: nn.Module, inputs: Tensor, target: Tensor) -> dict[st
             log_norm = marginops.log_norm_product(network, norm=norm, batch_norm=reading)
             margins = marginops.classification_margin(logits, target, log_norm=log_norm)
             found[f"{norm} {reading}"] = summary_of(margins) | {"norm": rounded(log_norm.item())}
-    margins = marginops.spectrally_normalized_margin(logits, target, network)
-    log_norm = (plain.mean() / margins.mean()).log().item()
-    found[BARTLETT] = summary_of(margins) | {"norm": rounded(log_norm)}
+    log_norm = marginops.log_spectral_complexity(network)
+    margins = marginops.classification_margin(logits, target, log_norm=log_norm)
+    found[BARTLETT] = summary_of(margins) | {"norm": rounded(log_norm.item())}
     return found
 
 

@@ -11,22 +11,21 @@ from torch.fx import Node
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..networks import evaluation_mode, returning_logits
-from .operation import Operation
-from .system import Form, NotQuasiHomogeneousError, System, Value
-from .table import CARRYING, CREATING, RULES, UNSCALED
+from .equations import Form, NotQuasiHomogeneousError, Operation, System, Value
+from .rules import CARRYING, CREATING, RULES, UNSCALED
 
 
-def exported(model: nn.Module, example_input: tuple[Any, ...]) -> Any:
-    """Export the model in evaluation mode, as a program of ATen operations without side effects."""
+def export(model: nn.Module, example_input: tuple[Any, ...]) -> Any:
+    """Export the model in evaluation mode, as a graph of ATen operations without side effects."""
     try:
         with evaluation_mode(model), returning_logits(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, example_input, strict=False)
-            if all(_has_rule(node) for node in program.graph.nodes):
-                return program
+            exported = torch.export.export(model, example_input, strict=False)
+            if all(_has_rule(node) for node in exported.graph.nodes):
+                return exported
             # Decomposition removes in-place and composite operations. It takes several times as
             # long as the export.
-            return program.run_decompositions({})
+            return exported.run_decompositions({})
     except Exception as error:
         raise RuntimeError(
             "rates: torch.export cannot trace the model in evaluation mode with this "
@@ -35,7 +34,7 @@ def exported(model: nn.Module, example_input: tuple[Any, ...]) -> Any:
 
 
 class Network:
-    """The equations of an exported program.
+    """The equations of an exported graph.
 
     Attributes:
         system: The equations.
@@ -43,15 +42,15 @@ class Network:
         place: The operation and module that compute the output.
     """
 
-    def __init__(self, model: nn.Module, program: Any, names: list[str]) -> None:
+    def __init__(self, model: nn.Module, exported: Any, names: list[str]) -> None:
         _check_memory(model)
         self.model = model
         self.system = System(len(names))
-        output = _output(program)
+        output = _output(exported)
         self.place = self._place(output)
-        values = self._inputs(program, names)
+        values = self._inputs(exported, names)
         needed = _ancestors(output)
-        for node in program.graph.nodes:
+        for node in exported.graph.nodes:
             if node in needed and node not in values:
                 values[node] = self._value(node, values)
         rate = values[output].rate
@@ -61,17 +60,17 @@ class Network:
             )
         self.output = rate
 
-    def _inputs(self, program: Any, names: list[str]) -> dict[Node, Value]:
-        specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    def _inputs(self, exported: Any, names: list[str]) -> dict[Node, Value]:
+        specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
         # torch.export chooses one of the names of a shared parameter, so look it up by identity.
         indices = {id(self.model.get_parameter(name)): i for i, name in enumerate(names)}
         storages = {_storage(parameter) for parameter in self.model.parameters()} - {0}
         values = {}
-        for node in program.graph.nodes:
+        for node in exported.graph.nodes:
             if node.op == "placeholder":
                 spec = specs[node.name]
                 values[node] = self._constant(spec.kind == InputKind.USER_INPUT)
-                held = program.state_dict.get(spec.target, program.constants.get(spec.target))
+                held = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
                 if spec.kind != InputKind.PARAMETER and _storage(held) in storages:
                     raise ValueError(
                         f"model: expected buffers with memory of their own, got {spec.target!r} "
@@ -160,9 +159,9 @@ def _storage(held: Any) -> int | None:
     return held.untyped_storage().data_ptr() if isinstance(held, Tensor) else None
 
 
-def _output(program: Any) -> Node:
-    """The one tensor that the program returns."""
-    kept, structure = program.graph.output_node().args[0], program.call_spec.out_spec
+def _output(exported: Any) -> Node:
+    """The one tensor that the exported returns."""
+    kept, structure = exported.graph.output_node().args[0], exported.call_spec.out_spec
     outputs = kept[len(kept) - structure.num_leaves :]
     if structure.num_children or not outputs or not isinstance(outputs[0], Node):
         kind = getattr(structure.type, "__name__", "no tensor")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .system import Form
+from .equations import Form
 
 _OPTIONS = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 _NOISE = 1e-9
@@ -17,7 +17,7 @@ class Infeasible(RuntimeError):
     """The equations have no solution."""
 
 
-class Program:
+class LinearProgram:
     """The linear program for the rates, with bounds that become narrower step by step.
 
     Args:

@@ -1,11 +1,13 @@
-"""The equations between the rates of the parameters of a network.
+"""The equations between the rates of the parameters of a network, and what adds them.
 
 The rate of a value in the network is a linear form in the rates of the parameters. The form is the
 array of its coefficients.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,3 +93,63 @@ class System:
             self.factors |= value.weights
             rate = None if rate is None or value.rate is None else rate + value.rate
         return rate
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of an operation in the traced network, for the rules.
+
+    Attributes:
+        name: The name of the ATen operation.
+        arguments: The arguments by name. Tensors are replaced by their :class:`Value`.
+        system: The equations of the network.
+        place: The operation and its module, for messages.
+        sizes: The shapes of the tensors among the arguments.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    system: System
+    place: str
+    sizes: dict[str, tuple[int, ...]]
+
+    def values(self, *names: str) -> list[Value]:
+        """The values of the named arguments (by default all), in order.
+
+        Lists are flattened. Numbers count only in named arguments.
+        """
+        found: list[Value] = []
+        for name in names or self.arguments:
+            argument = self.arguments.get(name)
+            for item in argument if isinstance(argument, (list, tuple)) else [argument]:
+                if isinstance(item, Value):
+                    found.append(item)
+                elif names and isinstance(item, (int, float)):
+                    # Zero and infinity have every rate, because scaling does not change them.
+                    has_every_rate = item == 0 or math.isinf(item)
+                    found.append(Value(None if has_every_rate else self.system.constant()))
+        return found
+
+    def first(self) -> Value:
+        """The first operand that is a tensor."""
+        return self.values()[0]
+
+    def number(self, name: str) -> float:
+        """The value of an argument that has to be a number, not a tensor."""
+        value = self.arguments[name]
+        if not isinstance(value, (int, float)):
+            raise self.error(f"needs a number for {name}")
+        return value
+
+    def equal(self, *values: Value | Form | None) -> Form | None:
+        """Require that values or rates are equal, and return their rate."""
+        terms = [value if isinstance(value, Value) else Value(value) for value in values]
+        return self.system.equal(terms, f"{self.place}: its terms cannot have the same rate")
+
+    def zero(self, value: Value, reason: str) -> None:
+        """Require that a value has rate 0."""
+        self.system.require(value.rate, f"{self.place}: {reason}")
+
+    def error(self, reason: str) -> NotQuasiHomogeneousError:
+        """An error that names the operation and its module."""
+        return NotQuasiHomogeneousError(f"rates: {self.place} {reason}")
