@@ -28,10 +28,10 @@ def finding_of_claim(path: Path) -> str:
     """The verdict of one claim and its first table, for the page of what it is about."""
     from_result = {claim.result_file: (claim, result) for claim, result in _measured(path.parent)}
     claim, result = from_result[path.name]
-    from harness.page import table
+    from harness.page import table, verdict
 
     report = claim.report(result["rows"])
-    return f"**{report.outcome.capitalize()}.** {report.verdict}\n\n{table(report.tables[0])}"
+    return f"{verdict(report)}\n\n{table(report.tables[0])}"
 
 
 def _section(claim: Any, result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .claim import Claim, Row, Table
+from .claim import Claim, Report, Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ def markdown(claim: Claim, result: dict[str, Any], figure: str | None = None) ->
         [
             f"## {claim.title}",
             f"**Claim** ({claim.source}): {claim.statement}",
-            f"**{report.outcome.capitalize()}.** {report.verdict}",
+            verdict(report),
             *map(table, report.tables),
             *([figure] if figure else []),
             *report.notes,
@@ -29,6 +29,11 @@ def markdown(claim: Claim, result: dict[str, Any], figure: str | None = None) ->
             f"`python benchmarks/claims/{claim.name}.py`.",
         ]
     )
+
+
+def verdict(report: Report) -> str:
+    """The outcome and the verdict, a paragraph."""
+    return f"**{report.outcome.capitalize()}.** {report.verdict}"
 
 
 def table(table: Table) -> str:
