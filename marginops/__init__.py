@@ -9,8 +9,11 @@ from ._version import __version__
 from .norms import log_norm_product, log_spectral_complexity
 from .ops.distribution import margin_area, support_vector_counts
 from .ops.linear_log_prob import linear_log_prob
-from .ops.linear_margin import linear_classification_margin, linear_minimal_margin_score
-from .ops.linear_select import linear_select_classification_margin, linear_select_minimal_margin
+from .ops.linear_margin import (
+    linear_classification_margin,
+    linear_select_classification_margin,
+)
+from .ops.linear_score import linear_minimal_margin_score, linear_select_minimal_margin
 from .ops.linear_statistics import linear_sample_statistics
 from .ops.margin import classification_margin, minimal_margin_score
 from .ops.moments import ClassMoments, class_moments

@@ -10,6 +10,7 @@ from .. import _checks as checks
 from .._checks import result_dtype
 from . import margin_pair as pairs
 from ._library import Op
+from .linear_head import LinearHead
 from .linear_margin import linear_classification_margin_op
 from .margin_gradient import distance_gradient
 from .tiles import check_rows
@@ -100,10 +101,15 @@ def _rivals(
         dtype = checks.check_linear(input, weight, bias)
         checks.check_classes(weight)
         checks.check_target(target, input, ignore_index, "input")
-        constants = (None if value is None else value.detach() for value in (input, weight, bias))
-        margin, rival = linear_classification_margin_op(
-            *constants, target, None, ignore_index, dtype, None
+        head = LinearHead(
+            input.detach(),
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            target,
+            ignore_index=ignore_index,
+            dtype=dtype,
         )
+        margin, _, rival = linear_classification_margin_op.of(head)
         return margin, rival
     checks.check_logits(logits)
     checks.check_features(input, logits)

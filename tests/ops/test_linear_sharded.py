@@ -15,7 +15,7 @@ import marginops
 from helpers.ranks import Call, Ranks, assert_like_one_process, call_all, results_of
 from helpers.rounding import assert_same
 from marginops._checks import result_dtype
-from marginops.ops import linear_sharded
+from marginops.ops import shard as shards
 
 RANKS = 3
 SIZES = [(1, 5, 3), (3, 0, 6), (0, 9, 0), (7, 1, 1)]
@@ -267,7 +267,7 @@ def test_second_derivatives_are_refused(ranks):
 
 def call_with_small_exchanges(groups, call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_sharded, "_EXCHANGED_BYTES", 500)
+        patch.setattr(shards, "_EXCHANGED_BYTES", 500)
         return call(groups[0])
 
 

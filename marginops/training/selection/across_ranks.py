@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ... import _checks as checks
+from ...ops.exchange import RankArguments, exchange
 from ...ops.select import check_k_after_skip, select_smallest
-from ...ops.shard import RankArguments, exchange
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

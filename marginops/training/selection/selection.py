@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import _checks as checks
-from ...ops.linear_select import linear_select_minimal_margin
+from ...ops.linear_score import linear_select_minimal_margin
 from ...ops.margin import Rival
 from ...ops.select import (
     allowed_rows,
