@@ -4,7 +4,8 @@
 #pragma once
 
 #ifndef USE_CUDA
-#define USE_CUDA  // the stable headers declare the CUDA stream and errors only with it
+#define USE_CUDA  // the stable headers declare the CUDA stream and errors only with it, so this
+                  // file comes first in those that include it
 #endif
 
 #include <torch/csrc/stable/accelerator.h>

@@ -1,8 +1,8 @@
 // Bindings of the CUDA kernels for the op in marginops/ops/dynamics.py.
-#include "dynamics_launch.h"
+#include "binding.h"
 
 #include "../binding/dynamics.h"
-#include "binding.h"
+#include "dynamics_launch.h"
 
 namespace marginops::cuda {
 namespace {

@@ -1,6 +1,7 @@
 // Bindings of the CUDA kernels for the ops in marginops/ops/margin*.py.
-#include "../binding/aten.h"
 #include "binding.h"
+
+#include "../binding/aten.h"
 
 namespace marginops::cuda {
 

@@ -1,8 +1,8 @@
 // Bindings of the CUDA kernels for the ops in marginops/ops/moments.py.
-#include "moments_launch.h"
+#include "binding.h"
 
 #include "../binding/aten.h"
-#include "binding.h"
+#include "moments_launch.h"
 
 namespace marginops::cuda {
 namespace {

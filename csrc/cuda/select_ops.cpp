@@ -1,6 +1,7 @@
 // Bindings of the CUDA kernels for the ops in marginops/ops/select.py.
-#include "../binding/aten.h"
 #include "binding.h"
+
+#include "../binding/aten.h"
 #include "select_launch.h"
 
 namespace marginops::cuda {

@@ -1,7 +1,7 @@
 // Bindings of the CUDA kernels for the ops in marginops/ops/statistics.py.
-#include "statistics_launch.h"
-
 #include "binding.h"
+
+#include "statistics_launch.h"
 
 namespace marginops::cuda {
 namespace {

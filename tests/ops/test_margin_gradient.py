@@ -12,7 +12,7 @@ import marginops
 from helpers import brute_force
 from helpers.ops import IMPLEMENTATIONS, OPS, head, implementation, opcheck
 from helpers.strategies import class_sum_cases, finite, score_cases
-from marginops.ops import class_sum, margin_pair
+from marginops.ops import class_sum, margin_gradient, margin_pair
 
 
 @pytest.mark.parametrize("rival", ["top2", "nearest"])
