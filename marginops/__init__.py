@@ -18,12 +18,8 @@ from .ops.linear_statistics import linear_sample_statistics
 from .ops.margin import classification_margin, minimal_margin_score
 from .ops.moments import ClassMoments, class_moments
 from .ops.regularization import multi_margin_regularization
-from .ops.select import (
-    Selection,
-    select_classification_margin,
-    select_minimal_margin,
-    select_smallest,
-)
+from .ops.select import Selection, select_smallest
+from .ops.select_margin import select_classification_margin, select_minimal_margin
 from .ops.statistics import SampleStatistics, sample_statistics
 
 if TYPE_CHECKING:

@@ -5,6 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _checks as checks
+from .arguments import (
+    as_log_norm,
+    check_bias_in_norm,
+    check_classes,
+    check_k,
+    check_linear,
+    check_temperature,
+)
 from .distributed_head import local_head
 from .linear_head import WHOLE, LinearHead
 from .margin import RIVALS
@@ -51,19 +59,19 @@ def checked_head(
         input, weight, bias, group, target = local_head(input, weight, bias, group, target)
 
     def check() -> LinearHead:
-        dtype = checks.check_linear(input, weight, bias, or_more=not selects)
+        dtype = check_linear(input, weight, bias, or_more=not selects)
         if group is None:  # a rank may have fewer classes
-            checks.check_classes(weight)
+            check_classes(weight)
         check_chunk_bytes(chunk_bytes, weight, dtype)
         if labels is None:
             checks.check_choice("rival", rival, RIVALS)
             if group is not None and rival == "nearest":
                 raise ValueError('rival: expected "top2" with group, got "nearest"')
-            checks.check_bias_in_norm(bias, bias_in_norm)
+            check_bias_in_norm(bias, bias_in_norm)
         else:
             checks.check_target(target, input, ignore_index, "input", dims=input.dim() - 1)
             if temperature is not None:
-                checks.check_temperature(temperature)
+                check_temperature(temperature)
         # A view, or a copy if there is no view. The matrix product takes much longer than it.
         features, scale = input if input.dim() == 2 else input.flatten(0, -2), bias
         if (
@@ -76,8 +84,8 @@ def checked_head(
             weight,
             scale,
             None if target is None else target.flatten(),
-            checks.as_log_norm(log_norm, input),
-            checks.check_k(k, input.size(0), "rows of input") if selects else None,
+            as_log_norm(log_norm, input),
+            check_k(k, input.size(0), "rows of input") if selects else None,
             ignore_index,
             bool(bias_in_norm),
             rival == "nearest",

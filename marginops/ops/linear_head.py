@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import checked_target
 from . import margin_pair as pairs
 from . import row_sums
+from .arguments import checked_target
 from .class_sum import sum_pairs
 from .row_sums import RowSums, StatisticsFields
 from .select import select_smallest_op

@@ -11,7 +11,7 @@ from ._batches import Batch
 from ._library import Op
 from .linear_head import Tensors, join
 from .row_sums import IGNORED, classes_in_piece
-from .statistics import sample_statistics_gradient_op
+from .statistics_gradient import sample_statistics_gradient_op
 from .tiles import (
     check_rows,
     default_chunk_bytes,

@@ -39,14 +39,9 @@ def pool(tmp_path_factory):
 
     def get():
         if not started or not started[-1].alive:
-            store = tmp_path_factory.mktemp("ranks") / "store"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("OMP_NUM_THREADS", "1")
-                started.append(Ranks(RANKS, str(store)))
+            started.append(Ranks(RANKS, tmp_path_factory.mktemp("ranks")))
         return started[-1]
 
-    # This process compiles the kernels first, so that no rank waits for another.
-    example()()
     yield get
     for ranks in started:
         ranks.close()
