@@ -15,7 +15,6 @@ from . import _advice as advice
 
 ORDINARY = Tensor, torch.nn.Parameter
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FLOATING_NAMES = "float32, float64, bfloat16 or float16"
 
 

@@ -1,5 +1,5 @@
-// Checks of the arguments of the ops, for the kernels of every device. Their words are those of the
-// checks in Python, which see what users pass. These also see direct calls of the ops.
+// Checks of the arguments of the ops, for the kernels of every device. The public functions check
+// before them, in Python. These are for direct calls of the ops.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ inline ScalarType result_type(const Tensor& tensor) {
 
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& first) {
   MARGINOPS_CHECK(tensor.device() == first.device(), name, ": expected device ", device_of(first),
-                  " as the first argument, got ", device_of(tensor));
+                  ", that of the first argument, got ", device_of(tensor));
 }
 
 // `shape` is what to expect, such as "[N, C]".
@@ -98,7 +98,9 @@ inline void check_log_norm(const std::optional<Tensor>& log_norm, const Tensor& 
   MARGINOPS_CHECK(log_norm->numel() == 1, "log_norm: expected one value, got shape ",
                   shape_of(*log_norm));
   check_dtype("log_norm", *log_norm, result_type(logits));
-  if (!log_norm->is_cpu()) check_device("log_norm", *log_norm, logits);
+  MARGINOPS_CHECK(log_norm->is_cpu() || log_norm->device() == logits.device(),
+                  "log_norm: expected device cpu, or ", device_of(logits), " as logits, got ",
+                  device_of(*log_norm));
 }
 
 // The rows of logits that get a result.
@@ -114,14 +116,18 @@ inline void check_layer(const Tensor& weight, const std::optional<Tensor>& bias,
   check_vector("bias", *bias, weight.size(0), "the rows of weight", weight.scalar_type(), first);
 }
 
-// A last layer and its logits.
-inline void check_head(const Tensor& logits, const Tensor& weight,
+// Logits, and the last layer that they come from, if it is given.
+inline void check_head(const Tensor& logits, const std::optional<Tensor>& weight,
                        const std::optional<Tensor>& bias) {
   check_logits(logits);
-  check_layer(weight, bias, logits);
-  MARGINOPS_CHECK(weight.size(0) == logits.size(1), "weight: expected ", logits.size(1),
-                  " rows for the classes of logits, got ", weight.size(0));
-  const ScalarType type = weight.scalar_type(), logits_type = logits.scalar_type();
+  if (!weight) {
+    if (bias) check_device("bias", *bias, logits);
+    return;
+  }
+  check_layer(*weight, bias, logits);
+  MARGINOPS_CHECK(weight->size(0) == logits.size(1), "weight: expected ", logits.size(1),
+                  " rows for the classes of logits, got ", weight->size(0));
+  const ScalarType type = weight->scalar_type(), logits_type = logits.scalar_type();
   MARGINOPS_CHECK(
       type == logits_type || (type == ScalarType::Float && logits_type != ScalarType::Double),
       "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits, got ",
@@ -139,6 +145,16 @@ inline void check_entries(const Tensor& key, const Tensor& coefficient, const Te
                key);
 }
 
+// Sums over the classes of a layer. A key is a class times the number of classes, plus another
+// class.
+inline void check_pair_gradient(const Tensor& key, const Tensor& coefficient, const Tensor& weight,
+                                const std::optional<Tensor>& bias) {
+  check_layer(weight, bias, key);
+  check_entries(key, coefficient, weight);
+  MARGINOPS_CHECK(weight.size(0) <= INT32_MAX, "weight: expected fewer than 2**31 rows, got ",
+                  weight.size(0));
+}
+
 // Sums over `classes` classes. A key is a class times the number of rows, plus a row.
 inline void check_class_sum(const Tensor& key, const Tensor& coefficient, const Tensor& rows,
                             int64_t classes) {
@@ -146,6 +162,8 @@ inline void check_class_sum(const Tensor& key, const Tensor& coefficient, const 
   check_entries(key, coefficient, rows);
   MARGINOPS_CHECK(classes >= 0 && classes <= INT64_MAX / std::max<int64_t>(rows.size(0), 1),
                   "classes: expected at least 0, and keys below 2**63, got ", classes);
+  MARGINOPS_CHECK(key.size(0) == 0 || rows.size(0) > 0, "rows: expected at least one for ",
+                  key.size(0), " keys, got none");
 }
 
 inline void check_pair(const Tensor& pair, const Tensor& weight) {

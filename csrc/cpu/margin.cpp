@@ -16,7 +16,6 @@ namespace {
 template <bool kRival>
 Tensor margins(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& log_norm,
                const Rows& rows, int64_t ignore_index, int64_t* rival) {
-  check_logits(logits);
   check_target(target, logits);
   check_log_norm(log_norm, logits);
   Tensor margin = new_tensor({rows.count}, result_type(logits));
@@ -44,6 +43,7 @@ std::tuple<Tensor, Tensor> classification_margin_rival(const Tensor& logits, con
                                                        const std::optional<Tensor>& listed,
                                                        int64_t ignore_index) {
   check_logits(logits);
+  check_rows(listed, logits);
   const Rows rows(logits, listed);
   Tensor rival = new_tensor({rows.count}, ScalarType::Long);
   auto* classes = static_cast<int64_t*>(rival.mutable_data_ptr());
@@ -126,6 +126,7 @@ std::tuple<Tensor, Tensor> minimal_margin_pair(const Tensor& logits, const Tenso
                                                const std::optional<Tensor>& bias,
                                                const std::optional<Tensor>& listed, bool nearest) {
   check_head(logits, weight, bias);
+  check_rows(listed, logits);
   const Rows rows(logits, listed);
   Tensor pair = new_tensor({rows.count, 2}, ScalarType::Long);
   Tensor distance = new_tensor({rows.count}, result_type(logits));

@@ -34,8 +34,7 @@ void add_pairs(const int64_t* key, const int64_t* end, const ValueOf<T>* coeffic
 
 std::tuple<Tensor, Tensor> pair_gradient(const Tensor& key, const Tensor& coefficient,
                                          const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_layer(weight, bias, key);
-  check_entries(key, coefficient, weight);
+  check_pair_gradient(key, coefficient, weight, bias);
   const int64_t classes = weight.size(0), columns = weight.size(1);
   const Tensor dense_key = contiguous(key, place());
   const Tensor dense_coefficient = contiguous(coefficient, place());

@@ -39,7 +39,6 @@ class Rows {
   Rows(const Tensor& logits, const std::optional<Tensor>& listed)
       : count(listed ? listed->size(0) : logits.size(0)) {
     if (!listed) return;
-    check_rows(listed, logits);
     listed_ = vector<int64_t>(*listed);
     for (int64_t r = 0; r < count; ++r) {
       MARGINOPS_CHECK(listed_[r] >= 0 && listed_[r] < logits.size(0),

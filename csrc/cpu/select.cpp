@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> select_minimal_margin(const Tensor& logits,
                                                  const std::optional<Tensor>& weight,
                                                  const std::optional<Tensor>& bias, int64_t k,
                                                  bool nearest, bool softmax) {
-  weight ? check_head(logits, *weight, bias) : check_logits(logits);
+  check_head(logits, weight, bias);
   check_k(k, logits.size(0));
   if (!weight || nearest || !bounds_pay_off(logits, *weight, k)) {
     return select_smallest(minimal_margin_score(logits, weight, bias, nearest, softmax), k);

@@ -23,7 +23,7 @@ Tensor classification_margin_op(const Tensor& logits, const Tensor& target,
 
 Tensor minimal_margin_score_op(const Tensor& logits, const std::optional<Tensor>& weight,
                                const std::optional<Tensor>& bias, bool nearest, bool softmax) {
-  weight ? check_head(logits, *weight, bias) : check_logits(logits);
+  check_head(logits, weight, bias);
   const Matrix rows = matrix(logits);
   const Launch launch(logits);
   Tensor score = new_tensor(logits, {rows.rows}, result_type(logits));
@@ -86,10 +86,8 @@ std::tuple<Tensor, Tensor> minimal_margin_pair_op(const Tensor& logits, const Te
 std::tuple<Tensor, Tensor> pair_gradient_op(const Tensor& key, const Tensor& coefficient,
                                             const Tensor& weight,
                                             const std::optional<Tensor>& bias) {
-  check_layer(weight, bias, key);
-  check_entries(key, coefficient, weight);
+  check_pair_gradient(key, coefficient, weight, bias);
   const int64_t classes = weight.size(0);
-  MARGINOPS_CHECK(classes <= INT32_MAX, "weight: expected fewer than 2**31 rows, got ", classes);
   const Launch launch(key);
   const Tensor dense_key = contiguous(key, place_of(key));
   const Tensor dense_coefficient = contiguous(coefficient, place_of(coefficient));
@@ -107,8 +105,6 @@ Tensor class_sum_op(const Tensor& key, const Tensor& coefficient, const Tensor& 
   check_class_sum(key, coefficient, rows, classes);
   const Matrix summands = matrix(rows);
   const int64_t entries = key.size(0);
-  MARGINOPS_CHECK(entries == 0 || summands.rows > 0, "rows: expected at least one for ", entries,
-                  " keys, got none");
   const Launch launch(key);
   const Tensor dense_key = contiguous(key, place_of(key));
   const Tensor dense_coefficient = contiguous(coefficient, place_of(coefficient));

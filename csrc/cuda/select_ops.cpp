@@ -1,4 +1,4 @@
-// Bindings of the CUDA kernels for the ops in marginops/ops/select.py.
+// Bindings of the CUDA kernels for the ops in marginops/ops/select*.py.
 #include "binding.h"
 
 #include "../binding/aten.h"
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> select_minimal_margin_op(const Tensor& logits,
                                                     const std::optional<Tensor>& weight,
                                                     const std::optional<Tensor>& bias, int64_t k,
                                                     bool nearest, bool softmax) {
-  check_logits(logits);
+  check_head(logits, weight, bias);
   check_k(k, logits.size(0));
   if (k == 0) return empty_selection(logits, result_type(logits));
   return select_smallest_op(minimal_margin_score_op(logits, weight, bias, nearest, softmax), k);
@@ -52,6 +52,8 @@ std::tuple<Tensor, Tensor> select_classification_margin_op(const Tensor& logits,
                                                            const std::optional<Tensor>& log_norm,
                                                            int64_t k, int64_t ignore_index) {
   check_logits(logits);
+  check_target(target, logits);
+  check_log_norm(log_norm, logits);
   check_k(k, logits.size(0));
   if (k == 0) return empty_selection(logits, result_type(logits));
   return select_smallest_op(classification_margin_op(logits, target, log_norm, ignore_index), k);

@@ -1,4 +1,4 @@
-// Bindings of the CUDA kernels for the ops in marginops/ops/statistics.py.
+// Bindings of the CUDA kernels for the ops in marginops/ops/statistics*.py and row_sums.py.
 #include "binding.h"
 
 #include "statistics_launch.h"

@@ -20,7 +20,7 @@ from .shard import open_shard
 from .tiles import check_chunk_bytes
 
 
-def checked_head(
+def checked_linear_head(
     function: str,
     layer: tuple[Any, Any, Any],
     chunk_bytes: Any,
@@ -28,7 +28,7 @@ def checked_head(
     *,
     labels: tuple[Any, Any] | None = None,
     log_norm: Any = None,
-    temperature: Any = None,
+    temperature: Any = 1.0,
     rival: Any = "top2",
     bias_in_norm: Any = False,
     selects: bool = False,
@@ -43,7 +43,7 @@ def checked_head(
         group: The processes that share the head, or None.
         labels: Targets and ``ignore_index``; None for a score.
         log_norm: The logarithm that scales margins.
-        temperature: What logits are divided by; None for 1.
+        temperature: What logits are divided by.
         rival: Which class a score compares.
         bias_in_norm: Whether the bias is part of the norm of a score.
         selects: Whether the function selects ``k`` rows. The features are [N, D] then, and may be
@@ -70,19 +70,17 @@ def checked_head(
             check_bias_in_norm(bias, bias_in_norm)
         else:
             checks.check_target(target, input, ignore_index, "input", dims=input.dim() - 1)
-            if temperature is not None:
-                check_temperature(temperature)
+            check_temperature(temperature)
         # A view, or a copy if there is no view. The matrix product takes much longer than it.
-        features, scale = input if input.dim() == 2 else input.flatten(0, -2), bias
-        if (
-            temperature is not None and temperature != 1
-        ):  # the features are the smallest factor of the logits
+        features, offset = input if input.dim() == 2 else input.flatten(0, -2), bias
+        if labels is not None and temperature != 1:
+            # Features and bias are divided, because the logits are larger.
             features = features / temperature
-            scale = None if bias is None else bias / temperature
+            offset = None if bias is None else bias / temperature
         return LinearHead(
             features,
             weight,
-            scale,
+            offset,
             None if target is None else target.flatten(),
             as_log_norm(log_norm, input),
             check_k(k, input.size(0), "rows of input") if selects else None,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from .linear_arguments import checked_head
+from .linear_arguments import checked_linear_head
 from .linear_statistics import head_statistics
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def linear_log_prob(
         >>> entropy
         tensor([[0.6628, 0.6275]])
     """
-    head = checked_head(
+    head = checked_linear_head(
         "linear_log_prob",
         (input, weight, bias),
         chunk_bytes,

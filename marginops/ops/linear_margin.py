@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from . import margin_pair as pairs
-from .linear_arguments import checked_head
+from .linear_arguments import checked_linear_head
 from .linear_gradient import margin_gradients
 from .linear_head import LinearHead, Tensors, join
 from .linear_op import Gradients, Kept, LinearOp, empty_results
@@ -80,7 +80,7 @@ def linear_classification_margin(
         >>> marginops.linear_classification_margin(features, weight, torch.tensor([1, 1]))
         tensor([ 1.0000, -1.5000])
     """
-    head = checked_head(
+    head = checked_linear_head(
         "linear_classification_margin",
         (input, weight, bias),
         chunk_bytes,
@@ -88,7 +88,7 @@ def linear_classification_margin(
         labels=(target, ignore_index),
         log_norm=log_norm,
     )
-    return head.in_shape(linear_classification_margin_op.of(head)[0])
+    return head.in_shape(linear_classification_margin_op.call(head)[0])
 
 
 def linear_select_classification_margin(
@@ -144,7 +144,7 @@ def linear_select_classification_margin(
         >>> marginops.linear_select_classification_margin(features, weight, target, k=1)
         Selection(scores=tensor([-1.5000]), indices=tensor([1]))
     """
-    head = checked_head(
+    head = checked_linear_head(
         "linear_select_classification_margin",
         (input, weight, bias),
         chunk_bytes,
@@ -154,7 +154,7 @@ def linear_select_classification_margin(
         selects=True,
         k=k,
     )
-    return Selection(*linear_classification_margin_op.of(head)[:2])
+    return Selection(*linear_classification_margin_op.call(head)[:2])
 
 
 class LinearClassificationMarginOp(LinearOp):

@@ -54,7 +54,7 @@ class LinearOp(Op):
         names = [*self._names, *LinearHead._field_defaults]
         self._take_fields = operator.itemgetter(*map(names.index, LinearHead._fields))
 
-    def of(self, head: LinearHead) -> Any:
+    def call(self, head: LinearHead) -> Any:
         """The results of a head, wherever its classes are."""
         arguments = [getattr(head, name) for name in self._names]
         if head.place is WHOLE:
@@ -125,6 +125,8 @@ class _OverProcesses(torch.autograd.Function):
                 "marginops: second derivatives are not implemented with group=; "
                 "call backward() without create_graph=True"
             )
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         op = ctx.op
         return *op.backward(ctx, *[grads[index] for index in op._differentiable]), None, None
 

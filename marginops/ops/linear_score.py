@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import margin_pair as pairs
-from .linear_arguments import checked_head
+from .linear_arguments import checked_linear_head
 from .linear_gradient import pair_gradients, saved_distance_op
 from .linear_head import LinearHead, Tensors, join
 from .linear_op import Gradients, LinearOp, empty_results
@@ -65,7 +65,7 @@ def linear_minimal_margin_score(
         >>> marginops.linear_minimal_margin_score(features, weight)
         tensor([0.7071, 1.0607])
     """
-    head = checked_head(
+    head = checked_linear_head(
         "linear_minimal_margin_score",
         (input, weight, bias),
         chunk_bytes,
@@ -73,7 +73,7 @@ def linear_minimal_margin_score(
         rival=rival,
         bias_in_norm=bias_in_norm,
     )
-    return head.in_shape(linear_minimal_margin_score_op.of(head)[0])
+    return head.in_shape(linear_minimal_margin_score_op.call(head)[0])
 
 
 def linear_select_minimal_margin(
@@ -123,7 +123,7 @@ def linear_select_minimal_margin(
         >>> marginops.linear_select_minimal_margin(features, weight, k=1)
         Selection(scores=tensor([0.7071]), indices=tensor([0]))
     """
-    head = checked_head(
+    head = checked_linear_head(
         "linear_select_minimal_margin",
         (input, weight, bias),
         chunk_bytes,
@@ -133,7 +133,7 @@ def linear_select_minimal_margin(
         selects=True,
         k=k,
     )
-    return Selection(*linear_minimal_margin_score_op.of(head)[:2])
+    return Selection(*linear_minimal_margin_score_op.call(head)[:2])
 
 
 class LinearMinimalMarginScoreOp(LinearOp):

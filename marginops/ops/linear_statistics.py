@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import result_dtype
 from . import statistics
-from .linear_arguments import checked_head
+from .linear_arguments import checked_linear_head
 from .linear_gradient import margin_gradients
 from .linear_head import LinearHead, Tensors, join
 from .linear_op import Gradients, Kept, LinearOp
@@ -79,7 +79,7 @@ def linear_sample_statistics(
         >>> marginops.linear_sample_statistics(features, weight, torch.tensor([1, 1])).loss
         tensor([0.3133, 1.7014])
     """
-    head = checked_head(
+    head = checked_linear_head(
         "linear_sample_statistics",
         (input, weight, bias),
         chunk_bytes,
@@ -92,7 +92,7 @@ def linear_sample_statistics(
 
 def head_statistics(head: LinearHead) -> SampleStatistics:
     """The statistics in the shape of the rows that the caller passed."""
-    fields = linear_sample_statistics_op.of(head)
+    fields = linear_sample_statistics_op.call(head)
     return as_statistics(fields, True, None if len(head.shape) == 1 else RowLayout(head.shape))
 
 

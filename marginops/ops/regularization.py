@@ -110,7 +110,7 @@ def _rivals(
             ignore_index=ignore_index,
             dtype=dtype,
         )
-        margin, _, rival = linear_classification_margin_op.of(head)
+        margin, _, rival = linear_classification_margin_op.call(head)
         return margin, rival
     check_logits(logits)
     check_features(input, logits)

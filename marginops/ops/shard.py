@@ -126,6 +126,12 @@ def open_shard(group: Any, check: Callable[[], LinearHead], **others: Any) -> Li
     Returns:
         The result of ``check`` with the place of its classes.
     """
+    if torch._C._are_functorch_transforms_active():
+        # Not part of the exchange below, which does not work inside the transforms either.
+        raise NotImplementedError(
+            "group: expected None inside the transforms of torch.func such as grad and vmap, "
+            f"got {group}; use backward()"
+        )
     heads = []
 
     def check_and_describe() -> _HeadArguments:

@@ -66,7 +66,8 @@ def tile_shape(
     range of rows. So tiles are about square if whole rows do not fit. With
     ``whole_rows`` tiles hold all classes.
     """
-    capacity = (chunk_bytes or default_chunk_bytes(input)) // (dtype or weight.dtype).itemsize
+    item_bytes = (dtype or weight.dtype).itemsize
+    capacity = max((chunk_bytes or default_chunk_bytes(input)) // item_bytes, 1)
     count, classes = len(input), len(weight)
     rows = min(count, max(capacity // max(classes, 1), 1))
     columns = classes

@@ -23,7 +23,7 @@ DIFFERENTIABLE = ("input", "weight", "bias", "log_norm")
 class Ranks:
     """Gloo processes that wait for calls. The test fails if one does not answer in time.
 
-    Each has one thread. They end with the ``with`` block of their own.
+    Each has one thread. Leaving the ``with`` block, or ``close()``, ends them.
     """
 
     def __init__(self, count: int, folder: Path) -> None:

@@ -33,7 +33,7 @@ def calls():
         "class_sum": (torch.tensor([0, 7, 14]), coefficient, features, CLASSES),
         "classification_margin": (logits, *labels, -100),
         "classification_margin_rival": (logits, *labels, rows, -100),
-        "linear_classification_margin": (*head, *labels, 2, -100, None, None),
+        "linear_classification_margin": (*head, *labels, None, -100, None, None),
         "linear_minimal_margin_score": (*head, *score),
         "linear_sample_statistics": (*head, *labels, -100, None, None),
         "linear_sample_statistics_gradient": (*head, target, *saved, log_norm, *grads, *gradient),
