@@ -28,7 +28,7 @@ def checked_linear_head(
     *,
     labels: tuple[Any, Any] | None = None,
     log_norm: Any = None,
-    temperature: Any = 1.0,
+    temperature: Any = 1,
     rival: Any = "top2",
     bias_in_norm: Any = False,
     selects: bool = False,

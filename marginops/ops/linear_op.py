@@ -89,9 +89,11 @@ class LinearOp(Op):
         chosen = head if indices is None else head.chosen(indices)
         gradients = self.differentiate(chosen, kept, grads, needs_grad)
         if indices is not None and "input" in needs_grad:
-            zeros = head.input.new_zeros(head.input.shape)
+            rows = gradients["input"]
+            assert rows is not None
+            zeros = rows.new_zeros(head.input.shape)
             # In place, because autocast fails on mixed dtypes in index_copy, not in index_copy_.
-            gradients["input"] = write("index_copy_", zeros, 0, indices, gradients["input"])
+            gradients["input"] = write("index_copy_", zeros, 0, indices, rows)
         return tuple(gradients.get(name) if name in needs_grad else None for name in self._names)
 
     def call_batch(self, batch: Batch) -> Any:
