@@ -21,4 +21,6 @@ if __name__ == "__main__":
     if unknown:
         sys.exit(f"expected names of claims: {', '.join(known)}; got {', '.join(unknown)}")
     options = sys.argv[1 + len(names) :]
-    sys.exit(max(main(known[name], options) for name in names or known))
+    for name in names or known:
+        if status := main(known[name], options):
+            sys.exit(status)

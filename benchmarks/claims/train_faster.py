@@ -47,9 +47,9 @@ the other samples. An epoch visits 30 to 50 % of the samples. The first epochs v
 once, so a budget of 5 % has no choice to make. Largest losses and largest EL2N order the samples by
 these numbers, and are the same in all else. InfoBatch is the policy `BelowMeanLoss`: it drops some
 of the samples whose loss is below the mean, weights the losses of those that it keeps, and draws
-from all samples in the last eighth of its epochs. A random subset is drawn once, as large as an
-epoch of stale margins, and the run trains on nothing else. These four samplings have three seeds
-and fewer budgets.
+from all samples in the last eighth of its epochs. The weights of an epoch have the mean 1. A random
+subset is drawn once, as large as an epoch of stale margins, and the run trains on nothing else.
+These four samplings have three seeds and fewer budgets.
 
 The MLPs have 256 hidden units. The CNN has two convolutions and a hidden layer of 64 units. The
 residual network has a convolution with stride 4 and two blocks of 8 and 16 channels with batch
@@ -68,9 +68,13 @@ and 50 % at 20 %. Each other sampling had two rates at 20 % in all settings but 
 network. They confirmed the rates of uniform batches, and for the largest losses those of stale
 margins. InfoBatch has its share of 70 % without a trial.
 
-The budgets and the outcomes were fixed before all runs. A gain is taken over all accuracies that
-both samplings reach. The claim is confirmed if stale margins gain {GAIN} or more in CPU time in at
-least {MANY} of the four settings, partly confirmed if in at least {SOME}, and else not confirmed.
+The budgets and the outcomes were fixed before the runs that are reported. But gains of an earlier
+protocol on the same test samples were known: 1.86 with the MLP and 1.52 with the CNN on
+Fashion-MNIST, where accuracies at both ends were left out, and 1.02 with the MLP on 20 Newsgroups.
+Two earlier settings are not part of this claim: training samples with 20 % wrong labels, and with
+five rare classes. A gain is taken over all accuracies that both samplings reach. The claim is
+confirmed if stale margins gain {GAIN} or more in CPU time in at least {MANY} of the four settings,
+partly confirmed if in at least {SOME}, and else not confirmed.
 """
 # The learning rate, and the share of the samples that an epoch visits, hold up to the budget that
 # they stand at. Samplings that are not named here have the learning rates of uniform batches.

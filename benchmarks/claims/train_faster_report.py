@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from harness.claim import Report, Row, Table
 from harness.data import FASHION_MNIST, NEWSGROUPS
+from harness.gains import gain, range_text
 from harness.statistics import Interval, mean_sd, paired_difference, paired_ratio
 from trainings.train_faster import CONVOLUTIONS, PERCEPTRON, RESIDUAL, SAMPLINGS, STALE, UNIFORM
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Setting = tuple[str, str]
-Cost = Literal["samples", "process_seconds"]
 GAIN, MANY, SOME = 1.5, 3, 1
 MLP, CNN = (FASHION_MNIST, PERCEPTRON), (FASHION_MNIST, CONVOLUTIONS)
 RESNET, TEXTS = (FASHION_MNIST, RESIDUAL), (NEWSGROUPS, PERCEPTRON)
@@ -52,14 +52,6 @@ def compared(rows: Sequence[Row], sampling: str) -> Comparison:
     return Comparison(tuple(runs), UNIFORM)
 
 
-def gain(comparison: Comparison, sampling: str, cost: Cost) -> Interval | None:
-    """The cost of uniform batches over that of a sampling; None without a common accuracy."""
-    lowest, highest = comparison.accuracy_range(sampling)
-    if lowest > highest:
-        return None
-    return Interval(*comparison.gain(sampling, cost=cost)[:3])
-
-
 def gain_at(comparison: Comparison, sampling: str, budget: float) -> float | None:
     """The gain in CPU time at the mean accuracy of one budget; None if uniform misses it."""
     runs = [run for run in comparison.runs if (run.sampling, run.budget) == (sampling, budget)]
@@ -91,11 +83,12 @@ def shared_budgets(rows: Sequence[Row]) -> list[float]:
 def losses(rows: Sequence[Row]) -> list[float]:
     """The budgets at which the accuracy of stale margins is below that of uniform batches.
 
-    It is below if the 95 % interval of the difference, seed by seed, is.
+    It is below if the 95 % interval of the difference, seed by seed, is. The smallest budget, in
+    which stale margins have no choice to make, does not count.
     """
     return [
         budget
-        for budget in shared_budgets(rows)
+        for budget in shared_budgets(rows)[1:]
         if paired_difference(*of_both(rows, budget, "accuracy")).high < 0
     ]
 
@@ -103,8 +96,6 @@ def losses(rows: Sequence[Row]) -> list[float]:
 def report(rows: list[Row]) -> Report:
     """The outcome is that of stale margins; the other samplings stand beside them."""
     groups = by_setting(rows)
-    if not groups:
-        return Report("not confirmed", "Nothing was trained, because the data are missing.", [])
     found = {
         setting: gain(compared(group, STALE), STALE, "process_seconds")
         for setting, group in groups.items()
@@ -128,15 +119,16 @@ def report(rows: list[Row]) -> Report:
 
 
 def relative_time(groups: dict[Setting, list[Row]]) -> Interval:
-    """The CPU time of stale margins over that of uniform batches for as many updates."""
-    uniform, stale = np.concatenate(
-        [
-            of_both(group, budget, "process_seconds")
-            for group in groups.values()
-            for budget in shared_budgets(group)
-        ],
-        axis=1,
-    )
+    """The CPU time of stale margins over that of uniform batches for as many updates.
+
+    It is the geometric mean over settings and budgets of each seed.
+    """
+    seconds = [
+        of_both(group, budget, "process_seconds")
+        for group in groups.values()
+        for budget in shared_budgets(group)
+    ]
+    uniform, stale = np.exp(np.log(seconds).mean(0))
     return paired_ratio(uniform, stale)
 
 
@@ -147,27 +139,20 @@ def sentence(setting: Setting, rows: Sequence[Row]) -> str:
     start = f"With the {TITLES[setting]}, "
     if seconds is None:
         return f"{start}stale margins and uniform batches reach no common accuracy."
-    if lower := [percent(budget) for budget in losses(rows)]:
-        start += f"stale margins lose accuracy at {' and '.join(lower)} of the plain budget. They "
-    elif seconds.value < 1:
-        start += "stale margins lose: they "
-    else:
-        start += "" if seconds.value >= GAIN else f"the gain is below {GAIN}: "
-        start += "stale margins "
-    ratio = f"{seconds.text()} times less"
     if seconds.value < 1:
-        inverse = Interval(1 / seconds.value, 1 / seconds.high, 1 / seconds.low)
-        ratio = f"{inverse.text()} times more"
-    return (
-        f"{start}need {ratio} CPU time than uniform batches for the same accuracy, for accuracies "
-        f"from {range_text(comparison, STALE)} %."
+        start += "stale margins lose: "
+    elif seconds.value < GAIN:
+        start += f"the gain is below {GAIN}: "
+    text = (
+        f"{start}uniform batches need {seconds.text()} times the CPU time of stale margins for the "
+        f"same accuracy, for accuracies from {range_text(comparison, STALE)} %."
     )
-
-
-def range_text(comparison: Comparison, sampling: str) -> str:
-    """The accuracies that are compared, in percent."""
-    lowest, highest = comparison.accuracy_range(sampling)
-    return f"{100 * lowest:.1f} to {100 * highest:.1f}"
+    if lower := [percent(budget) for budget in losses(rows)]:
+        text += (
+            f" At {' and '.join(lower)} of the plain budget, stale margins are less accurate than "
+            "uniform batches with as many samples."
+        )
+    return text
 
 
 def percent(budget: float) -> str:
@@ -226,8 +211,6 @@ def budget_table(groups: dict[Setting, list[Row]]) -> Table:
 def draw(rows: list[Row], figure: "Figure") -> None:
     """Accuracy against CPU time, a panel for each setting."""
     groups = by_setting(rows)
-    if not groups:
-        return
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
     figure.set_size_inches(5 * columns, 3.8 * lines)
