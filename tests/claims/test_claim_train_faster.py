@@ -352,6 +352,16 @@ def test_the_figure_has_a_panel_for_each_setting(claims: Claims) -> None:
     assert sorted(labels) == ["InfoBatch", "stale margins", "uniform"]
 
 
+def test_the_readme_has_the_gains_of_the_results(claims: Claims) -> None:
+    root = Path(__file__).resolve().parents[2]
+    result = root / "benchmarks/results" / claims("train_faster").CLAIM.result_file
+    table = claims("train_faster_report").report(json.loads(result.read_text())["rows"]).tables[0]
+    gains = [row[3].split()[0] for row in table.rows if row[1] == "stale margins"]
+    readme = " ".join((root / "README.md").read_text().split())
+    text = readme[readme.index("For the same test accuracy on") : readme.index("[Train faster]")]
+    assert re.findall(r"\b\d\.\d\d\b", text) == gains
+
+
 def test_the_page_shows_the_gains_of_stale_margins(
     claims: Claims, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
