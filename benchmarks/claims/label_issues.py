@@ -160,7 +160,7 @@ def report(rows: list[Row]) -> Report:
 
 
 def verdict(groups: Groups, holds: list[str]) -> str:
-    """With which noises the claim fails and holds, by how much, and how good the loss is."""
+    """With how many noises the claim holds, the differences, the worst first, and the loss."""
     order = sorted(groups, key=holds.__contains__)
     differences = [
         f"{noise} {compared(groups[noise], OTHER)[0].text(4)}, "
@@ -169,7 +169,7 @@ def verdict(groups: Groups, holds: list[str]) -> str:
     ]
     better = sum(compared(groups[noise], LOSS)[0].high < 0 for noise in order)
     return (
-        f"The claim fails with {len(order) - len(holds)} of {len(order)} noises. The AUROC of "
+        f"The claim holds with {len(holds)} of {len(order)} noises. The AUROC of "
         "`label_issues` less that of cleanlab, and how many times its CPU time cleanlab takes: "
         f"{'; '.join(differences)}. The loss of the trained network, at equal cost, has a larger "
         f"AUROC than `label_issues` with {better} of {len(order)} noises, by intervals below 0."

@@ -174,8 +174,8 @@ def gain_table(groups: dict[Setting, list[Row]]) -> Table:
             cells.append((TITLES[setting], sampling, *numbers, str(len(comparison.seeds))))
     return Table(
         "CPU time and back-propagated samples that uniform batches need for the same accuracy, "
-        "over those of each sampling. Above 1 the sampling needs less. Gains of two samplings compare "
-        "only over the same accuracies.",
+        "over those of each sampling. Above 1 the sampling needs less. Gains of two samplings "
+        "compare only over the same accuracies.",
         ("setting", "sampling", "test accuracies, %", "gain in CPU time", "in samples", "seeds"),
         cells,
     )
