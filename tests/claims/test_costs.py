@@ -1,24 +1,13 @@
-"""The benchmarks of the claims run, and say what was measured."""
+"""What steps, hosts and scoring cost: these benchmarks run, and say what was measured."""
 
-import importlib
 import json
 import os
 import re
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-
-CLAIMS = Path(__file__).resolve().parents[2] / "benchmarks" / "claims"
-
-
-@pytest.fixture
-def claims(monkeypatch: pytest.MonkeyPatch):
-    """``claims(name)``: a module of benchmarks/claims."""
-    monkeypatch.syspath_prepend(str(CLAIMS))
-    return importlib.import_module
 
 
 def test_step_overhead(claims, capsys, monkeypatch) -> None:
