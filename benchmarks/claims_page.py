@@ -25,13 +25,14 @@ def sections_of_claims(folder: Path) -> str:
 
 
 def finding_of_claim(path: Path) -> str:
-    """The verdict of one claim and its first table, for the page of what it is about."""
+    """A claim, its verdict and its first table, for the page of what it is about."""
     from_result = {claim.result_file: (claim, result) for claim, result in _measured(path.parent)}
     claim, result = from_result[path.name]
     from harness.page import table, verdict
 
     report = claim.report(result["rows"])
-    return f"{verdict(report)}\n\n{table(report.tables[0])}"
+    parts = f"**Claim:** {claim.statement}", verdict(report), table(report.tables[0])
+    return "\n\n".join(parts)
 
 
 def _section(claim: Any, result: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ PAGES = {
     },
     "docs/reproduced.md": {"overview": overview_of_claims, "claims": sections_of_claims},
     "docs/score_files.md": {"costs": costs},
+    "docs/train_faster.md": {"gains": finding_of_claim},
 }
 # What a page shows, if not the results of all devices.
 SHOWN = {
@@ -45,6 +46,7 @@ SHOWN = {
     "docs/find_mislabelled.md": "claims-label-issues.json",
     "docs/reproduced.md": ".",
     "docs/score_files.md": "claims-scoring.json",
+    "docs/train_faster.md": "claims-train-faster.json",
 }
 # Other libraries run in a process of their own: a fault there must not end ours.
 OTHER_LIBRARIES = (

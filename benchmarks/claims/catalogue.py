@@ -7,11 +7,13 @@ import label_issues
 import last_layer
 import margin_area
 import regularization
+import train_faster
 
 CLAIMS = [
     module.CLAIM
     for module in (
         label_issues,
+        train_faster,
         fewer_updates,
         regularization,
         margin_area,

@@ -13,7 +13,8 @@ import numpy as np
 from harness.claim import Claim, Report, Row, Scope, Settings, Table
 from harness.command import main
 from harness.data import FASHION_MNIST
-from harness.statistics import Interval, mean_sd
+from harness.gains import gain, range_text
+from harness.statistics import mean_sd
 from trainings.fewer_updates import (
     BATCH,
     CONVOLUTIONS,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 MANY, SOME = 2.5, 1.2
 NAMES = {CONVOLUTIONS: "the convolutional network", PERCEPTRON: "the perceptron"}
-Cost = Literal["samples", "process_seconds"]
 
 # The numbers of updates of each network and scheme. Uniform updates are cheap and more are needed.
 SHORT = (250, 500, 1000, 2000)
@@ -75,6 +75,11 @@ The numbers of updates, the drops and the outcomes were fixed before all runs. A
 over all accuracies that both schemes reach. The claim is confirmed if minimal margins gain {MANY}
 or more in updates with both networks, not confirmed if they gain less than {SOME} with both, and
 else partly confirmed.
+
+Training amplifies rounding errors, so other machines give other numbers. A complete run on another
+machine gave gains in updates of 2.40 with the convolutional network and 3.39 with the perceptron,
+and a CPU time of uniform batches of 0.72 and 0.75 times that of minimal margins. By these the claim
+would be partly confirmed.
 """
 # The learning rate holds up to the number of updates that it stands at.
 LEARNING_RATES = {
@@ -131,18 +136,8 @@ def comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
     return {network: Comparison(tuple(runs), UNIFORM) for network, runs in found.items()}
 
 
-def gain(comparison: Comparison, sampling: str, cost: Cost) -> Interval | None:
-    """The cost of uniform batches over that of a scheme; None without a common accuracy."""
-    lowest, highest = comparison.accuracy_range(sampling, cost)
-    if lowest > highest:
-        return None
-    return Interval(*comparison.gain(sampling, cost=cost)[:3])
-
-
 def report(rows: list[Row]) -> Report:
     """The outcome is that of minimal margins; the other schemes stand beside them."""
-    if not rows:
-        return Report("not confirmed", "Nothing was trained, because Fashion-MNIST is missing.", [])
     of_network = comparisons(rows)
     found = {name: gain(one, MARGIN, "samples") for name, one in of_network.items()}
     values = {name: one.value if one else 0 for name, one in found.items()}
@@ -158,8 +153,6 @@ def report(rows: list[Row]) -> Report:
         "Every selected batch costs a forward pass of ten times as many candidates. The claim "
         "`train_faster` tests a sampling without this cost: `MarginSampler` takes the margins "
         "that the training has seen before.",
-        "Training amplifies rounding errors. On another machine the gains in updates were 2.40 and "
-        "3.39, the first one below the threshold, with 1.39 and 1.34 times more CPU time.",
     ]
     if left_out := [NAMES[name] for name in BUDGETS if name not in of_network]:
         notes.append(f"These runs leave out {' and '.join(left_out)}.")
@@ -173,30 +166,16 @@ def sentence(network: str, comparison: Comparison, is_below: bool) -> str:
     name = NAMES[network]
     if updates is None or seconds is None:
         return f"With {name}, minimal margins and uniform batches reach no common accuracy."
-    start = f"the gain in updates is below {MANY}: " if is_below else ""
+    start = ""
+    if is_below:
+        start = f"the gain in updates is below {MANY}: "
+    elif updates.low < MANY:
+        start = f"the gain in updates is at the threshold {MANY}, which its interval contains: "
     return (
-        f"With {name}, {start}minimal margins need {compared(updates, 'updates', 'fewer')} than "
-        f"uniform batches for the same accuracy, and {compared(seconds, 'CPU time', 'less')}, for "
+        f"With {name}, {start}uniform batches need {updates.text()} times as many updates as "
+        f"minimal margins for the same accuracy, and {seconds.text()} times the CPU time, for "
         f"accuracies from {range_text(comparison, MARGIN)} %."
     )
-
-
-def compared(ratio: Interval, what: str, less: str) -> str:
-    """A gain in words; below 1 the scheme needs more."""
-    if ratio.value >= 1:
-        return f"{ratio.text()} times {less} {what}"
-    return f"{reciprocal(ratio).text()} times more {what}"
-
-
-def reciprocal(ratio: Interval) -> Interval:
-    """The ratio the other way round."""
-    return Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
-
-
-def range_text(comparison: Comparison, sampling: str) -> str:
-    """The accuracies that are compared, in percent."""
-    lowest, highest = comparison.accuracy_range(sampling, "samples")
-    return f"{100 * lowest:.1f} to {100 * highest:.1f}"
 
 
 def gain_table(of_network: dict[str, Comparison]) -> Table:
@@ -261,8 +240,6 @@ def uniform_updates(comparison: Comparison, accuracies: Sequence[float]) -> str:
 
 def draw(rows: list[Row], figure: "Figure") -> None:
     """Accuracy against updates and against CPU time, a row of panels for each network."""
-    if not rows:
-        return
     of_network = comparisons(rows)
     figure.set_size_inches(9, 3.6 * len(of_network))
     panels = figure.subplots(len(of_network), 2, squeeze=False, sharey="row")

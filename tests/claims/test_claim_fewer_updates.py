@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -158,11 +159,10 @@ def test_the_outcome_follows_from_the_gains(
 def test_the_verdict_says_what_the_selection_costs(claims: Claims) -> None:
     claim = claims("fewer_updates")
     slow = claim.report(rows({"convolutions": 2.0}, slower=4)).verdict
-    assert "times fewer updates" in slow
-    assert "2.0" in slow and "times more CPU time" in slow
-    fast = claim.report(rows({"convolutions": 4.0}, slower=2)).verdict
-    assert "times less CPU time" in fast
-    assert "times more updates" in claim.report(rows({"convolutions": 0.5})).verdict
+    pattern = r"need ([\d.]+) .*times as many updates .* and ([\d.]+) .*times the CPU time"
+    updates, seconds = map(float, re.search(pattern, slow).groups())
+    assert updates == pytest.approx(2, abs=0.05) and seconds == pytest.approx(0.5, abs=0.05)
+    assert "the gain in updates is below 2.5" in slow
 
 
 def test_uniform_updates_are_those_of_the_same_accuracy(claims: Claims) -> None:
@@ -183,9 +183,6 @@ def test_without_a_common_accuracy_nothing_is_confirmed(claims: Claims) -> None:
     report = claim.report(few)
     assert report.outcome == "not confirmed"
     assert "no common accuracy" in report.verdict
-    nothing = claim.report([])
-    assert (nothing.outcome, nothing.tables) == ("not confirmed", [])
-    assert "Fashion-MNIST is missing" in nothing.verdict
 
 
 def test_settings_are_complete_distinct_and_fewer_when_quick(claims: Claims) -> None:

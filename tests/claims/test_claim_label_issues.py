@@ -185,25 +185,22 @@ def rows(
 
 
 @pytest.mark.parametrize(
-    ("gains", "times", "outcome", "fails", "holds"),
+    ("gains", "times", "outcome", "holds"),
     [
-        ((0.01, 0.01, 0.01, 0.01), 10.01, "confirmed", 0, 4),
-        ((-0.01, 0.01, 0.01, 0.01), 12, "partly confirmed", 1, 3),
-        ((0.0, 0.0, 0.0, 0.01), 12, "partly confirmed", 3, 1),
-        ((0.0, 0.0, 0.0, 0.0), 12, "not confirmed", 4, 0),
-        ((0.01, 0.01, 0.01, 0.01), 9.99, "not confirmed", 4, 0),
+        ((0.01, 0.01, 0.01, 0.01), 10.01, "confirmed", 4),
+        ((-0.01, 0.01, 0.01, 0.01), 12, "partly confirmed", 3),
+        ((0.0, 0.0, 0.0, 0.01), 12, "partly confirmed", 1),
+        ((0.0, 0.0, 0.0, 0.0), 12, "not confirmed", 0),
+        ((0.01, 0.01, 0.01, 0.01), 9.99, "not confirmed", 0),
     ],
 )
 def test_the_outcome_needs_a_better_order_in_a_tenth_of_the_time(
-    claims: Claims, gains: tuple[float, ...], times: float, outcome: str, fails: int, holds: int
+    claims: Claims, gains: tuple[float, ...], times: float, outcome: str, holds: int
 ) -> None:
     report = claims("label_issues").report(rows(gains, times))
     assert report.outcome == outcome
-    assert report.verdict.startswith(
-        f"The claim fails with {fails} of 4 noises." if fails else "It holds with 4 of 4 noises."
-    )
-    assert (f"It holds with {holds} of 4 noises." in report.verdict) == (holds > 0)
-    assert report.verdict.count(f"cleanlab takes {times:.1f} ({times:.1f}") == 4
+    assert report.verdict.startswith(f"The claim holds with {holds} of 4 noises.")
+    assert report.verdict.count(f", {times:.1f} ({times:.1f}") == 4
     cells = {tuple(row[:3]): row[3:] for row in report.tables[1].rows}
     for noise, gain in zip(NOISES, gains, strict=True):
         difference, ratio = cells[noise, "default", "cleanlab, 5 folds"]
@@ -217,8 +214,7 @@ def test_the_outcome_needs_a_better_order_in_a_tenth_of_the_time(
 
 def test_what_fails_is_said_first(claims: Claims) -> None:
     verdict = claims("label_issues").report(rows((0.01, -0.01, 0.01, 0.01))).verdict
-    assert verdict.index(NOISES[1]) < verdict.index("It holds with")
-    assert verdict.index("It holds with") < verdict.index(NOISES[0])
+    assert verdict.index(NOISES[1]) < verdict.index(NOISES[0]) < verdict.index(NOISES[2])
 
 
 def test_one_seed_confirms_nothing(claims: Claims) -> None:
@@ -259,7 +255,6 @@ def test_without_cleanlab_or_data_nothing_is_confirmed(
     report = module.report(rows(left_out=("cleanlab, 5 folds",)))
     assert report.outcome == "not confirmed"
     assert "pip install cleanlab" in report.verdict
-    assert "Fashion-MNIST is missing" in module.report([]).verdict
     here = claims("harness.data").Sources(Path(__file__).parent)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     left = module.settings(harness.Scope(range(2), False, here))

