@@ -3,6 +3,7 @@
 // One thread computes a row, so results do not depend on the number of threads.
 #include <tuple>
 
+#include "../binding/statistics.h"
 #include "row_sums.h"
 
 namespace marginops::cpu {
@@ -143,20 +144,9 @@ Tensor sample_statistics_gradient(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_confidence,
     const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_mean_loss,
     const std::optional<Tensor>& num_counted, int64_t ignore_index) {
-  check_logits(logits, 1);
-  check_target(target, logits);
-  check_vector("rival", rival, logits.size(0), "the rows of logits", ScalarType::Long, logits);
-  check_values("confidence", confidence, logits);
-  check_values("entropy", entropy, logits);
-  check_values("maximum", maximum, logits);
-  check_values("log_sum", log_sum, logits);
-  check_values("grad_margin", grad_margin, logits);
-  check_values("grad_loss", grad_loss, logits);
-  check_values("grad_confidence", grad_confidence, logits);
-  check_values("grad_entropy", grad_entropy, logits);
-  check_number("grad_mean_loss", grad_mean_loss, logits);
-  check_number("num_counted", num_counted, logits);
-  check_log_norm(log_norm, logits);
+  check_statistics_gradient(logits, target, rival, confidence, entropy, maximum, log_sum, log_norm,
+                            grad_margin, grad_loss, grad_confidence, grad_entropy, grad_mean_loss,
+                            num_counted);
   const int64_t count = logits.size(0), classes = logits.size(1);
   const auto targets = vector<int64_t>(target), rivals = vector<int64_t>(rival);
   const bool has_dense = grad_loss || grad_confidence || grad_entropy || grad_mean_loss;

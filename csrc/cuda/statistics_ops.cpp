@@ -1,6 +1,7 @@
 // Bindings of the CUDA kernels for the ops in marginops/ops/statistics*.py and row_sums.py.
 #include "binding.h"
 
+#include "../binding/statistics.h"
 #include "statistics_launch.h"
 
 namespace marginops::cuda {
@@ -59,20 +60,9 @@ Tensor sample_statistics_gradient_op(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_confidence,
     const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_mean_loss,
     const std::optional<Tensor>& num_counted, int64_t ignore_index) {
-  check_logits(logits, 1);
-  check_target(target, logits);
-  check_vector("rival", rival, logits.size(0), "the rows of logits", ScalarType::Long, logits);
-  check_values("confidence", confidence, logits);
-  check_values("entropy", entropy, logits);
-  check_values("maximum", maximum, logits);
-  check_values("log_sum", log_sum, logits);
-  check_values("grad_margin", grad_margin, logits);
-  check_values("grad_loss", grad_loss, logits);
-  check_values("grad_confidence", grad_confidence, logits);
-  check_values("grad_entropy", grad_entropy, logits);
-  check_number("grad_mean_loss", grad_mean_loss, logits);
-  check_number("num_counted", num_counted, logits);
-  check_log_norm(log_norm, logits);
+  check_statistics_gradient(logits, target, rival, confidence, entropy, maximum, log_sum, log_norm,
+                            grad_margin, grad_loss, grad_confidence, grad_entropy, grad_mean_loss,
+                            num_counted);
   const auto number = [](const std::optional<Tensor>& tensor) {
     return tensor ? tensor->const_data_ptr() : nullptr;
   };
