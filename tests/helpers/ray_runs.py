@@ -56,6 +56,8 @@ def two_nodes() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     cluster = Cluster()
     environment = pytest.MonkeyPatch()
+    # Where Ray notes the address of the cluster. Its own folder may not exist yet.
+    environment.setenv("RAY_TMPDIR", folder)
     # Actors import what tests import.
     environment.setenv("PYTHONPATH", os.pathsep.join([INSTALLED, str(TESTS)]))
     environment.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -183,7 +183,8 @@ def test_normalised_report_needs_a_merged_network(make: Callable[[], Any]) -> No
     network.merge_adapter()
     merged = report_epoch(network, INPUTS, target, log_norm=0)
     torch.testing.assert_close(apart.margins, merged.margins)
-    torch.testing.assert_close(apart.collapse, merged.collapse)
+    # The merged weight is rounded.
+    torch.testing.assert_close(apart.collapse, merged.collapse, rtol=1e-5, atol=1e-6)
     report = report_epoch(network, INPUTS, target)
     expected = report_epoch(make().merge_and_unload(), INPUTS, target)
     torch.testing.assert_close(report.margins, expected.margins)
