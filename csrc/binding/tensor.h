@@ -7,7 +7,6 @@
 
 #include <initializer_list>
 #include <string>
-#include <vector>
 
 #include "error.h"
 
@@ -48,18 +47,22 @@ inline std::string name_of(ScalarType type) {
   }
 }
 
-inline std::string shape_of(const std::vector<int64_t>& sizes) {
+template <class SizeOf>
+std::string shape_text(int64_t dim, const SizeOf& size_of) {
   std::ostringstream text;
   text << "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i > 0 ? ", " : "") << sizes[i];
+  for (int64_t i = 0; i < dim; ++i) text << (i > 0 ? ", " : "") << size_of(i);
   text << "]";
   return text.str();
 }
 
 inline std::string shape_of(const Tensor& tensor) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-  return shape_of(sizes);
+  return shape_text(tensor.dim(), [&](int64_t i) { return tensor.size(i); });
+}
+
+inline std::string shape_of(std::initializer_list<int64_t> sizes) {
+  return shape_text(static_cast<int64_t>(sizes.size()),
+                    [&](int64_t i) { return sizes.begin()[i]; });
 }
 
 inline std::string device_of(const Tensor& tensor) {
