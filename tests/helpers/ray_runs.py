@@ -56,8 +56,9 @@ def two_nodes() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     cluster = Cluster()
     environment = pytest.MonkeyPatch()
-    # Where Ray notes the address of the cluster. Its own folder may not exist yet.
+    # Ray notes the address of the cluster in the folder "ray" below this one, and does not make it.
     environment.setenv("RAY_TMPDIR", folder)
+    Path(folder, "ray").mkdir()
     # Actors import what tests import.
     environment.setenv("PYTHONPATH", os.pathsep.join([INSTALLED, str(TESTS)]))
     environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
