@@ -130,3 +130,21 @@ def test_too_many_open_files_is_no_damage(folder: Path, no_build: None) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "Too many open files" in " ".join(outcome.reasons)
     assert only_library(folder).is_file()
+
+
+def test_another_process_may_remove_the_probe_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = os.open
+
+    def create_and_lose(name: str, flags: int, *arguments: int, dir_fd: int) -> int:
+        descriptor = create(name, flags, *arguments, dir_fd=dir_fd)
+        os.unlink(name, dir_fd=dir_fd)
+        return descriptor
+
+    folder = create(tmp_path, os.O_RDONLY)
+    monkeypatch.setattr(os, "open", create_and_lose)
+    probe = places.probe_file(folder)
+    assert os.fstat(probe).st_size > 0 and os.listdir(tmp_path) == []
+    os.close(probe)
+    os.close(folder)
