@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "views.h"
+#include "tensor.h"
 
 namespace marginops::cuda {
 

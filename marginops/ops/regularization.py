@@ -10,8 +10,6 @@ from .. import _checks as checks
 from .._checks import result_dtype
 from . import margin_pair as pairs
 from ._library import Op
-from .arguments import check_bias_shape, check_classes, check_features, check_linear, check_logits
-from .linear_head import LinearHead
 from .linear_margin import linear_classification_margin_op
 from .margin_gradient import distance_gradient
 from .tiles import check_rows
@@ -99,21 +97,16 @@ def _rivals(
 ) -> tuple[Tensor, Tensor]:
     """Margins and rivals of all samples, without gradients."""
     if logits is None:
-        dtype = check_linear(input, weight, bias)
-        check_classes(weight)
+        dtype = checks.check_linear(input, weight, bias)
+        checks.check_classes(weight)
         checks.check_target(target, input, ignore_index, "input")
-        head = LinearHead(
-            input.detach(),
-            weight.detach(),
-            None if bias is None else bias.detach(),
-            target,
-            ignore_index=ignore_index,
-            dtype=dtype,
+        constants = (None if value is None else value.detach() for value in (input, weight, bias))
+        margin, rival = linear_classification_margin_op(
+            *constants, target, None, ignore_index, dtype, None
         )
-        margin, _, rival = linear_classification_margin_op.call(head)
         return margin, rival
-    check_logits(logits)
-    check_features(input, logits)
+    checks.check_logits(logits)
+    checks.check_features(input, logits)
     checks.check_tensor("weight", weight, 2, "[C, D]")
     if weight.shape != (logits.shape[1], input.shape[1]):
         raise ValueError(
@@ -125,7 +118,7 @@ def _rivals(
     if weight.dtype != input.dtype and torch.float64 in (weight.dtype, input.dtype):
         raise TypeError(f"weight: expected dtype {input.dtype} as input, got {weight.dtype}")
     if bias is not None:
-        check_bias_shape(bias, weight)
+        checks.check_bias_shape(bias, weight)
     checks.check_target(target, logits, ignore_index)
     margin, rival = pairs.classification_margin_rival_op(
         logits.detach(), target, None, None, ignore_index
