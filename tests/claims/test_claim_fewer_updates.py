@@ -79,17 +79,6 @@ def test_runs_repeat_and_count_what_they_train_on(claims: Claims) -> None:
     assert max(accuracies) > 0.6
 
 
-def test_held_out_samples_are_training_samples_that_are_not_trained_on(claims: Claims) -> None:
-    training = claims("trainings.fewer_updates")
-    inputs, target = torch.arange(60.0).reshape(60, 1, 1, 1), torch.arange(60) % 10
-    data = claims("harness.data").Data(inputs, target, inputs - 1000, target)
-    split = training.held_out(data)
-    assert len(split.test_target) == 10
-    both = torch.cat([split.train_inputs, split.test_inputs]).flatten()
-    assert both.sort().values.tolist() == list(range(60))
-    assert torch.equal(torch.cat([split.train_target, split.test_target]), both.long() % 10)
-
-
 def test_the_learning_rate_drops_twice_within_the_updates(
     claims: Claims, monkeypatch: pytest.MonkeyPatch
 ) -> None:

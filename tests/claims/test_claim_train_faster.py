@@ -153,7 +153,7 @@ def test_held_out_samples_take_the_place_of_the_test_set(
     data = claims("harness.data").Data(
         torch.randn(600, 4), torch.arange(600) % 3, torch.full((9, 4), torch.nan), torch.zeros(9)
     )
-    monkeypatch.setattr(training, "load", lambda *_: data)
+    monkeypatch.setattr(claims("harness.data"), "load", lambda *_: data)
     sizes = []
     monkeypatch.setattr(
         training, "error_of", lambda _, inputs, target: sizes.append(len(inputs)) or 0.5

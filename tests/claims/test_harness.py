@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -332,6 +333,17 @@ def test_data_sets_that_are_missing(claims, tmp_path):
     for name in (data.FASHION_MNIST, data.MNIST, data.NEWSGROUPS, data.REUTERS):
         assert not sources.has(name)
     assert data.Sources(tmp_path, texts=tmp_path).has(data.REUTERS)
+
+
+def test_held_out_samples_are_training_samples_that_are_not_trained_on(claims):
+    module = claims("harness.data")
+    inputs, target = torch.arange(60.0).reshape(60, 1, 1, 1), torch.arange(60) % 10
+    data = module.Data(inputs, target, inputs - 1000, target)
+    split = module.held_out(data)
+    assert len(split.test_target) == 10
+    both = torch.cat([split.train_inputs, split.test_inputs]).flatten()
+    assert both.sort().values.tolist() == list(range(60))
+    assert torch.equal(torch.cat([split.train_target, split.test_target]), both.long() % 10)
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=2, max_size=8))

@@ -18,6 +18,7 @@ FASHION_MNIST, MNIST, DIGITS = "Fashion-MNIST", "MNIST", "digits"
 NEWSGROUPS, REUTERS = "20 Newsgroups", "Reuters R8"
 _TABLES = {NEWSGROUPS: "20newsgroups", REUTERS: "reuters-r8"}
 WORDS = 5000
+HELD_OUT_SEED = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,21 @@ def load(name: str, sources: Sources) -> Data:
     else:
         data = load_fashion_mnist(sources.path(name))
     return Data(data.train_inputs, data.train_target, data.test_inputs, data.test_target)
+
+
+def load_part(name: str, sources: Sources, evaluate_on: str) -> Data:
+    """A data set as it is for ``"test"``. For ``"held-out"``, without its test samples."""
+    data = load(name, sources)
+    return held_out(data) if evaluate_on == "held-out" else data
+
+
+def held_out(data: Data) -> Data:
+    """Five sixths of the training samples, and the others instead of the test samples."""
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    order = torch.randperm(len(data.train_target), generator=generator)
+    out, kept = order.split([len(order) // 6, len(order) - len(order) // 6])
+    inputs, target = data.train_inputs, data.train_target
+    return Data(inputs[kept], target[kept], inputs[out], target[out])
 
 
 def _texts(wheel: Path, name: str) -> Data:

@@ -4,7 +4,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from harness.data import Data, Sources, load
+from harness.data import Data, Sources, load_part
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -21,7 +21,6 @@ PERCEPTRON, CONVOLUTIONS = "perceptron", "convolutions"
 BATCH, CANDIDATES = 64, 640
 # The learning rate falls to a tenth after each of these shares of the updates.
 DROPS = (0.5, 0.75)
-HELD_OUT_SEED = 100
 
 
 def run(settings: dict[str, Any], sources: Sources) -> dict[str, Any]:
@@ -30,9 +29,7 @@ def run(settings: dict[str, Any], sources: Sources) -> dict[str, Any]:
     ``settings["evaluate_on"]`` is ``"test"``, or ``"held-out"`` to choose a learning rate: then a
     sixth of the training samples is held out of training and takes the place of the test set.
     """
-    data = load(settings["data"], sources)
-    if settings["evaluate_on"] == "held-out":
-        data = held_out(data)
+    data = load_part(settings["data"], sources, settings["evaluate_on"])
     options = {key: settings[key] for key in ("sampling", "updates", "learning_rate", "seed")}
     # The first updates of a process are slow, so they are not measured.
     train(new_network(settings["network"], data), data, **options | {"updates": 3})
@@ -54,15 +51,6 @@ def new_network(name: str, data: Data) -> nn.Module:
     if name == CONVOLUTIONS:
         return convolutions(data.num_classes)
     return perceptron(data.train_inputs[0].numel(), [256], data.num_classes)
-
-
-def held_out(data: Data) -> Data:
-    """Five sixths of the training samples, and the others instead of the test samples."""
-    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    order = torch.randperm(len(data.train_target), generator=generator)
-    out, kept = order.split([len(order) // 6, len(order) - len(order) // 6])
-    inputs, target = data.train_inputs, data.train_target
-    return Data(inputs[kept], target[kept], inputs[out], target[out])
 
 
 def train(

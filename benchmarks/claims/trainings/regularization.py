@@ -5,13 +5,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from harness.data import Data, Sources, load
+from harness.data import Data, Sources, load_part
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import marginops
 
-from .fewer_updates import held_out
 from .loop import error_of, logits_of, uniform_batches, warm_up_and_cosine
 from .networks import convolutions, perceptron
 
@@ -32,9 +31,7 @@ def run(settings: dict[str, Any], sources: Sources) -> dict[str, Any]:
         ``test_error``, ``train_error``, ``train_loss`` (cross-entropy), ``margin`` (median of the
         test samples, see :func:`median_margin`) and ``step_seconds``, the CPU time of a step.
     """
-    data = load(settings["data"], sources)
-    if settings["evaluate_on"] == "held-out":
-        data = held_out(data)
+    data = load_part(settings["data"], sources, settings["evaluate_on"])
     data = drawn(data, settings["samples"], settings["seed"])
     # The first steps of a process are slow, so they are not measured.
     train(new_network(settings["network"], data), data, settings, steps=3)

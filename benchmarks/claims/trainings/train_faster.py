@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from harness.data import Data, Sources, load
+from harness.data import Data, Sources, load_part
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
@@ -18,7 +18,6 @@ from marginops.training import (
     TrainingDynamics,
 )
 
-from .fewer_updates import held_out
 from .loop import error_of, full_batches, uniform_batches, warm_up_and_cosine
 from .networks import convolutions, perceptron
 
@@ -38,9 +37,7 @@ def run(settings: dict[str, Any], sources: Sources) -> dict[str, Any]:
     ``settings["evaluate_on"]`` is ``"test"``, or ``"held-out"`` to choose a learning rate: then a
     sixth of the training samples is held out of training and takes the place of the test set.
     """
-    data = load(settings["data"], sources)
-    if settings["evaluate_on"] == "held-out":
-        data = held_out(data)
+    data = load_part(settings["data"], sources, settings["evaluate_on"])
     # The first updates of a process are slow, so they are not measured.
     few = slice(4 * BATCH)
     first = Data(data.train_inputs[few], data.train_target[few], data.test_inputs, data.test_target)
