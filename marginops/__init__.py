@@ -9,18 +9,17 @@ from ._version import __version__
 from .norms import log_norm_product, log_spectral_complexity
 from .ops.distribution import margin_area, support_vector_counts
 from .ops.linear_log_prob import linear_log_prob
-from .ops.linear_margin import linear_classification_margin, linear_minimal_margin_score
-from .ops.linear_select import linear_select_classification_margin, linear_select_minimal_margin
+from .ops.linear_margin import (
+    linear_classification_margin,
+    linear_select_classification_margin,
+)
+from .ops.linear_score import linear_minimal_margin_score, linear_select_minimal_margin
 from .ops.linear_statistics import linear_sample_statistics
 from .ops.margin import classification_margin, minimal_margin_score
 from .ops.moments import ClassMoments, class_moments
 from .ops.regularization import multi_margin_regularization
-from .ops.select import (
-    Selection,
-    select_classification_margin,
-    select_minimal_margin,
-    select_smallest,
-)
+from .ops.select import Selection, select_smallest
+from .ops.select_margin import select_classification_margin, select_minimal_margin
 from .ops.statistics import SampleStatistics, sample_statistics
 
 if TYPE_CHECKING:

@@ -1,12 +1,10 @@
-// New tensors, calls of torch's ops, and checks of tensors, for the kernels of every device.
+// What errors say of a tensor, and new tensors, for the kernels of every device.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <initializer_list>
 #include <string>
 
@@ -49,6 +47,29 @@ inline std::string name_of(ScalarType type) {
   }
 }
 
+template <class SizeOf>
+std::string shape_text(int64_t dim, const SizeOf& size_of) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < dim; ++i) text << (i > 0 ? ", " : "") << size_of(i);
+  text << "]";
+  return text.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  return shape_text(tensor.dim(), [&](int64_t i) { return tensor.size(i); });
+}
+
+inline std::string shape_of(std::initializer_list<int64_t> sizes) {
+  return shape_text(static_cast<int64_t>(sizes.size()),
+                    [&](int64_t i) { return sizes.begin()[i]; });
+}
+
+inline std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
+}
+
 // Where a tensor lies.
 struct Place {
   int32_t device_type, device_index;
@@ -73,59 +94,6 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type,
     fail_like_torch(text.str());
   }
   return Tensor(tensor);
-}
-
-// Calls an op of torch whose arguments are right. So it fails only for lack of memory, or because
-// the device has failed before.
-template <size_t kArguments>
-void call_torch(const char* op, const char* overload, std::array<StableIValue, kArguments>& stack,
-                const Place& place) {
-  if (torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
-    fail_like_torch(place.no_memory() + " " + op + " of torch failed");
-  }
-}
-
-inline Tensor contiguous(const Tensor& tensor, const Place& place) {
-  if (tensor.is_contiguous()) return tensor;
-  using torch::stable::detail::from;
-  std::array<StableIValue, 2> stack{from(tensor),
-                                    from(torch::headeronly::MemoryFormat::Contiguous)};
-  call_torch("aten::contiguous", "", stack, place);
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
-  text << "]";
-  return text.str();
-}
-
-inline std::string device_of(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  return "device " + std::to_string(tensor.get_device_index());
-}
-
-// `shape` is what to expect, such as "[N, C]".
-inline void check_dim(const char* name, const Tensor& tensor, int64_t dim, const char* shape) {
-  MARGINOPS_CHECK(tensor.dim() == dim, name, ": expected shape ", shape, ", got ",
-                  shape_of(tensor));
-}
-
-inline void check_size(const char* name, const Tensor& tensor, int64_t size, const char* meaning) {
-  MARGINOPS_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, ": expected shape [", size,
-                  "] for ", meaning, ", got ", shape_of(tensor));
-}
-
-inline void check_dtype(const char* name, const Tensor& tensor, ScalarType type) {
-  MARGINOPS_CHECK(tensor.scalar_type() == type, name, ": expected dtype ", name_of(type), ", got ",
-                  name_of(tensor.scalar_type()));
-}
-
-[[noreturn]] inline void fail_dtype(const char* name, const Tensor& tensor) {
-  fail(name, ": expected dtype float32, float64, bfloat16 or float16, got ",
-       name_of(tensor.scalar_type()));
 }
 
 }  // namespace marginops

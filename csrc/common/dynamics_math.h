@@ -10,6 +10,15 @@ namespace marginops {
 
 constexpr int kDynamicsValues = 8, kDynamicsCounts = 4;
 
+// Contiguous tensors: values [N, 8], counts [N, 4], last_seen [N], totals [2].
+struct DynamicsState {
+  float* values;
+  int32_t* counts;
+  int64_t* last_seen;
+  int64_t* totals;
+  int64_t samples;
+};
+
 // A sample's place in last_seen: a later step is larger, and so is a lower row of the same step.
 MARGINOPS_FUNCTION int64_t visit_key(int64_t step, int64_t row) {
   return step * (int64_t{1} << 32) + ((int64_t{1} << 32) - 1 - row);

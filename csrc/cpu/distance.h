@@ -9,12 +9,6 @@
 
 namespace marginops::cpu {
 
-inline void check_bias(const std::optional<Tensor>& bias, const Tensor& weight) {
-  if (!bias) return;
-  check_size("bias", *bias, weight.size(0), "the rows of weight");
-  check_dtype("bias", *bias, weight.scalar_type());
-}
-
 template <class A, class B>
 ValueOf<A> squared_distance(const A* a, const B* b, int64_t columns) {
   using Value = ValueOf<A>;
@@ -178,7 +172,7 @@ template <class Value>
 std::unique_ptr<Distances<Value>> weight_distances(const Tensor& weight,
                                                    const std::optional<Tensor>& bias) {
   std::unique_ptr<Distances<Value>> distances;
-  for_dtype("weight", weight, [&](auto* type) {
+  for_dtype(weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (std::is_same_v<ValueOf<T>, Value>) {
       distances = std::make_unique<WeightDistances<T>>(weight, bias);

@@ -228,27 +228,17 @@ Summary add_slab(const Vector<T>& margins, int64_t* bin_counts) {
   return all;
 }
 
-template <class T>
-T* state(const char* name, const Tensor& tensor, int64_t size, ScalarType type) {
-  MARGINOPS_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU, got one on ",
-                  device_of(tensor));
-  check_dtype(name, tensor, type);
-  MARGINOPS_CHECK(tensor.numel() == size && tensor.is_contiguous(), name, ": expected ", size,
-                  " contiguous values, got ", tensor.is_contiguous() ? "shape " : "strided shape ",
-                  shape_of(tensor));
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 void update_margin_distribution(const Tensor& bin_counts, const Tensor& counts, const Tensor& sums,
                                 const Tensor& minimum, const Tensor& maximum,
                                 const Tensor& margins) {
   check_dim("margins", margins, 1, "[N]");
-  auto* bin = state<int64_t>("bin_counts", bin_counts, kBins, ScalarType::Long);
-  auto* count = state<int64_t>("counts", counts, 2, ScalarType::Long);
-  auto* sum = state<double>("sums", sums, 2, ScalarType::Double);
-  auto* least = state<double>("minimum", minimum, 1, ScalarType::Double);
-  auto* largest = state<double>("maximum", maximum, 1, ScalarType::Double);
-  for_dtype("margins", margins, [&](auto* type) {
+  check_floating("margins", margins);
+  auto* bin = state<int64_t>("bin_counts", bin_counts, {kBins}, ScalarType::Long, bin_counts);
+  auto* count = state<int64_t>("counts", counts, {2}, ScalarType::Long, bin_counts);
+  auto* sum = state<double>("sums", sums, {2}, ScalarType::Double, bin_counts);
+  auto* least = state<double>("minimum", minimum, {}, ScalarType::Double, bin_counts);
+  auto* largest = state<double>("maximum", maximum, {}, ScalarType::Double, bin_counts);
+  for_dtype(margins, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Vector<T> all = vector<T>(margins);
     Summary summary;

@@ -2,7 +2,7 @@
 //
 // One thread computes a row, and nothing is summed across rows, so results do not depend on the
 // number of threads.
-#include "fused_scores.h"
+#include "margin.h"
 
 #include <tuple>
 
@@ -20,7 +20,7 @@ Tensor margins(const Tensor& logits, const Tensor& target, const std::optional<T
   check_log_norm(log_norm, logits);
   Tensor margin = new_tensor({rows.count}, result_type(logits));
   Targets targets(target, logits.size(1), ignore_index);
-  for_dtype("logits", logits, [&](auto* type) {
+  for_dtype(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Value = ValueOf<T>;
     auto* result = static_cast<Value*>(margin.mutable_data_ptr());
@@ -43,6 +43,7 @@ std::tuple<Tensor, Tensor> classification_margin_rival(const Tensor& logits, con
                                                        const std::optional<Tensor>& listed,
                                                        int64_t ignore_index) {
   check_logits(logits);
+  check_rows(listed, logits);
   const Rows rows(logits, listed);
   Tensor rival = new_tensor({rows.count}, ScalarType::Long);
   auto* classes = static_cast<int64_t*>(rival.mutable_data_ptr());
@@ -53,7 +54,7 @@ std::tuple<Tensor, Tensor> classification_margin_rival(const Tensor& logits, con
 Tensor top2_margins(const Tensor& logits, bool softmax) {
   check_logits(logits);
   Tensor margin = new_tensor({logits.size(0)}, result_type(logits));
-  for_dtype("logits", logits, [&](auto* type) {
+  for_dtype(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Value = ValueOf<T>;
     auto* result = static_cast<Value*>(margin.mutable_data_ptr());
@@ -125,11 +126,12 @@ std::tuple<Tensor, Tensor> minimal_margin_pair(const Tensor& logits, const Tenso
                                                const std::optional<Tensor>& bias,
                                                const std::optional<Tensor>& listed, bool nearest) {
   check_head(logits, weight, bias);
+  check_rows(listed, logits);
   const Rows rows(logits, listed);
   Tensor pair = new_tensor({rows.count, 2}, ScalarType::Long);
   Tensor distance = new_tensor({rows.count}, result_type(logits));
   auto* classes = static_cast<int64_t*>(pair.mutable_data_ptr());
-  for_dtype("logits", logits, [&](auto* type) {
+  for_dtype(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     auto* result = static_cast<ValueOf<T>*>(distance.mutable_data_ptr());
     for_each_boundary<T>(logits, weight, bias, rows, nearest,
@@ -144,18 +146,15 @@ std::tuple<Tensor, Tensor> minimal_margin_pair(const Tensor& logits, const Tenso
 
 // The distance of each pair, as minimal_margin_pair() computes it.
 Tensor pair_distance(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& pair) {
-  check_dim("weight", weight, 2, "[C, D]");
-  check_bias(bias, weight);
-  MARGINOPS_CHECK(pair.dim() == 2 && pair.size(1) == 2, "pair: expected shape [K, 2], got ",
-                  shape_of(pair));
-  check_dtype("pair", pair, ScalarType::Long);
+  check_layer(weight, bias, weight);
+  check_pair(pair, weight);
   const Matrix<int64_t> pairs = matrix<int64_t>(pair);
   for (int64_t k = 0; k < pairs.rows; ++k) {
     check_class("pair", pairs.at(k, 0), weight.size(0));
     check_class("pair", pairs.at(k, 1), weight.size(0));
   }
   Tensor distance = new_tensor({pairs.rows}, result_type(weight));
-  for_dtype("weight", weight, [&](auto* type) {
+  for_dtype(weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const WeightDistances<T> distances(weight, bias);
     auto* result = static_cast<ValueOf<T>*>(distance.mutable_data_ptr());
@@ -167,19 +166,6 @@ Tensor pair_distance(const Tensor& weight, const std::optional<Tensor>& bias, co
 }
 
 }  // namespace
-
-void check_head(const Tensor& logits, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_logits(logits);
-  check_dim("weight", weight, 2, "[C, D]");
-  MARGINOPS_CHECK(weight.size(0) == logits.size(1), "weight: expected ", logits.size(1),
-                  " rows for the classes of logits, got ", weight.size(0));
-  MARGINOPS_CHECK(
-      weight.scalar_type() == logits.scalar_type() ||
-          (weight.scalar_type() == ScalarType::Float && logits.scalar_type() != ScalarType::Double),
-      "weight: expected the dtype of logits, or float32 for bfloat16 and float16 logits, got ",
-      name_of(weight.scalar_type()), " for ", name_of(logits.scalar_type()), " logits");
-  check_bias(bias, weight);
-}
 
 Tensor classification_margin(const Tensor& logits, const Tensor& target,
                              const std::optional<Tensor>& log_norm, int64_t ignore_index) {
@@ -193,7 +179,7 @@ Tensor minimal_margin_score(const Tensor& logits, const std::optional<Tensor>& w
   if (!weight) return top2_margins(logits, softmax);
   check_head(logits, *weight, bias);
   Tensor score = new_tensor({logits.size(0)}, result_type(logits));
-  for_dtype("logits", logits, [&](auto* type) {
+  for_dtype(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     auto* result = static_cast<ValueOf<T>*>(score.mutable_data_ptr());
     for_each_boundary<T>(logits, *weight, bias, Rows(logits, std::nullopt), nearest,

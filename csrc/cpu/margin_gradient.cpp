@@ -4,21 +4,13 @@
 // threads.
 #include <tuple>
 
+#include "../binding/aten.h"
 #include "distance.h"
 
 namespace marginops::cpu {
 namespace {
 
-void check_entries(const Tensor& key, const Tensor& coefficient, ScalarType value, int64_t end) {
-  check_dim("key", key, 1, "[M]");
-  check_dtype("key", key, ScalarType::Long);
-  check_size("coefficient", coefficient, key.size(0), "the values of key");
-  check_dtype("coefficient", coefficient, value);
-  MARGINOPS_CHECK(key.is_contiguous() && coefficient.is_contiguous(),
-                  "key, coefficient: expected contiguous tensors, got strides ", key.stride(0),
-                  " and ", coefficient.stride(0));
-  const auto* keys = static_cast<const int64_t*>(key.const_data_ptr());
-  const int64_t count = key.size(0);
+void check_keys(const int64_t* keys, int64_t count, int64_t end) {
   if (count == 0) return;
   MARGINOPS_CHECK(std::is_sorted(keys, keys + count), "key: expected sorted values, got others");
   MARGINOPS_CHECK(keys[0] >= 0 && keys[count - 1] < end, "key: expected values in [0, ", end,
@@ -42,19 +34,20 @@ void add_pairs(const int64_t* key, const int64_t* end, const ValueOf<T>* coeffic
 
 std::tuple<Tensor, Tensor> pair_gradient(const Tensor& key, const Tensor& coefficient,
                                          const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_dim("weight", weight, 2, "[C, D]");
+  check_pair_gradient(key, coefficient, weight, bias);
   const int64_t classes = weight.size(0), columns = weight.size(1);
-  check_entries(key, coefficient, result_type(weight), classes * classes);
-  check_bias(bias, weight);
+  const Tensor dense_key = contiguous(key, place());
+  const Tensor dense_coefficient = contiguous(coefficient, place());
+  const auto* keys = static_cast<const int64_t*>(dense_key.const_data_ptr());
+  const int64_t* keys_end = keys + key.size(0);
+  check_keys(keys, key.size(0), classes * classes);
   Tensor grad_weight = new_tensor({classes, columns}, weight.scalar_type());
   Tensor grad_bias = new_tensor({classes}, weight.scalar_type());
-  const auto* keys = static_cast<const int64_t*>(key.const_data_ptr());
-  const int64_t* keys_end = keys + key.size(0);
-  for_dtype("weight", weight, [&](auto* type) {
+  for_dtype(weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Value = ValueOf<T>;
     const WeightDistances<T> rows(weight, bias);
-    const auto* values = static_cast<const Value*>(coefficient.const_data_ptr());
+    const auto* values = static_cast<const Value*>(dense_coefficient.const_data_ptr());
     auto* weight_gradient = static_cast<T*>(grad_weight.mutable_data_ptr());
     auto* bias_gradient = static_cast<T*>(grad_bias.mutable_data_ptr());
     parallel(classes, 1, [&](int64_t begin, int64_t end) {
@@ -92,19 +85,19 @@ void add_rows(const int64_t* key, const int64_t* end, int64_t base, const ValueO
 
 Tensor class_sum(const Tensor& key, const Tensor& coefficient, const Tensor& rows,
                  int64_t classes) {
-  check_dim("rows", rows, 2, "[R, D]");
+  check_class_sum(key, coefficient, rows, classes);
   const int64_t count = rows.size(0), columns = rows.size(1);
-  MARGINOPS_CHECK(classes >= 0 && classes <= INT64_MAX / std::max<int64_t>(count, 1),
-                  "classes: expected at least 0, and keys below 2**63, got ", classes);
-  check_entries(key, coefficient, result_type(rows), classes * count);
-  Tensor result = new_tensor({classes, columns}, result_type(rows));
-  const auto* keys = static_cast<const int64_t*>(key.const_data_ptr());
+  const Tensor dense_key = contiguous(key, place());
+  const Tensor dense_coefficient = contiguous(coefficient, place());
+  const auto* keys = static_cast<const int64_t*>(dense_key.const_data_ptr());
   const int64_t* keys_end = keys + key.size(0);
-  for_dtype("rows", rows, [&](auto* type) {
+  check_keys(keys, key.size(0), classes * count);
+  Tensor result = new_tensor({classes, columns}, result_type(rows));
+  for_dtype(rows, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Value = ValueOf<T>;
     const Matrix<T> view = matrix<T>(rows);
-    const auto* values = static_cast<const Value*>(coefficient.const_data_ptr());
+    const auto* values = static_cast<const Value*>(dense_coefficient.const_data_ptr());
     auto* sums = static_cast<Value*>(result.mutable_data_ptr());
     parallel(classes, 1, [&](int64_t begin, int64_t end) {
       std::fill(sums + begin * columns, sums + end * columns, Value{0});

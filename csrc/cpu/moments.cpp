@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "../binding/aten.h"
 #include "rows.h"
 
 namespace marginops::cpu {
@@ -242,15 +243,12 @@ void write_moments(const Matrix<T>& rows, const SamplesByClass& samples, bool no
 std::tuple<Tensor, Tensor, Tensor> class_moments(const Tensor& input, const Tensor& target,
                                                  int64_t num_classes, bool normalize,
                                                  int64_t ignore_index) {
-  check_dim("input", input, 2, "[N, D]");
-  check_dtype("target", target, ScalarType::Long);
-  check_size("target", target, input.size(0), "the rows of input");
-  MARGINOPS_CHECK(num_classes >= 1, "num_classes: expected at least 1, got ", num_classes);
+  check_classes(input, target, num_classes);
   const int64_t columns = input.size(1);
   Tensor count = new_tensor({num_classes}, ScalarType::Long);
   Tensor mean = new_tensor({num_classes, columns}, result_type(input));
   Tensor radius = new_tensor({num_classes}, result_type(input));
-  for_dtype("input", input, [&](auto* null) {
+  for_dtype(input, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     using Value = ValueOf<T>;
     Targets targets(target, num_classes, ignore_index);

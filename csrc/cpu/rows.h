@@ -1,5 +1,5 @@
-// Rows of logits, for the kernels of several families: checks of arguments, loops that find the two
-// largest logits of each row, and the margin that these give with the target.
+// Rows of logits, for the kernels of several families: loops that find the two largest logits of
+// each row, and the margin that these give with the target.
 #pragma once
 
 #include <atomic>
@@ -8,27 +8,6 @@
 #include "top2.h"
 
 namespace marginops::cpu {
-
-inline void check_logits(const Tensor& logits, int64_t least_classes = 2) {
-  check_dim("logits", logits, 2, "[N, C]");
-  MARGINOPS_CHECK(least_classes <= logits.size(1) && logits.size(1) < Top2<float>::kNone,
-                  "logits: expected ", least_classes, " <= C < 2**31 - 1 classes, got ",
-                  logits.size(1));
-}
-
-inline void check_target(const Tensor& target, const Tensor& logits) {
-  check_dtype("target", target, ScalarType::Long);
-  check_size("target", target, logits.size(0), "the rows of logits");
-}
-
-inline void check_log_norm(const std::optional<Tensor>& log_norm, const Tensor& logits) {
-  if (!log_norm) return;
-  MARGINOPS_CHECK(log_norm->numel() == 1, "log_norm: expected one value, got shape ",
-                  shape_of(*log_norm));
-  MARGINOPS_CHECK(log_norm->is_cpu(), "log_norm: expected a value on the CPU, got one on ",
-                  device_of(*log_norm));
-  check_dtype("log_norm", *log_norm, result_type(logits));
-}
 
 inline void check_class(const char* name, int64_t value, int64_t classes) {
   MARGINOPS_CHECK(value >= 0 && value < classes, name, ": expected classes in [0, ", classes,
@@ -60,8 +39,6 @@ class Rows {
   Rows(const Tensor& logits, const std::optional<Tensor>& listed)
       : count(listed ? listed->size(0) : logits.size(0)) {
     if (!listed) return;
-    check_dim("rows", *listed, 1, "[K]");
-    check_dtype("rows", *listed, ScalarType::Long);
     listed_ = vector<int64_t>(*listed);
     for (int64_t r = 0; r < count; ++r) {
       MARGINOPS_CHECK(listed_[r] >= 0 && listed_[r] < logits.size(0),

@@ -2,25 +2,21 @@
 #include <tuple>
 
 #include "boundary_selection.h"
-#include "fused_scores.h"
+#include "margin.h"
 #include "selector.h"
 
 namespace marginops::cpu {
 namespace {
 
-void check_k(int64_t k, const Tensor& rows) {
-  const int64_t size = rows.dim() == 0 ? 0 : rows.size(0);
-  MARGINOPS_CHECK(k >= 0 && k <= size, "k: expected 0 <= k <= ", size, ", got ", k);
-}
-
 std::tuple<Tensor, Tensor> select_smallest(const Tensor& scores, int64_t k) {
   check_dim("scores", scores, 1, "[N]");
-  check_k(k, scores);
+  check_floating("scores", scores);
   const int64_t size = scores.size(0);
+  check_k(k, size);
   Tensor chosen = new_tensor({k}, scores.scalar_type());
   Tensor indices = new_tensor({k}, ScalarType::Long);
   auto* index = static_cast<int64_t*>(indices.mutable_data_ptr());
-  for_dtype("scores", scores, [&](auto* type) {
+  for_dtype(scores, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Value = ValueOf<T>;
     const Vector<T> view = vector<T>(scores);
@@ -43,14 +39,14 @@ std::tuple<Tensor, Tensor> select_minimal_margin(const Tensor& logits,
                                                  const std::optional<Tensor>& weight,
                                                  const std::optional<Tensor>& bias, int64_t k,
                                                  bool nearest, bool softmax) {
-  check_k(k, logits);
-  if (weight) check_head(logits, *weight, bias);
+  check_head(logits, weight, bias);
+  check_k(k, logits.size(0));
   if (!weight || nearest || !bounds_pay_off(logits, *weight, k)) {
     return select_smallest(minimal_margin_score(logits, weight, bias, nearest, softmax), k);
   }
   Tensor chosen = new_tensor({k}, result_type(logits));
   Tensor indices = new_tensor({k}, ScalarType::Long);
-  for_dtype("logits", logits, [&](auto* type) {
+  for_dtype(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Value = ValueOf<T>;
     const auto distances = weight_distances<Value>(*weight, bias);
@@ -64,7 +60,8 @@ std::tuple<Tensor, Tensor> select_minimal_margin(const Tensor& logits,
 std::tuple<Tensor, Tensor> select_classification_margin(const Tensor& logits, const Tensor& target,
                                                         const std::optional<Tensor>& log_norm,
                                                         int64_t k, int64_t ignore_index) {
-  check_k(k, logits);
+  check_logits(logits);
+  check_k(k, logits.size(0));
   return select_smallest(classification_margin(logits, target, log_norm, ignore_index), k);
 }
 

@@ -3,6 +3,7 @@
 // One thread computes a row, so results do not depend on the number of threads.
 #include <tuple>
 
+#include "../binding/statistics.h"
 #include "row_sums.h"
 
 namespace marginops::cpu {
@@ -12,21 +13,6 @@ namespace {
 template <class Value>
 Vector<Value> optional_vector(const std::optional<Tensor>& tensor) {
   return tensor ? vector<Value>(*tensor) : Vector<Value>{};
-}
-
-void check_values(const char* name, const std::optional<Tensor>& values, const Tensor& logits) {
-  if (!values) return;
-  check_size(name, *values, logits.size(0), "the rows of logits");
-  check_dtype(name, *values, result_type(logits));
-}
-
-// A gradient of one number and the size of the mean that it belongs to.
-void check_number(const char* name, const std::optional<Tensor>& number, const Tensor& logits) {
-  if (!number) return;
-  check_dim(name, *number, 0, "[]");
-  MARGINOPS_CHECK(number->is_cpu(), name, ": expected a value on the CPU, got one on ",
-                  device_of(*number));
-  check_dtype(name, *number, result_type(logits));
 }
 
 // The mean loss of the rows that are not ignored, and their number. Sums of few rows are added up,
@@ -69,7 +55,7 @@ Fields sample_statistics(const Tensor& logits, const Tensor& target,
   const auto number = [&] { return with_mean ? new_tensor({}, type) : new_tensor({0}, type); };
   Tensor mean = number(), num_counted = number();
   Targets targets(target, logits.size(1), ignore_index);
-  for_dtype("logits", logits, [&](auto* null) {
+  for_dtype(logits, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     using Value = ValueOf<T>;
     const Matrix<T> view = matrix<T>(logits);
@@ -158,26 +144,14 @@ Tensor sample_statistics_gradient(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_confidence,
     const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_mean_loss,
     const std::optional<Tensor>& num_counted, int64_t ignore_index) {
-  check_logits(logits, 1);
-  check_target(target, logits);
-  check_size("rival", rival, logits.size(0), "the rows of logits");
-  check_dtype("rival", rival, ScalarType::Long);
-  check_values("confidence", confidence, logits);
-  check_values("entropy", entropy, logits);
-  check_values("maximum", maximum, logits);
-  check_values("log_sum", log_sum, logits);
-  check_values("grad_margin", grad_margin, logits);
-  check_values("grad_loss", grad_loss, logits);
-  check_values("grad_confidence", grad_confidence, logits);
-  check_values("grad_entropy", grad_entropy, logits);
-  check_number("grad_mean_loss", grad_mean_loss, logits);
-  check_number("num_counted", num_counted, logits);
-  check_log_norm(log_norm, logits);
+  check_statistics_gradient(logits, target, rival, confidence, entropy, maximum, log_sum, log_norm,
+                            grad_margin, grad_loss, grad_confidence, grad_entropy, grad_mean_loss,
+                            num_counted);
   const int64_t count = logits.size(0), classes = logits.size(1);
   const auto targets = vector<int64_t>(target), rivals = vector<int64_t>(rival);
   const bool has_dense = grad_loss || grad_confidence || grad_entropy || grad_mean_loss;
   Tensor grad_logits = new_tensor({count, classes}, logits.scalar_type());
-  for_dtype("logits", logits, [&](auto* null) {
+  for_dtype(logits, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     using Value = ValueOf<T>;
     const Matrix<T> view = matrix<T>(logits);
@@ -238,7 +212,7 @@ std::tuple<Tensor, Tensor> row_sums(const Tensor& logits, const Tensor& target, 
   Tensor values = new_tensor({count, 6}, result_type(logits));
   Tensor leaders = new_tensor({count, 2}, ScalarType::Long);
   const Vector<int64_t> labels = vector<int64_t>(target);
-  for_dtype("logits", logits, [&](auto* null) {
+  for_dtype(logits, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     using Value = ValueOf<T>;
     const Matrix<T> view = matrix<T>(logits);

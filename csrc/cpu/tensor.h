@@ -1,13 +1,14 @@
 // Plain views of the tensors of torch's stable ABI, new tensors, and loops on torch's threads.
 #pragma once
 
-#include "../binding/tensor.h"
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <exception>
 #include <mutex>
 #include <optional>
 
+#include "../binding/checks.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -45,9 +46,9 @@ Vector<T> vector(const Tensor& tensor) {
   return {static_cast<const T*>(tensor.const_data_ptr()), tensor.size(0), tensor.stride(0)};
 }
 
-// Calls action with a null T* of the tensor's element type.
+// Calls action with a null T* of the tensor's element type, which check_floating() has seen.
 template <class Action>
-void for_dtype(const char* name, const Tensor& tensor, const Action& action) {
+void for_dtype(const Tensor& tensor, const Action& action) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return action(static_cast<float*>(nullptr));
@@ -55,15 +56,9 @@ void for_dtype(const char* name, const Tensor& tensor, const Action& action) {
       return action(static_cast<double*>(nullptr));
     case ScalarType::BFloat16:
       return action(static_cast<bfloat16*>(nullptr));
-    case ScalarType::Half:
-      return action(static_cast<float16*>(nullptr));
     default:
-      fail_dtype(name, tensor);
+      return action(static_cast<float16*>(nullptr));
   }
-}
-
-inline ScalarType result_type(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline Place place() {

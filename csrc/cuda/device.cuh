@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tensor.h"
+#include "views.h"
 
 // A device-side assertion, with NDEBUG too. Where it compiles to nothing, the code after it must
 // still be safe.
@@ -70,6 +70,22 @@ __device__ __forceinline__ void store_pack(Scalar* aligned, const Pack<Scalar>& 
   uint4 raw;
   memcpy(&raw, static_cast<const void*>(&pack), sizeof raw);
   *reinterpret_cast<uint4*>(aligned) = raw;
+}
+
+// A value for each row.
+template <class T>
+struct Column {
+  const T* data;  // or null: there is no column
+  int64_t stride;
+
+  __device__ __forceinline__ T operator[](int64_t index) const {
+    return __ldg(data + index * stride);
+  }
+};
+
+template <class T>
+Column<T> column(const Vector& vector) {
+  return {static_cast<const T*>(vector.data), vector.stride};
 }
 
 // The sum over the warp, on all lanes. The whole warp takes part.

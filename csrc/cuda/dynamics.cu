@@ -10,19 +10,6 @@ namespace {
 
 constexpr int kDynamicsBlock = 256;
 
-template <class T>
-struct BatchColumn {
-  const T* data;
-  int64_t stride;
-
-  __device__ __forceinline__ T operator[](int64_t row) const { return __ldg(data + row * stride); }
-};
-
-template <class Number>
-BatchColumn<Number> column(const Vector& vector) {
-  return {static_cast<const Number*>(vector.data), vector.stride};
-}
-
 __device__ __forceinline__ bool value_of(const BoolVector& vector, int64_t row) {
   return vector.data[row * vector.stride];
 }
@@ -45,7 +32,7 @@ __global__ void __launch_bounds__(kDynamicsBlock)
 
 template <class Number>
 struct Numbers {
-  BatchColumn<Number> margin, score, loss, confidence, el2n;
+  Column<Number> margin, score, loss, confidence, el2n;
 };
 
 template <class Number>

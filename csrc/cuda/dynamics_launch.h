@@ -2,18 +2,10 @@
 // here too.
 #pragma once
 
+#include "../common/dynamics_math.h"
 #include "margin_launch.h"
 
 namespace marginops::cuda {
-
-// Contiguous tensors: values [N, 8], counts [N, 4], last_seen [N], totals [2].
-struct DynamicsState {
-  float* values;
-  int32_t* counts;
-  int64_t* last_seen;
-  int64_t* totals;
-  int64_t samples;
-};
 
 struct BoolVector {
   const bool* data;

@@ -17,13 +17,12 @@ HeadView<Weight> view(const Head& head) {
   const Matrix& weight = head.weight;
   const bool aligned = weight.col_stride == 1 && weight.row_stride * sizeof(Weight) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
-  const Vector* bias = head.bias;
   return {static_cast<const Weight*>(weight.data),
           weight.row_stride,
           weight.col_stride,
           weight.cols,
-          bias == nullptr ? nullptr : static_cast<const Weight*>(bias->data),
-          bias == nullptr ? 0 : bias->stride,
+          static_cast<const Weight*>(head.bias.data),
+          head.bias.stride,
           aligned};
 }
 

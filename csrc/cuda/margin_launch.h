@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "tensor.h"
+#include "views.h"
 
 namespace marginops::cuda {
 
@@ -29,8 +29,8 @@ struct LogNorm {
 
 // The last layer. Its dtype is that of the logits, or float32 with bfloat16 and float16 logits.
 struct Head {
-  Matrix weight;       // [C, D]
-  const Vector* bias;  // [C] of the dtype of weight, one more coordinate of the norm; or null
+  Matrix weight;  // [C, D]
+  Vector bias;    // [C] of the dtype of weight, one more coordinate of the norm; or no data
 };
 
 size_t classification_margin_workspace_bytes(const Matrix& logits, const Rows& rows);

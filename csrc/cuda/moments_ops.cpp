@@ -1,21 +1,11 @@
 // Bindings of the CUDA kernels for the ops in marginops/ops/moments.py.
-#include "moments_launch.h"
-
-#include <array>
-
 #include "binding.h"
+
+#include "../binding/aten.h"
+#include "moments_launch.h"
 
 namespace marginops::cuda {
 namespace {
-
-// The sorted keys, and the index that each key had before.
-std::tuple<Tensor, Tensor> stable_sort(const Tensor& key) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(key), from(std::optional<bool>(true)), from(int64_t{0}),
-                                    from(false)};
-  call_torch("aten::sort", "stable", stack, place_of(key));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
 
 ScalarType key_type(int64_t classes) {
   const int bytes = moment_key_bytes(classes);
@@ -25,11 +15,8 @@ ScalarType key_type(int64_t classes) {
 std::tuple<Tensor, Tensor, Tensor> class_moments_op(const Tensor& input, const Tensor& target,
                                                     int64_t num_classes, bool normalize,
                                                     int64_t ignore_index) {
-  check_dim("input", input, 2, "[N, D]");
-  const Matrix rows = matrix(input, "input", input);
-  check_size("target", target, rows.rows, "the rows of input");
-  const Target labels{index_vector(target, "target", input), ignore_index};
-  MARGINOPS_CHECK(num_classes >= 1, "num_classes: expected at least 1, got ", num_classes);
+  check_classes(input, target, num_classes);
+  const Matrix rows = matrix(input);
   MARGINOPS_CHECK(num_classes <= INT32_MAX, "num_classes: expected less than 2**31, got ",
                   num_classes);
   // torch's sort takes no more keys. Moments of several parts of the rows can be merged.
@@ -37,9 +24,10 @@ std::tuple<Tensor, Tensor, Tensor> class_moments_op(const Tensor& input, const T
                   rows.rows);
   const Launch launch(input);
   Tensor key = new_tensor(input, {rows.rows}, key_type(num_classes));
-  check_launch(moment_keys(labels, num_classes, key.mutable_data_ptr(), launch.stream()));
-  const auto [sorted, order] = stable_sort(key);
-  const ScalarType dtype = result_type(rows.dtype);
+  check_launch(moment_keys({index_vector(target), ignore_index}, num_classes,
+                           key.mutable_data_ptr(), launch.stream()));
+  const auto [sorted, order] = stable_sort(key, place_of(key));
+  const ScalarType dtype = result_type(input);
   Tensor count = new_tensor(input, {num_classes}, ScalarType::Long);
   Tensor mean = new_tensor(input, {num_classes, rows.cols}, dtype);
   Tensor radius = new_tensor(input, {num_classes}, dtype);

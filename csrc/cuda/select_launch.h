@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "tensor.h"
+#include "views.h"
 
 namespace marginops::cuda {
 

@@ -8,15 +8,6 @@
 namespace marginops::cuda {
 namespace {
 
-template <class Number>
-Column<Number> column(const Vector& vector) {
-  return {static_cast<const Number*>(vector.data), vector.stride};
-}
-template <class Number>
-Column<Number> column(const Vector* vector) {
-  return vector == nullptr ? Column<Number>{nullptr, 0} : column<Number>(*vector);
-}
-
 template <class Scalar, class Output>
 cudaError_t write_statistics(const Matrix& logits, const Output& output, void* workspace,
                              cudaStream_t stream) {
@@ -54,7 +45,7 @@ size_t statistics_workspace_bytes(const Matrix& logits, bool with_mean) {
   return with_mean ? std::max(rows, mean_parts(logits.rows) * sizeof(LossSum)) : rows;
 }
 
-cudaError_t sample_statistics(const Matrix& logits, const Target& target, const Vector* input_norm,
+cudaError_t sample_statistics(const Matrix& logits, const Target& target, const Vector& input_norm,
                               const LogNorm& log_norm, const StatisticsResult& result,
                               void* workspace, cudaStream_t stream) {
   return with_scalar(logits.dtype, [&](auto scalar) {
@@ -117,8 +108,9 @@ cudaError_t sample_statistics_gradient(const Matrix& logits, const Target& targe
                                       static_cast<const Number*>(gradient.num_counted)};
     const Logits<Scalar> rows = view<Scalar>(logits, {nullptr, logits.rows, 0});
     const auto out = static_cast<Scalar*>(grad_logits);
-    const bool dense = gradient.grad_loss != nullptr || gradient.grad_confidence != nullptr ||
-                       gradient.grad_entropy != nullptr || gradient.grad_mean_loss != nullptr;
+    const bool dense = gradient.grad_loss.data != nullptr ||
+                       gradient.grad_confidence.data != nullptr ||
+                       gradient.grad_entropy.data != nullptr || gradient.grad_mean_loss != nullptr;
     return dense ? write_gradient<Scalar, true>(rows, inputs, out, stream)
                  : write_gradient<Scalar, false>(rows, inputs, out, stream);
   });

@@ -78,16 +78,6 @@ struct StatisticsAccumulator : TopAccumulator<Number> {
   }
 };
 
-template <class T>
-struct Column {
-  const T* data;  // or null
-  int64_t stride;
-
-  __device__ __forceinline__ T operator[](int64_t index) const {
-    return __ldg(data + index * stride);
-  }
-};
-
 // All statistics of a sample. Its TargetOutput writes the margin and the rival.
 template <class Number>
 struct StatisticsOutput {

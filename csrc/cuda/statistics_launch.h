@@ -27,8 +27,8 @@ struct StatisticsResult {
 // The workspace of sample_statistics() and of row_sums().
 size_t statistics_workspace_bytes(const Matrix& logits, bool with_mean = false);
 
-// input_norm [N] of the result type, or null.
-cudaError_t sample_statistics(const Matrix& logits, const Target& target, const Vector* input_norm,
+// input_norm [N] of the result type, or no data.
+cudaError_t sample_statistics(const Matrix& logits, const Target& target, const Vector& input_norm,
                               const LogNorm& log_norm, const StatisticsResult& result,
                               void* workspace, cudaStream_t stream);
 
@@ -43,7 +43,7 @@ cudaError_t row_sums(const Matrix& logits, const IndexVector& target, bool with_
 struct StatisticsGradient {
   IndexVector rival;
   Vector confidence, entropy, maximum, log_sum;
-  const Vector *grad_margin, *grad_loss, *grad_confidence, *grad_entropy;  // null means 0
+  Vector grad_margin, grad_loss, grad_confidence, grad_entropy;  // no data means 0
   const void *grad_mean_loss, *num_counted;  // one value each; null means 0 and 1
 };
 

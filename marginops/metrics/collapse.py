@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
+from ..ops.arguments import checked_target
 from . import _shared as shared
 from ._collapse_state import CollapseState
 from ._nearest import differs_from_nearest
@@ -172,7 +173,7 @@ class NeuralCollapse(CollapseState):
             )
         if target is not None:
             checks.check_target(target, input, self.ignore_index, "input")
-            ignored, target = checks.checked_target(target, self.num_classes, self.ignore_index)
+            ignored, target = checked_target(target, self.num_classes, self.ignore_index)
             if ignored.any():
                 kept = ~ignored
                 input, logits, target = input[kept], logits[kept], target[kept]

@@ -1,7 +1,7 @@
 """A linear head whose weight is a DTensor: each process of its mesh holds the rows of some classes.
 
 Such a head is what tensor parallelism over classes makes. Its local rows and the group of its mesh
-are what the functions of ``linear_sharded.py`` take.
+are what :mod:`shard` takes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from .shard import RankArguments, exchange
+from .exchange import RankArguments, exchange
 
 _PROJECTIONS = 8
 _TOLERANCE = 0.02

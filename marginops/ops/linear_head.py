@@ -1,105 +1,175 @@
-"""Helpers that all ops of a linear head share."""
+"""The arguments of the ops of a linear head, and the place of its classes.
 
-from collections.abc import Sequence
-from typing import Any
+An op of a linear head computes what the op without this prefix computes from
+``F.linear(input, weight, bias)``. PyTorch's matrix product writes the logits of a tile of rows and
+classes into a buffer, and the op reads them there. Margins and scores need no logits for their
+gradient, which follows from the difference of two rows of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from .._checks import result_dtype
+from . import margin_pair as pairs
 from . import row_sums
-from .row_sums import RowSums
-from .tiles import check_chunk_bytes, logit_tiles
+from .arguments import checked_target
+from .class_sum import sum_pairs
+from .row_sums import RowSums, StatisticsFields
+from .select import select_smallest_op
+from .tiles import logit_tiles, tile_shape
 
 Tensors = tuple[Tensor, ...]
 
 
-def checked_linear(
-    input: Any, weight: Any, bias: Any, chunk_bytes: Any, or_more: bool = False
-) -> Any:
-    """Check the arguments of a linear head. With ``or_more``, features are [..., N, D].
+class Place:
+    """Where the classes of a head are: all in this process.
 
-    Returns:
-        The dtype of the matrix product under autocast. None stands for the dtype of the arguments.
+    All that differs for classes in several processes is in the methods that
+    :class:`shard.Shard` overrides. Every process gets the same results.
     """
-    dtype = checks.check_linear(input, weight, bias, or_more)
-    checks.check_classes(weight)
-    check_chunk_bytes(chunk_bytes, weight, dtype)
-    return dtype
+
+    def labels(self, head: LinearHead) -> tuple[Tensor, Tensor]:
+        """Which rows are ignored, and the targets with class 0 for ignored rows.
+
+        Raises:
+            RuntimeError: A target is no class.
+        """
+        return checked_target(head.target, len(head.weight), head.ignore_index)
+
+    def row_sums(self, head: LinearHead, label: Tensor, with_sums: bool) -> RowSums:
+        """The :class:`RowSums` of whole rows of logits."""
+        return head.local_sums(label, with_sums)
+
+    def pair_distance(self, weight: Tensor, bias: Tensor | None, pair: Tensor) -> Tensor:
+        """The result of ``pair_distance_op`` for the weight of all classes."""
+        distance: Tensor = pairs.pair_distance_op(weight, bias, pair)
+        return distance
+
+    def rows(self, weight: Tensor, classes: Tensor) -> Tensor:
+        """The rows of the weight (or entries of the bias) of these classes."""
+        return weight[classes]
+
+    def local(self, classes: Tensor) -> Tensor:
+        """The classes, numbered within this process; NOT_IN_PIECE for those of other processes."""
+        return classes
+
+    def sum_pairs(self, value: Tensor, rows: Tensor, pair: Tensor, count: int) -> Tensor:
+        """See :func:`class_sum.sum_pairs`; for the ``count`` classes of this process."""
+        return sum_pairs(value, rows, pair, count)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of what each process computes from its own classes."""
+        return value
 
 
-def as_matrix(input: Tensor) -> Tensor:
-    """Features ``[..., D]`` as ``[N, D]``: a view, or a copy if there is no view.
+WHOLE = Place()
 
-    The matrix product takes much longer than such a copy.
+
+class LinearHead(NamedTuple):
+    """The arguments of an op of a linear head, checked and converted.
+
+    Attributes:
+        input: ``[N, D]``.
+        weight: ``[C, D]``, the classes of this process.
+        bias: ``[C]``, or None.
+        target: ``[N]``, numbered over the classes of all processes; None without labels.
+        log_norm: 0-d, or None.
+        k: How many of the smallest values an op selects; None for the values of all rows.
+        ignore_index: The target of ignored rows.
+        bias_in_norm: Whether the bias counts as one more column of the weight in the norm.
+        nearest: Whether a score is that of the nearest boundary. Its tiles hold whole rows.
+        dtype: The dtype of the matrix product under autocast; None for that of the arguments.
+        chunk_bytes: The size of the buffer for logits; None for the default.
+        place: Where the classes are.
+        shape: The shape of the rows in the features that the caller passed.
     """
-    return input if input.dim() == 2 else input.flatten(0, -2)
 
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    target: Any = None
+    log_norm: Tensor | None = None
+    k: int | None = None
+    ignore_index: int = -100
+    bias_in_norm: bool = False
+    nearest: bool = False
+    dtype: torch.dtype | None = None
+    chunk_bytes: int | None = None
+    place: Place = WHOLE
+    shape: torch.Size = torch.Size()
 
-def in_shape(values: Tensor, shape: torch.Size) -> Tensor:
-    """The values of all rows in the shape of the rows."""
-    return values if len(shape) == 1 else values.view(shape)
+    @property
+    def ignored(self) -> Tensor:
+        """``[N]`` bool, true for the rows whose target is ``ignore_index``."""
+        return self.target == self.ignore_index
 
+    def tile_shape(self) -> tuple[int, int]:
+        """The number of rows and of classes of a tile."""
+        return tile_shape(self.input, self.weight, self.dtype, self.chunk_bytes, self.nearest)
 
-def with_temperature(
-    head: tuple[Tensor, Tensor, Tensor | None], temperature: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A head whose logits are those of ``head`` divided by ``temperature``."""
-    if temperature == 1:
-        return head
-    input, weight, bias = head
-    # The features are the smallest factor of the logits.
-    return input / temperature, weight, None if bias is None else bias / temperature
+    def tiles(self, shape: tuple[int, int]) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The logits of this process, see :func:`tiles.logit_tiles`."""
+        return logit_tiles(self.input, self.weight, self.bias, self.dtype, shape)
 
+    def whole_rows(self) -> Iterator[tuple[slice, slice, Tensor]] | None:
+        """The tiles if each holds the logits of all classes, else None."""
+        shape = self.tile_shape()
+        has_all = self.place is WHOLE and shape[1] >= len(self.weight)
+        return self.tiles(shape) if has_all else None
 
-def head_sums(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    label: Tensor,
-    dtype: torch.dtype | None,
-    shape: tuple[int, int],
-    with_sums: bool,
-) -> RowSums:
-    """Compute the :class:`RowSums` of all rows from the logits of the tiles.
+    def local_sums(self, label: Tensor, with_sums: bool) -> RowSums:
+        """The :class:`RowSums` over the classes of this process, from the logits of the tiles.
 
-    Margins and scores only need the largest logits. They pass ``with_sums=False``.
-    """
-    complete, parts = [], []
-    for rows, classes, logits in logit_tiles(input, weight, bias, dtype, shape):
-        parts.append(row_sums.piece_sums(logits, label[rows], classes, with_sums))
-        if classes.stop == len(weight):
-            complete.append(row_sums.merge(parts))
-            parts = []
-    return RowSums(*join(complete))
+        Margins and scores only need the largest logits. They pass ``with_sums=False``.
+        """
+        complete, parts = [], []
+        for rows, classes, logits in self.tiles(self.tile_shape()):
+            parts.append(row_sums.piece_sums(logits, label[rows], classes, with_sums))
+            if classes.stop == len(self.weight):
+                complete.append(row_sums.merge(parts))
+                parts = []
+        return RowSums(*join(complete))
+
+    def statistics(self, input_norm: Tensor | None) -> StatisticsFields:
+        """The fields of ``sample_statistics_op``. Without ``input_norm`` only margin and rival."""
+        ignored, label = self.place.labels(self)
+        sums = self.place.row_sums(self, label, input_norm is not None)
+        return row_sums.finish_exactly(sums, label, ignored, input_norm, self.log_norm)
+
+    def norm_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias whose distances a score is divided by; no bias if it does not count.
+
+        They are float32 under autocast, where the dtypes of weight and bias may differ.
+        """
+        bias = self.bias if self.bias_in_norm else None
+        if self.dtype is None:
+            return self.weight, bias
+        return self.weight.float(), None if bias is None else bias.float()
+
+    def smallest(self, values: Tensor, *others: Tensor) -> Tensors:
+        """The values, indices and ``others`` of the k smallest values.
+
+        Without ``k`` all values, no indices, and all ``others``.
+        """
+        if self.k is None:
+            return values, values.new_empty(0, dtype=torch.int64), *others
+        values, indices = select_smallest_op(values, self.k)
+        return values, indices, *(other[indices] for other in others)
+
+    def chosen(self, indices: Tensor) -> LinearHead:
+        """The head with these rows only."""
+        target = None if self.target is None else self.target[indices]
+        return self._replace(input=self.input[indices], target=target)
+
+    def in_shape(self, values: Tensor) -> Tensor:
+        """The values of all rows in the shape of the rows that the caller passed."""
+        return values if len(self.shape) == 1 else values.view(self.shape)
 
 
 def join(parts: Sequence[Tensors]) -> Tensors:
     """Concatenate the results of all ranges of rows."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
-
-
-def norm_parameters(
-    weight: Tensor, bias: Tensor | None, bias_in_norm: bool, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias whose distances a score is divided by; no bias if it does not count.
-
-    They are float32 under autocast, where the dtypes of weight and bias may differ.
-    """
-    bias = bias if bias_in_norm else None
-    if dtype is None:
-        return weight, bias
-    return weight.float(), None if bias is None else bias.float()
-
-
-def empty_results(input: Tensor, rows: int, *kinds: str) -> Tensors:
-    """Uninitialized results: a "value" of the result dtype, an int64 "class" or int64 "pair"."""
-    dtype = result_dtype(input.dtype)
-    return tuple(
-        input.new_empty(
-            (rows, 2) if kind == "pair" else (rows,),
-            dtype=dtype if kind == "value" else torch.int64,
-        )
-        for kind in kinds
-    )

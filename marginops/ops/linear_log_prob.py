@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
+from .linear_arguments import checked_linear_head
 from .linear_statistics import head_statistics
 
 if TYPE_CHECKING:
@@ -111,7 +112,14 @@ def linear_log_prob(
         >>> entropy
         tensor([[0.6628, 0.6275]])
     """
-    head, labels = (input, weight, bias), (target, ignore_index)
-    statistics = head_statistics(head, labels, None, temperature, chunk_bytes, group)
+    head = checked_linear_head(
+        "linear_log_prob",
+        (input, weight, bias),
+        chunk_bytes,
+        group,
+        labels=(target, ignore_index),
+        temperature=temperature,
+    )
+    statistics = head_statistics(head)
     log_prob = 0 - statistics.loss  # -0.0 would be the log-probability of ignored samples otherwise
     return (log_prob, statistics.entropy) if return_entropy else log_prob

@@ -7,33 +7,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _checks as checks
-from .._checks import checked_target, result_dtype
-from . import linear_sharded as sharded
-from . import row_sums, statistics
-from ._library import Op
-from .distributed_head import local_head
-from .linear_gradient import (
-    label_pair,
-    linear_sample_statistics_gradient_op,
-    margin_head_gradient,
-)
-from .linear_head import (
-    Tensors,
-    as_matrix,
-    checked_linear,
-    head_sums,
-    join,
-    with_temperature,
-)
+from .._checks import result_dtype
+from . import statistics
+from .linear_arguments import checked_linear_head
+from .linear_gradient import margin_gradients
+from .linear_head import LinearHead, Tensors, join
+from .linear_op import Gradients, Kept, LinearOp
+from .linear_statistics_gradient import linear_sample_statistics_gradient_op
 from .margin_gradient import log_norm_gradient
-from .row_sums import StatisticsFields
+from .row_sums import IGNORED, StatisticsFields
 from .rows import RowLayout
 from .statistics import SampleStatistics, as_statistics
-from .tiles import check_rows, logit_tiles, tile_shape
+from .tiles import check_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_PARAMETERS = ("input", "weight", "bias")
 
 
 def linear_sample_statistics(
@@ -89,42 +79,24 @@ def linear_sample_statistics(
         >>> marginops.linear_sample_statistics(features, weight, torch.tensor([1, 1])).loss
         tensor([0.3133, 1.7014])
     """
-    labels = target, ignore_index
-    return head_statistics((input, weight, bias), labels, log_norm, 1.0, chunk_bytes, group)
+    head = checked_linear_head(
+        "linear_sample_statistics",
+        (input, weight, bias),
+        chunk_bytes,
+        group,
+        labels=(target, ignore_index),
+        log_norm=log_norm,
+    )
+    return head_statistics(head)
 
 
-def head_statistics(
-    head: tuple[Tensor, Tensor, Tensor | None],
-    labels: tuple[Tensor, int],
-    log_norm: Tensor | float | None,
-    temperature: float,
-    chunk_bytes: int | None,
-    group: ProcessGroup | None,
-) -> SampleStatistics:
-    """The statistics of the logits of a head divided by ``temperature``.
-
-    ``head`` is input, weight and bias. ``labels`` is target and ``ignore_index``.
-    """
-    if not checks.is_ordinary(head[1]):
-        *local, group, target = local_head(*head, group, labels[0])
-        head, labels = (local[0], local[1], local[2]), (target, labels[1])
-    if group is not None:
-        fields = sharded.sample_statistics(head, labels, log_norm, temperature, chunk_bytes, group)
-    else:
-        (input, weight, bias), (target, ignore_index) = head, labels
-        dtype = checked_linear(input, weight, bias, chunk_bytes, or_more=True)
-        checks.check_target(target, input, ignore_index, "input", dims=input.dim() - 1)
-        checks.check_temperature(temperature)
-        log_norm = checks.as_log_norm(log_norm, input)
-        input, weight, bias = with_temperature((as_matrix(input), weight, bias), temperature)
-        fields = linear_sample_statistics_op(
-            input, weight, bias, target.flatten(), log_norm, ignore_index, dtype, chunk_bytes
-        )
-    shape = labels[0].shape
-    return as_statistics(fields, True, None if len(shape) == 1 else RowLayout(shape))
+def head_statistics(head: LinearHead) -> SampleStatistics:
+    """The statistics in the shape of the rows that the caller passed."""
+    fields = linear_sample_statistics_op.call(head)
+    return as_statistics(fields, True, None if len(head.shape) == 1 else RowLayout(head.shape))
 
 
-class LinearSampleStatisticsOp(Op):
+class LinearSampleStatisticsOp(LinearOp):
     """Computes the statistics of a linear head. It returns :class:`StatisticsFields`."""
 
     schema = (
@@ -134,89 +106,65 @@ class LinearSampleStatisticsOp(Op):
     )
     constants = statistics.CONSTANTS
     row_arguments = ("input", "target")
-    has_kernels = False
 
     @staticmethod
-    def reference(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        log_norm: Tensor | None,
-        ignore_index: int,
-        dtype: torch.dtype | None,
-        chunk_bytes: int | None,
-    ) -> Tensors:
-        check_rows(input, target=target)
-        shape = tile_shape(input, weight, dtype, chunk_bytes)
-        norm = torch.cat(
-            [
-                torch.linalg.vector_norm(part, dim=1, dtype=result_dtype(input.dtype))
-                for part in input.split(max(shape[0], 1))
-            ]
-        )
-        if shape[1] < len(weight):
-            ignored, label = checked_target(target, len(weight), ignore_index)
-            sums = head_sums(input, weight, bias, label, dtype, shape, True)
-            return row_sums.finish_exactly(sums, label, ignored, norm, log_norm)
+    def compute(head: LinearHead) -> Tensors:
+        check_rows(head.input, target=head.target)
+        dtype = result_dtype(head.input.dtype)
+        norms = [
+            torch.linalg.vector_norm(part, dim=1, dtype=dtype)
+            for part in head.input.split(max(head.tile_shape()[0], 1))
+        ]
+        norm = torch.cat(norms)
+        if (tiles := head.whole_rows()) is None:
+            return head.statistics(norm)
         parts = [
             statistics.sample_statistics_op(
-                logits, target[rows], norm[rows], log_norm, ignore_index, False
+                logits, head.target[rows], norm[rows], head.log_norm, head.ignore_index, False
             )
-            for rows, _, logits in logit_tiles(input, weight, bias, dtype, shape)
+            for rows, _, logits in tiles
         ]
         return join(parts)
 
     @staticmethod
-    def fake(input: Tensor, *_: Any) -> Tensors:
-        return statistics.empty_fields(input, input.shape[0], True)
+    def empty(head: LinearHead) -> Tensors:
+        return statistics.empty_fields(head.input, head.input.shape[0], True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        *tensors, ctx.ignore_index, ctx.dtype, ctx.chunk_bytes = inputs
-        fields = StatisticsFields._make(output)
-        ctx.save_for_backward(
-            *tensors,
-            fields.rival,
-            fields.confidence,
-            fields.entropy,
-            fields.maximum,
-            fields.log_sum,
-            fields.margin if ctx.needs_input_grad[4] else None,
-        )
+    def keep(head: LinearHead, results: Tensors, needs_grad: set[str]) -> Kept:
+        fields = StatisticsFields._make(results)
+        saved = fields.rival, fields.confidence, fields.entropy, fields.maximum, fields.log_sum
+        return *saved, fields.margin if "log_norm" in needs_grad else None
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, weight, bias, target, log_norm, rival, *saved, margin = ctx.saved_tensors
+    def differentiate(head: LinearHead, kept: Any, grads: Any, needs_grad: set[str]) -> Gradients:
+        rival, *saved, margin = kept
         grad_margin, *softmax_grads, _ = grads
-        grad_log_norm = log_norm_gradient(grad_margin, margin, target, ctx.ignore_index)
-        if not any(ctx.needs_input_grad[:3]):
-            gradients: tuple[Tensor | None, ...] = (None, None, None)
-        elif all(value is None for value in softmax_grads) and grad_margin is not None:
-            value, pair = label_pair(grad_margin, target, rival, log_norm, ctx.ignore_index)
-            gradients = margin_head_gradient(
-                value, pair, (input, weight, bias), ctx.dtype, ctx.needs_input_grad
-            )
-        else:
-            gradients = linear_sample_statistics_gradient_op(
-                input,
-                weight,
-                bias,
-                target,
-                rival,
+        gradients: Gradients = {}
+        if grad_margin is not None and all(value is None for value in softmax_grads):
+            gradients = margin_gradients(head, grad_margin, rival, needs_grad)
+        elif not needs_grad.isdisjoint(_PARAMETERS):
+            place = head.place
+            values = linear_sample_statistics_gradient_op(
+                *head[:3],
+                torch.where(head.ignored, IGNORED, place.local(head.target)),
+                place.local(rival),
                 *saved,
-                log_norm,
+                head.log_norm,
                 grad_margin,
                 *softmax_grads,
-                ctx.ignore_index,
-                ctx.dtype,
-                ctx.chunk_bytes,
-                ctx.needs_input_grad[0],
-                ctx.needs_input_grad[1],
+                head.dtype,
+                head.chunk_bytes,
+                "input" in needs_grad,
+                "weight" in needs_grad,
             )
-            needed = zip(gradients, ctx.needs_input_grad, strict=False)
-            gradients = tuple(value if needs else None for value, needs in needed)
-        return *gradients, None, grad_log_norm, None, None, None
+            gradients.update(zip(_PARAMETERS, values, strict=True))
+            if "input" in needs_grad:
+                gradients["input"] = place.sum(values[0])
+        gradients["log_norm"] = log_norm_gradient(
+            grad_margin, margin, head.target, head.ignore_index
+        )
+        return gradients
 
 
 linear_sample_statistics_op = LinearSampleStatisticsOp()

@@ -9,6 +9,15 @@ from .._checks import result_dtype
 from . import margin_pair as pairs
 from ._batches import Batch
 from ._library import Op
+from .arguments import (
+    as_log_norm,
+    check_bias,
+    check_bias_in_norm,
+    check_labelled_logits,
+    check_logits,
+    check_weight,
+    warn_of_probabilities,
+)
 from .margin_gradient import margin_gradient, score_gradient
 from .rows import row_layout
 from .top2_margin import top2_margin_gradient, top2_margin_reference
@@ -60,8 +69,8 @@ def classification_margin(
         >>> marginops.classification_margin(logits, torch.tensor([0, 1]))
         tensor([ 1., -1.])
     """
-    checks.check_labelled_logits(logits, target, ignore_index, or_more=True)
-    log_norm = checks.as_log_norm(log_norm, logits)
+    check_labelled_logits(logits, target, ignore_index, or_more=True)
+    log_norm = as_log_norm(log_norm, logits)
     if logits.dim() == 2:
         return classification_margin_op(logits, target, log_norm, ignore_index)
     layout = row_layout(logits)
@@ -193,7 +202,7 @@ def minimal_margin_score(
     """
     bias, nearest = checked_head(logits, weight, bias, rival, bias_in_norm, softmax, or_more=True)
     if weight is not None:
-        checks.warn_of_probabilities(logits)
+        warn_of_probabilities(logits)
     if logits.dim() == 2:
         return minimal_margin_score_op(logits, weight, bias, nearest, softmax)
     # Rows in gaps have scores, too. Their zero gradients could be NaN in weight and bias.
@@ -217,7 +226,7 @@ def checked_head(
     Returns:
         The bias if it is part of the norm, else None; and whether ``rival`` is ``"nearest"``.
     """
-    checks.check_logits(logits, or_more)
+    check_logits(logits, or_more)
     checks.check_choice("rival", rival, RIVALS)
     if not isinstance(softmax, bool):
         raise TypeError(f"softmax: expected a bool, got {type(softmax).__name__}")
@@ -230,15 +239,15 @@ def checked_head(
                 f"pass the last layer's weight or leave out {option}"
             )
         return None, False
-    checks.check_weight(weight, logits)
+    check_weight(weight, logits)
     if softmax:
         raise ValueError(
             "softmax: expected False with a weight, got True; leave out the weight for the "
             "margin of the probabilities"
         )
     if bias is not None:
-        checks.check_bias(bias, weight)
-    checks.check_bias_in_norm(bias, bias_in_norm)
+        check_bias(bias, weight)
+    check_bias_in_norm(bias, bias_in_norm)
     return (bias if bias_in_norm else None), rival == "nearest"
 
 

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import checked_target, result_dtype
+from .._checks import result_dtype
 from ._batches import Batch
 from ._library import Op
+from .arguments import checked_target
 
 
 def normalize(margin: Tensor, log_norm: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from .. import _checks as checks
 from .._checks import result_dtype
 from ._library import Op
 from ._results import describe
+from .arguments import checked_target
 from .class_sum import add_in_order
 
 
@@ -179,7 +180,7 @@ class ClassMomentsOp(Op):
         input: Tensor, target: Tensor, num_classes: int, normalize: bool, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Subtract one sample of the class from all others, so that equal rows have radius 0."""
-        ignored, _ = checks.checked_target(target, num_classes, ignore_index)
+        ignored, _ = checked_target(target, num_classes, ignore_index)
         # The ignored samples form one more class.
         label = torch.where(ignored, num_classes, target)
         sample = torch.arange(len(input), device=input.device)

@@ -10,6 +10,8 @@ from .. import _checks as checks
 from .._checks import result_dtype
 from . import margin_pair as pairs
 from ._library import Op
+from .arguments import check_bias_shape, check_classes, check_features, check_linear, check_logits
+from .linear_head import LinearHead
 from .linear_margin import linear_classification_margin_op
 from .margin_gradient import distance_gradient
 from .tiles import check_rows
@@ -97,16 +99,21 @@ def _rivals(
 ) -> tuple[Tensor, Tensor]:
     """Margins and rivals of all samples, without gradients."""
     if logits is None:
-        dtype = checks.check_linear(input, weight, bias)
-        checks.check_classes(weight)
+        dtype = check_linear(input, weight, bias)
+        check_classes(weight)
         checks.check_target(target, input, ignore_index, "input")
-        constants = (None if value is None else value.detach() for value in (input, weight, bias))
-        margin, rival = linear_classification_margin_op(
-            *constants, target, None, ignore_index, dtype, None
+        head = LinearHead(
+            input.detach(),
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            target,
+            ignore_index=ignore_index,
+            dtype=dtype,
         )
+        margin, _, rival = linear_classification_margin_op.call(head)
         return margin, rival
-    checks.check_logits(logits)
-    checks.check_features(input, logits)
+    check_logits(logits)
+    check_features(input, logits)
     checks.check_tensor("weight", weight, 2, "[C, D]")
     if weight.shape != (logits.shape[1], input.shape[1]):
         raise ValueError(
@@ -118,7 +125,7 @@ def _rivals(
     if weight.dtype != input.dtype and torch.float64 in (weight.dtype, input.dtype):
         raise TypeError(f"weight: expected dtype {input.dtype} as input, got {weight.dtype}")
     if bias is not None:
-        checks.check_bias_shape(bias, weight)
+        check_bias_shape(bias, weight)
     checks.check_target(target, logits, ignore_index)
     margin, rival = pairs.classification_margin_rival_op(
         logits.detach(), target, None, None, ignore_index

@@ -1,60 +1,93 @@
 """A linear head whose classes are spread over the processes of a group.
 
-A shard is the part of the head that one rank holds: the weight rows of a range of classes.
+Each rank holds the weight rows of a range of classes and computes the :class:`RowSums` of these.
+The ranks exchange the sums. Then every rank merges them and computes the results of all rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _checks as checks
 from .._checks import result_dtype
+from . import margin_pair as pairs
 from .class_sum import sum_pairs
-from .linear_head import head_sums
+from .exchange import RankArguments, exchange
+from .linear_head import LinearHead, Place
 from .row_sums import NOT_IN_PIECE, RowSums, classes_in_piece, merge
-from .tiles import check_chunk_bytes, tile_shape
+from .tiles import CPU_CHUNK_BYTES
+
+# How many bytes of rows of the weight the ranks exchange at most at once. All ranks need the same
+# number.
+_EXCHANGED_BYTES = CPU_CHUNK_BYTES
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The classes [start, stop) of this rank, and how it computes their logits.
+class Shard(Place):
+    """The place of a head with the classes [start, stop) on this rank.
 
     Attributes:
         group: The processes that share the head.
         sizes: The number of classes of every rank.
         start: The first class of this rank.
         stop: The class after the last one of this rank.
-        dtype: The dtype of the matrix product; None for the dtype of the arguments.
-        chunk_bytes: The size of the buffer for logits in bytes; None for the default.
     """
 
     group: dist.ProcessGroup
     sizes: list[int]
     start: int
     stop: int
-    dtype: torch.dtype | None
-    chunk_bytes: int | None
 
-    @property
-    def classes(self) -> slice:
-        """The range of this rank's classes among all classes."""
-        return slice(self.start, self.stop)
+    def labels(self, head: LinearHead) -> tuple[Tensor, Tensor]:
+        """The ranks have checked the targets together."""
+        ignored = head.ignored
+        return ignored, torch.where(ignored, 0, head.target)
+
+    def row_sums(self, head: LinearHead, label: Tensor, with_sums: bool) -> RowSums:
+        """Merge the sums of all ranks."""
+        if len(head.weight):
+            values, classes = head.local_sums(self.local(label), with_sums)
+            classes = torch.where(classes < 0, classes, classes + self.start)
+        else:
+            values = head.input.new_zeros((len(label), 6), dtype=result_dtype(head.input.dtype))
+            values[:, :2] = -torch.inf
+            classes = label.new_full((len(label), 2), -1)
+        parts = zip(self._gather(values), self._gather(classes), strict=True)
+        return merge([RowSums(*part) for part in parts])
+
+    def pair_distance(self, weight: Tensor, bias: Tensor | None, pair: Tensor) -> Tensor:
+        """Every rank gets the rows of some pairs after the other."""
+        row_bytes = max(weight.shape[1], 1) * result_dtype(weight.dtype).itemsize
+        parts = []
+        for part in pair.split(max(_EXCHANGED_BYTES // (2 * row_bytes), 1)):
+            classes = part.flatten()
+            pair_bias = None if bias is None else self.rows(bias, classes)
+            index = torch.arange(len(classes), device=classes.device).view(-1, 2)
+            parts.append(pairs.pair_distance_op(self.rows(weight, classes), pair_bias, index))
+        return torch.cat(parts)
+
+    def rows(self, weight: Tensor, classes: Tensor) -> Tensor:
+        """Each row is a sum over ranks. It is exact, because all ranks but one add 0."""
+        local = self.local(classes)
+        rows = weight.new_zeros((len(classes), *weight.shape[1:]))
+        is_local = (local != NOT_IN_PIECE).nonzero().squeeze(1)
+        rows[is_local] = weight[local[is_local]]
+        return self.sum(rows)
 
     def local(self, classes: Tensor) -> Tensor:
-        """Number classes from the start of this rank. Other ranks' become NOT_IN_PIECE."""
-        return classes_in_piece(classes, self.classes)
+        """Number classes from the start of this rank."""
+        return classes_in_piece(classes, slice(self.start, self.stop))
 
-    def gather(self, value: Tensor) -> Tensor:
-        """``[R, ...]``: the tensors of all R ranks."""
-        parts = [torch.empty_like(value) for _ in self.sizes]
-        dist.all_gather(parts, value.contiguous(), group=self.group)
-        return torch.stack(parts)
+    def sum_pairs(self, value: Tensor, rows: Tensor, pair: Tensor, count: int) -> Tensor:
+        """Leave out the classes of other ranks."""
+        local = self.local(pair)
+        kept = (local.t().flatten() != NOT_IN_PIECE).nonzero().squeeze(1)
+        return sum_pairs(value, rows, local, count, kept)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks, rounded once to the dtype of ``value``."""
@@ -62,36 +95,11 @@ class Shard:
         dist.all_reduce(total, group=self.group)
         return total.to(value.dtype)
 
-    def rows(self, weight: Tensor, classes: Tensor) -> Tensor:
-        """Rows of the whole weight, the same on every rank.
-
-        Each row is a sum over ranks. It is exact, because all ranks but one add 0.
-        """
-        local = self.local(classes)
-        rows = weight.new_zeros((len(classes), *weight.shape[1:]))
-        is_local = (local != NOT_IN_PIECE).nonzero().squeeze(1)
-        rows[is_local] = weight[local[is_local]]
-        return self.sum(rows)
-
-    def sum_pairs(self, value: Tensor, rows: Tensor, pair: Tensor, count: int) -> Tensor:
-        """See :func:`class_sum.sum_pairs`; for the ``count`` classes of this rank."""
-        local = self.local(pair)
-        kept = (local.t().flatten() != NOT_IN_PIECE).nonzero().squeeze(1)
-        return sum_pairs(value, rows, local, count, kept)
-
-
-@dataclass(frozen=True)
-class RankArguments:
-    """What a rank tells the other ranks about its arguments.
-
-    Attributes:
-        must_agree: Properties that have to be the same on all ranks, by name.
-    """
-
-    must_agree: dict[str, Any]
-
-
-Arguments = TypeVar("Arguments", bound=RankArguments)
+    def _gather(self, value: Tensor) -> list[Tensor]:
+        """The tensors of all ranks."""
+        parts = [torch.empty_like(value) for _ in self.sizes]
+        dist.all_gather(parts, value.contiguous(), group=self.group)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -107,56 +115,30 @@ class _HeadArguments(RankArguments):
     targets: tuple[int, int] | None
 
 
-def open_shard(
-    function: str,
-    head: tuple[Any, Any, Any],
-    chunk_bytes: Any,
-    group: Any,
-    check: Callable[[], dict[str, Any]],
-    labels: tuple[Any, Any] | None = None,
-    or_more: bool = False,
-) -> Shard:
-    """Check the arguments of all ranks. If the arguments of one are wrong, every rank raises.
+def open_shard(group: Any, check: Callable[[], LinearHead], **others: Any) -> LinearHead:
+    """Check the arguments of all ranks. If those of one are wrong, every rank raises an error.
 
     Args:
-        function: The name of the function, which has to be the same on all ranks.
-        head: Features, weight and bias.
-        chunk_bytes: The size of the buffer for logits in bytes, or None.
         group: The processes that share the head.
-        check: Checks all further arguments. Returns the properties that have to be the same on
-            all ranks.
-        labels: Targets and ``ignore_index``; None if the function has no targets.
-        or_more: Whether the features may be [..., N, D].
+        check: Checks the arguments of this rank.
+        others: What else has to be the same on all ranks.
+
+    Returns:
+        The result of ``check`` with the place of its classes.
     """
-    input, weight, bias = head
     if torch._C._are_functorch_transforms_active():
         # Not part of the exchange below, which does not work inside the transforms either.
         raise NotImplementedError(
             "group: expected None inside the transforms of torch.func such as grad and vmap, "
             f"got {group}; use backward()"
         )
+    heads = []
 
-    def check_all() -> _HeadArguments:
-        dtype = checks.check_linear(input, weight, bias, or_more)
-        check_chunk_bytes(chunk_bytes, weight, dtype)
-        others = check()
-        must_agree = {
-            "function": function,
-            "input (shape, dtype, requires_grad)": [
-                *input.shape,
-                str(input.dtype),
-                records_gradient(input),
-            ],
-            "weight (dtype)": str(weight.dtype),
-            "bias (dtype)": None if bias is None else str(bias.dtype),
-            "weight and bias (requires_grad)": records_gradient(weight, bias),
-            "autocast (dtype)": str(dtype),
-            **others,
-        }
-        targets = None if labels is None else _targets(*labels)
-        return _HeadArguments(must_agree, len(weight), targets)
+    def check_and_describe() -> _HeadArguments:
+        heads.append(check())
+        return _describe(heads[0], others)
 
-    all_ranks = exchange(group, check_all)
+    all_ranks = exchange(group, check_and_describe)
     sizes = [arguments.classes for arguments in all_ranks]
     total = sum(sizes)
     if total < 2:
@@ -170,75 +152,40 @@ def open_shard(
             )
     rank = dist.get_rank(group)
     start = sum(sizes[:rank])
-    dtype = checks.check_linear(*head, or_more)
-    return Shard(group, sizes, start, start + sizes[rank], dtype, chunk_bytes)
+    return heads[0]._replace(place=Shard(group, sizes, start, start + sizes[rank]))
 
 
-def records_gradient(*values: Tensor | None) -> bool:
+def _describe(head: LinearHead, others: dict[str, Any]) -> _HeadArguments:
+    input, weight, bias, target, log_norm, *_ = head
+    must_agree = {
+        **others,
+        "input (shape, dtype, requires_grad)": [
+            *head.shape,
+            input.shape[1],
+            str(input.dtype),
+            _records_gradient(input),
+        ],
+        "weight (dtype)": str(weight.dtype),
+        "bias (dtype)": None if bias is None else str(bias.dtype),
+        "weight and bias (requires_grad)": _records_gradient(weight, bias),
+        "autocast (dtype)": str(head.dtype),
+        "ignore_index": head.ignore_index,
+        "log_norm (is not None, requires_grad)": [
+            log_norm is not None,
+            _records_gradient(log_norm),
+        ],
+        "bias_in_norm": head.bias_in_norm,
+        "k": head.k,
+    }
+    kept = None if target is None else target[target != head.ignore_index]
+    targets = None if kept is None or not len(kept) else (int(kept.min()), int(kept.max()))
+    return _HeadArguments(must_agree, len(weight), targets)
+
+
+def _records_gradient(*values: Tensor | None) -> bool:
     """Whether autograd records a gradient of one of the tensors.
 
     All ranks have to agree, because all ranks have to take part in the backward pass.
     """
     needs_grad = any(value is not None and value.requires_grad for value in values)
     return torch.is_grad_enabled() and needs_grad
-
-
-def _targets(target: Tensor, ignore_index: int) -> tuple[int, int] | None:
-    """The smallest and the largest target that is not ignored; None if there is none."""
-    kept = target[target != ignore_index]
-    return (int(kept.min()), int(kept.max())) if len(kept) else None
-
-
-def exchange(group: Any, check: Callable[[], Arguments]) -> list[Arguments]:
-    """Check the arguments of this rank and exchange the results with all ranks.
-
-    If the check of one rank fails, or if the ranks disagree, every rank raises an error. So no
-    rank waits for another one that has raised.
-    """
-    if not dist.is_available():
-        raise RuntimeError("group: this build of PyTorch has no torch.distributed")
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group: expected a group that this process is a member of")
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}"
-        )
-    problem: Exception | None = None
-    own: Arguments | str
-    try:
-        own = check()
-    except Exception as error:  # of any kind, because the other ranks wait for the result
-        problem, own = error, str(error)
-    all_ranks: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(all_ranks, own, group=group)
-    if problem is not None:
-        raise problem
-    for rank, arguments in enumerate(all_ranks):
-        if isinstance(arguments, str):
-            raise ValueError(f"rank {rank} of group: {arguments}")
-    for name in all_ranks[0].must_agree:
-        values = [arguments.must_agree.get(name) for arguments in all_ranks]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"{name}: expected the same on every rank of group, got {values}")
-    return all_ranks
-
-
-def sums_over_ranks(
-    shard: Shard,
-    head: tuple[Tensor, Tensor, Tensor | None],
-    label: Tensor,
-    with_sums: bool,
-) -> RowSums:
-    """The :class:`RowSums` of whole rows. ``label`` is numbered over the classes of all ranks."""
-    input, weight, bias = head
-    if len(weight):
-        shape = tile_shape(input, weight, shard.dtype, shard.chunk_bytes)
-        local = shard.local(label)
-        values, classes = head_sums(input, weight, bias, local, shard.dtype, shape, with_sums)
-        classes = torch.where(classes < 0, classes, classes + shard.start)
-    else:
-        values = input.new_zeros((len(input), 6), dtype=result_dtype(input.dtype))
-        values[:, :2] = -torch.inf
-        classes = label.new_full((len(input), 2), -1)
-    parts = zip(shard.gather(values), shard.gather(classes), strict=True)
-    return merge([RowSums(*part) for part in parts])

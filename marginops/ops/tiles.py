@@ -66,7 +66,8 @@ def tile_shape(
     range of rows. So tiles are about square if whole rows do not fit. With
     ``whole_rows`` tiles hold all classes.
     """
-    capacity = (chunk_bytes or default_chunk_bytes(input)) // (dtype or weight.dtype).itemsize
+    item_bytes = (dtype or weight.dtype).itemsize
+    capacity = max((chunk_bytes or default_chunk_bytes(input)) // item_bytes, 1)
     count, classes = len(input), len(weight)
     rows = min(count, max(capacity // max(classes, 1), 1))
     columns = classes
@@ -92,20 +93,25 @@ def logit_tiles(
     input without rows has one empty tile.
     """
     check_rows(weight, bias=bias)
-    dtype = dtype or weight.dtype
-    weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    if dtype is not None:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     buffer = weight.new_empty(shape[0] * shape[1])
     for rows in pieces(len(input), shape[0]):
-        features = input[rows].to(dtype)
+        features = _part(input, rows).to(weight.dtype)
         for classes in pieces(len(weight), shape[1]):
             size = len(features), classes.stop - classes.start
             logits = buffer[: size[0] * size[1]].view(size)
+            columns = _part(weight, classes).t()
             if bias is None:
-                torch.mm(features, weight[classes].t(), out=logits)
+                torch.mm(features, columns, out=logits)
             else:
-                torch.addmm(bias[classes], features, weight[classes].t(), out=logits)
+                torch.addmm(_part(bias, classes), features, columns, out=logits)
             yield rows, classes, logits
+
+
+def _part(rows: Tensor, piece: slice) -> Tensor:
+    """A range of rows. A slice of all of them would take as long as a small product."""
+    return rows if piece.stop - piece.start == len(rows) else rows[piece]
 
 
 def pieces(count: int, size: int) -> Iterator[slice]:

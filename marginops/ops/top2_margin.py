@@ -12,7 +12,7 @@ from .row_sums import (
     row_sums_reference,
     top_pair,
 )
-from .statistics import sample_statistics_gradient_op
+from .statistics_gradient import sample_statistics_gradient_op
 
 
 def top2_margin_reference(logits: Tensor, softmax: bool) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import margin_pair as pairs
-from ..ops.linear_margin import linear_classification_margin, linear_minimal_margin_score
+from ..ops.linear_margin import linear_classification_margin
+from ..ops.linear_score import linear_minimal_margin_score
 from ..ops.linear_statistics import linear_sample_statistics
 from ..ops.margin import classification_margin, minimal_margin_score
 from ..ops.statistics import SampleStatistics, sample_statistics

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import homogeneity
-from .._checks import as_log_norm, check_int, check_target, check_tensor
+from .._checks import check_int, check_target, check_tensor
 from ..metrics import (
     ClassManifolds,
     ClassManifoldsSummary,
@@ -26,6 +26,7 @@ from ..networks import (
     unwrap,
 )
 from ..norms import log_norm_product
+from ..ops.arguments import as_log_norm
 from ..ops.margin_pair import normalize
 from ..ops.statistics import sample_statistics
 from .selection.head_kinds import check_head_type, find_linear, head_weight

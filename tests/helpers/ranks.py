@@ -6,7 +6,8 @@ import multiprocessing
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,19 +21,33 @@ DIFFERENTIABLE = ("input", "weight", "bias", "log_norm")
 
 
 class Ranks:
-    """Gloo processes that wait for calls. The test fails if one does not answer in time."""
+    """Gloo processes that wait for calls. The test fails if one does not answer in time.
 
-    def __init__(self, count: int, store: str) -> None:
+    Each has one thread. Leaving the ``with`` block, or ``close()``, ends them.
+    """
+
+    def __init__(self, count: int, folder: Path) -> None:
+        # This process compiles the kernels first, so that no rank waits for another.
+        marginops.select_smallest(torch.zeros(1), 1)
+        self.count = count
         context = multiprocessing.get_context("spawn")
         self._processes, self._connections = [], []
-        for rank in range(count):
-            ours, theirs = context.Pipe()
-            arguments = rank, count, store, theirs
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            for rank in range(count):
+                ours, theirs = context.Pipe()
+                arguments = rank, count, str(folder / "store"), theirs
+                process = context.Process(target=_serve, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._connections.append(ours)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def __call__(
         self, function: Callable[..., Any], arguments: Sequence[Any], timeout: float = 60
@@ -52,6 +67,16 @@ class Ranks:
             answers.append(pickle.loads(connection.recv_bytes()))
         return answers
 
+    def results(
+        self, function: Callable[..., Any], arguments: Sequence[Any], timeout: float = 60
+    ) -> list[Any]:
+        """The results of a call; raises the error of the first rank that has one."""
+        answers = self(function, arguments, timeout)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
     @property
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
@@ -60,6 +85,19 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+
+
+def ranks_fixture(*counts: int) -> Any:
+    """A fixture of a module: its processes, for each of these numbers of them."""
+
+    @pytest.fixture(scope="module", params=counts)
+    def ranks(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Ranks]:
+        with Ranks(request.param, tmp_path_factory.mktemp("ranks")) as started:
+            yield started
+
+    return ranks
 
 
 def _serve(rank: int, count: int, store: str, connection: Any) -> None:
@@ -152,10 +190,8 @@ def results_of(
     ranks: Ranks, calls: Sequence[Call], sizes: Sequence[int]
 ) -> list[dict[str, torch.Tensor]]:
     """The results of each call, equal on all ranks, with the gradients of all classes joined."""
-    per_rank = ranks(call_all, list(zip(*(call.shards(sizes) for call in calls), strict=True)))
-    for answer in per_rank:
-        if isinstance(answer, Exception):
-            raise answer
+    shards = zip(*(call.shards(sizes) for call in calls), strict=True)
+    per_rank = ranks.results(call_all, list(shards))
     return [_joined(results) for results in zip(*per_rank, strict=True)]
 
 

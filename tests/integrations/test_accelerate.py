@@ -3,7 +3,6 @@
 import ast
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers.ranks import Ranks
-from helpers.seen import seen
+from helpers.ranks import Ranks, ranks_fixture
 from marginops.training import Indexed, MarginSampler, TrainingDynamics, TrainingProgress
 
 SAMPLES, BATCH, EPOCHS = 48, 8, 4  # 8 samples a step on all ranks
@@ -85,22 +83,11 @@ def train_on_rank(groups: Any, job: tuple[int, dict[str, Any]]) -> Any:
         return train(**options)
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    seen([0.0])  # this process compiles the kernels first, so that no rank waits for another
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        processes = Ranks(2, str(tmp_path_factory.mktemp("ranks") / "store"))
-    yield processes
-    processes.close()
+ranks = ranks_fixture(2)
 
 
 def on_both(ranks: Ranks, **options: Any) -> list[Any]:
-    answers = ranks(train_on_rank, [(rank, options) for rank in range(2)], timeout=120)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
+    return ranks.results(train_on_rank, [(rank, options) for rank in range(2)], timeout=120)
 
 
 def joined(answers: list[Any]) -> list[list[int]]:

@@ -7,32 +7,20 @@ import torch
 
 pytest.importorskip("lightning.pytorch", reason="the extra lightning is not installed")
 from helpers import lightning_runs as runs
-from helpers.ranks import Ranks
-from helpers.seen import seen
+from helpers.ranks import ranks_fixture
 
 GLOBAL_BATCH = 2 * runs.BATCH
 STEPS = runs.VISITED // GLOBAL_BATCH  # of an epoch
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    seen([0.0])  # this process compiles the kernels first, so that no rank waits for another
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        processes = Ranks(2, str(tmp_path_factory.mktemp("ranks") / "store"))
-    yield processes
-    processes.close()
+ranks = ranks_fixture(2)
 
 
 @pytest.fixture(scope="module")
 def on_two(ranks, tmp_path_factory):
     def train(folder, checkpoint=None, **options):
         arguments = [(rank, str(folder), checkpoint, options) for rank in range(2)]
-        answers = ranks(runs.train_on_rank, arguments, timeout=240)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
+        return ranks.results(runs.train_on_rank, arguments, timeout=240)
 
     return train
 

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="the extra transformers is not instal
 
 from transformers import Trainer
 
-from helpers.ranks import Ranks
+from helpers.ranks import ranks_fixture
 from helpers.trainers import (
     SAMPLES,
     Watched,
@@ -92,22 +92,11 @@ def test_other_batches_of_the_same_size_go_on(tmp_path):
     assert joined(rest["visited"]) == joined(whole["visited"][6:])
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    TrainingDynamics(1).update(torch.tensor([0]), torch.zeros(1, 2), torch.tensor([0]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        processes = Ranks(2, str(tmp_path_factory.mktemp("ranks") / "store"))
-    yield processes
-    processes.close()
+ranks = ranks_fixture(2)
 
 
 def run_ranks(ranks, folder, **options):
-    answers = ranks(run_rank, [{"folder": str(folder), **options}] * 2, timeout=240)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
+    return ranks.results(run_rank, [{"folder": str(folder), **options}] * 2, timeout=240)
 
 
 def steps(*processes):

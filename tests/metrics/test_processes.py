@@ -34,8 +34,7 @@ def results_of_rank(groups, arguments):
 
 
 @pytest.mark.parametrize("two_passes", [False, True])
-def test_processes_give_the_results_of_one(tmp_path, monkeypatch, two_passes):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_processes_give_the_results_of_one(tmp_path, two_passes):
     target = torch.randint(0, CLASSES, (80,))
     input = torch.randn(CLASSES, FEATURES)[target] + torch.randn(80, FEATURES) / 2 + 3
     weight, logits = torch.randn(CLASSES, FEATURES), torch.randn(80, CLASSES)
@@ -46,16 +45,10 @@ def test_processes_give_the_results_of_one(tmp_path, monkeypatch, two_passes):
         for cut, given in zip(cuts, weights, strict=True)
     ]
     expected = results(batches, two_passes)
-    ranks = Ranks(RANKS, str(tmp_path / "store"))
-    try:
-        answers = ranks(
-            results_of_rank, [(batches[:2], two_passes), (batches[2:], two_passes)], timeout=120
-        )
-    finally:
-        ranks.close()
+    arguments = [(batches[:2], two_passes), (batches[2:], two_passes)]
+    with Ranks(RANKS, tmp_path) as ranks:
+        answers = ranks.results(results_of_rank, arguments, timeout=120)
     for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
         for actual, value, other in zip(answer, expected, answers[0], strict=True):
             assert torch.equal(actual, other)
             torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-13)

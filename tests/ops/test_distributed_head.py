@@ -1,7 +1,7 @@
 """A linear head whose weight is a DTensor equals the head with the whole weight."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import marginops
-from helpers.ranks import Ranks
+from helpers.ranks import Ranks, ranks_fixture
 from helpers.sharded import one_process
 
 pytestmark = pytest.mark.skipif(
@@ -27,16 +27,7 @@ FUNCTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    store = tmp_path_factory.mktemp("ranks") / "store"
-    arguments = example(FUNCTIONS[0])
-    marginops.linear_classification_margin(**arguments)  # compiles the kernels
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        processes = Ranks(RANKS, str(store))
-    yield processes
-    processes.close()
+ranks = ranks_fixture(RANKS)
 
 
 def example(function: str, has_bias: bool = True) -> dict[str, Any]:
@@ -117,9 +108,7 @@ def test_results_and_gradients(
             arguments[name].requires_grad_()
     expected, total = call(function, arguments)
     total.backward()
-    for answer in ranks(on_a_rank, [(function, has_bias, is_replicated)] * RANKS):
-        if isinstance(answer, Exception):
-            raise answer
+    for answer in ranks.results(on_a_rank, [(function, has_bias, is_replicated)] * RANKS):
         torch.testing.assert_close(answer["results"], expected)
         gradients = {
             name: value.grad

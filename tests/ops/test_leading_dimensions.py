@@ -399,7 +399,7 @@ def test_ignore_index_that_is_no_int64(logits, value):
 
 
 def test_probabilities_of_tokens_give_a_warning(monkeypatch):
-    monkeypatch.setattr("marginops._checks._looks", 16)
+    monkeypatch.setattr("marginops.ops.arguments._looks", 16)
     with pytest.warns(UserWarning, match="look like probabilities") as seen:
         marginops.sample_statistics(LOGITS.softmax(-1), TARGET)
     assert [warning.filename for warning in seen] == [__file__]

@@ -26,6 +26,7 @@ from helpers.ops import IMPLEMENTATIONS, OPS, implementation, opcheck
 from helpers.rounding import assert_same, assert_within
 from helpers.strategies import linear_cases
 from marginops._checks import result_dtype
+from marginops.ops.row_sums import IGNORED
 from marginops.ops.tiles import logit_tiles, tile_shape
 
 NAMES = list(VARIANTS)
@@ -233,22 +234,22 @@ def test_opcheck(device, with_bias):
     norm = torch.tensor(0.5, dtype=torch.float64, device=device, requires_grad=True)
     norm = norm if with_bias else None
     target, end = head.target, (dtype, chunk_of(3, head))
-    opcheck("linear_classification_margin", *layer, target, norm, -100, *end)
-    opcheck("linear_select_classification_margin", *layer, target, norm, 4, -100, *end)
+    for k in (None, 4):
+        opcheck("linear_classification_margin", *layer, target, norm, k, -100, *end)
+        opcheck("linear_minimal_margin_score", *layer, k, with_bias, with_bias == (k is None), *end)
     opcheck("linear_sample_statistics", *layer, target, norm, -100, *end)
-    opcheck("linear_minimal_margin_score", *layer, with_bias, with_bias, *end)
-    opcheck("linear_select_minimal_margin", *layer, 4, with_bias, not with_bias, *end)
 
 
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
 def test_opcheck_of_the_gradient(device, needed):
     head = random_head(device, rows=8, columns=3)
     norm = torch.tensor(0.5, dtype=torch.float64, device=device)
-    end = -100, None, chunk_of(3, head)
-    fields = OPS.linear_sample_statistics(*head[:3], head.target, norm, *end)
+    end = None, chunk_of(3, head)
+    fields = OPS.linear_sample_statistics(*head[:3], head.target, norm, -100, *end)
     saved = fields[1], fields[4], fields[5], fields[10], fields[11], norm
     grads = [torch.randn_like(fields[0]) if i < 2 or all(needed) else None for i in range(4)]
-    arguments = *head[:3], head.target, *saved, *grads, *end, *needed
+    target = torch.where(head.target == -100, IGNORED, head.target)
+    arguments = *head[:3], target, *saved, *grads, *end, *needed
     opcheck("linear_sample_statistics_gradient", *arguments)
 
 

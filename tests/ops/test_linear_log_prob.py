@@ -154,6 +154,7 @@ def test_special_values(device):
         (math.nan, ValueError, "expected a finite number above 0, got nan"),
         (True, TypeError, "expected a float, got bool"),
         ("1", TypeError, "expected a float, got str"),
+        (None, TypeError, "expected a float, got NoneType"),
         (torch.tensor(1.0), TypeError, r"expected a float, got Tensor; pass float\(temperature\)"),
     ],
 )

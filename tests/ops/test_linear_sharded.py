@@ -15,7 +15,7 @@ import marginops
 from helpers.ranks import Call, Ranks, assert_like_one_process, call_all, results_of
 from helpers.rounding import assert_same
 from marginops._checks import result_dtype
-from marginops.ops import linear_sharded
+from marginops.ops import shard as shards
 
 RANKS = 3
 SIZES = [(1, 5, 3), (3, 0, 6), (0, 9, 0), (7, 1, 1)]
@@ -39,14 +39,9 @@ def pool(tmp_path_factory):
 
     def get():
         if not started or not started[-1].alive:
-            store = tmp_path_factory.mktemp("ranks") / "store"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("OMP_NUM_THREADS", "1")
-                started.append(Ranks(RANKS, str(store)))
+            started.append(Ranks(RANKS, tmp_path_factory.mktemp("ranks")))
         return started[-1]
 
-    # This process compiles the kernels first, so that no rank waits for another.
-    example()()
     yield get
     for ranks in started:
         ranks.close()
@@ -265,9 +260,56 @@ def test_second_derivatives_are_refused(ranks):
         assert "second derivatives are not implemented" in str(answer)
 
 
+def gradient_by_transform(groups, call):
+    def total(input):
+        arguments = {**call.arguments, "input": input}
+        return marginops.linear_classification_margin(**arguments, group=groups[0]).sum()
+
+    torch.func.grad(total)(call.arguments["input"])
+
+
+def test_transforms_are_refused(ranks):
+    for answer in ranks(gradient_by_transform, example("classification_margin").shards((1, 5, 3))):
+        assert isinstance(answer, NotImplementedError)
+        assert str(answer).startswith("group: expected None inside the transforms of torch.func")
+
+
+class Drop(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def gradient_of_nothing(groups, call):
+    input = call.arguments["input"].clone().requires_grad_()
+    results = call.replace(input=input).arguments
+    value = getattr(marginops, f"linear_{call.function}")(**results, group=groups[0])
+    Drop.apply(value).sum().backward()
+    return input.grad
+
+
+@pytest.mark.parametrize("function", ["classification_margin", "minimal_margin_score"])
+def test_a_gradient_that_does_not_arrive(ranks, function):
+    assert ranks(gradient_of_nothing, example(function).shards((1, 5, 3))) == [None] * 3
+
+
+def test_a_rank_without_classes_and_a_small_buffer(ranks):
+    call = example("sample_statistics", make=exact)
+    shards = [shard.replace(chunk_bytes=99) for shard in call.shards((4, 0, 5))]
+    shards[1] = shards[1].replace(chunk_bytes=1)
+    for answer in ranks.results(call_all, [[shard] for shard in shards]):
+        torch.testing.assert_close(answer[0]["loss"], call()["loss"])
+
+
 def call_with_small_exchanges(groups, call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_sharded, "_EXCHANGED_BYTES", 500)
+        patch.setattr(shards, "_EXCHANGED_BYTES", 500)
         return call(groups[0])
 
 

@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 import marginops
 from helpers.ops import IMPLEMENTATIONS, OPS, implementation
 from helpers.rounding import random_logits
-from marginops.ops.statistics import sample_statistics_gradient_op, sample_statistics_op
+from marginops.ops.statistics import sample_statistics_op
+from marginops.ops.statistics_gradient import sample_statistics_gradient_op
 
 
 @pytest.fixture

@@ -258,6 +258,14 @@ def test_wrong_k_of_fused_selections(k):
         OPS.select_smallest(torch.randn(4), k)
 
 
+def test_arguments_count_where_nothing_is_selected():
+    logits, target = torch.randn(4, 3), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="weight: expected 3 rows"):
+        OPS.select_minimal_margin(logits, torch.ones(7, 2), None, 0, False, False)
+    with pytest.raises(RuntimeError, match="target: expected shape"):
+        OPS.select_classification_margin(logits, target, None, 0, -100)
+
+
 def test_wrong_target_values_of_the_fused_selection():
     logits = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match=r"target: expected classes in \[0, 3\).*got 9"):

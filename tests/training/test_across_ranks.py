@@ -11,22 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import marginops
 from helpers import brute_force
-from helpers.ranks import Ranks
+from helpers.ranks import ranks_fixture
 from marginops.training import score_batch, select_across_ranks
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, tmp_path_factory):
-    marginops.select_smallest(torch.zeros(2), 1)  # compiles the kernels once
-    marginops.minimal_margin_score(torch.zeros(2, 3), torch.zeros(3, 2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        started = Ranks(request.param, str(tmp_path_factory.mktemp("ranks") / "store"))
-    started.count = request.param
-    yield started
-    started.close()
+ranks = ranks_fixture(2, 3)
 
 
 def select(groups: Any, arguments: dict[str, Any]) -> Any:
@@ -35,14 +26,6 @@ def select(groups: Any, arguments: dict[str, Any]) -> Any:
 
 def select_in_default_group(groups: Any, arguments: dict[str, Any]) -> Any:
     return select_across_ranks(**arguments)
-
-
-def answers_of(ranks: Ranks, function: Any, arguments: list[Any]) -> list[Any]:
-    answers = ranks(function, arguments)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -58,7 +41,7 @@ def test_the_selection_is_that_of_one_process(ranks, dtype) -> None:
         owners = [(rank, row) for rank, part in enumerate(parts) for row in range(len(part))]
         for k, skip, least in [(0, 0, 2), (1, 0, 0), (4, 1, 2), (len(order) - 2, 2, 3)]:
             options = {"k": k, "skip": skip, "least_rows": least}
-            selections = answers_of(ranks, select, [{"scores": p, **options} for p in parts])
+            selections = ranks.results(select, [{"scores": p, **options} for p in parts])
             chosen = order[skip : skip + k]
             for rank, (indices, weights, ids) in enumerate(selections):
                 own = [owners[position][1] for position in chosen if owners[position][0] == rank]
@@ -76,7 +59,7 @@ def test_ids_are_not_rounded_to_the_dtype_of_the_scores(ranks) -> None:
     ids = [torch.tensor([257 + rank, 2**53 + 1 + rank]) for rank in range(ranks.count)]
     scores = torch.zeros(2, dtype=torch.bfloat16)
     arguments = [{"scores": scores, "k": 2 * ranks.count, "ids": own} for own in ids]
-    for selection in answers_of(ranks, select_in_default_group, arguments):
+    for selection in ranks.results(select_in_default_group, arguments):
         assert torch.equal(selection.ids, torch.cat(ids))
 
 
@@ -122,7 +105,7 @@ def data(count: int) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
 def test_data_parallel_training_is_that_of_one_process(ranks, k) -> None:
     inputs, targets = data(ranks.count)
     arguments = [(x, y, k, False) for x, y in zip(inputs, targets, strict=True)]
-    answers = answers_of(ranks, train_rank, arguments)
+    answers = ranks.results(train_rank, arguments)
     sizes = torch.tensor([sizes for _, sizes in answers])
     assert sizes.sum(0).tolist() == [k] * STEPS
     assert (sizes == 0).any(), "no rank without a selected sample was tested"
@@ -144,7 +127,7 @@ def test_data_parallel_training_is_that_of_one_process(ranks, k) -> None:
 def test_a_rank_without_a_selected_sample_neither_hangs_nor_spoils_batch_norm(ranks) -> None:
     inputs, targets = data(ranks.count)
     arguments = [(x, y, 1, True) for x, y in zip(inputs, targets, strict=True)]
-    for state, _ in answers_of(ranks, train_rank, arguments):
+    for state, _ in ranks.results(train_rank, arguments):
         assert all(value.isfinite().all() for value in state.values())
 
 

@@ -1,6 +1,6 @@
 """Scores of a network whose head is a DTensor are those of the whole network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import marginops
-from helpers.ranks import Ranks
+from helpers.ranks import Ranks, ranks_fixture
 from marginops.training import score_batch, select_batch
 
 pytestmark = pytest.mark.skipif(
@@ -34,15 +34,7 @@ def network_of(kind: str) -> nn.Module:
     return nn.Sequential(network.body, nn.ReLU(), network.head) if kind == "Sequential" else network
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    store = tmp_path_factory.mktemp("ranks") / "store"
-    score_batch(network_of("Sequential"), INPUTS)  # compiles the kernels
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        processes = Ranks(RANKS, str(store))
-    yield processes
-    processes.close()
+ranks = ranks_fixture(RANKS)
 
 
 def on_a_rank(groups: Sequence[Any], kind: str) -> dict[str, Any]:
@@ -80,9 +72,7 @@ def expected(inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["Sequential", "gathered logits", "FSDP", "FSDP of the head"])
 def test_scores(ranks: Ranks, kind: str) -> None:
     parts = INPUTS.chunk(RANKS) if "FSDP" in kind else [INPUTS] * RANKS
-    for inputs, answer in zip(parts, ranks(on_a_rank, [kind] * RANKS), strict=True):
-        if isinstance(answer, Exception):
-            raise answer
+    for inputs, answer in zip(parts, ranks.results(on_a_rank, [kind] * RANKS), strict=True):
         scores = expected(inputs)
         torch.testing.assert_close(answer["scores"], scores)
         torch.testing.assert_close(answer["of logits"], scores)

@@ -5,30 +5,14 @@ import torch
 import torch.distributed as dist
 
 from helpers.dynamics_batches import assert_same_dynamics, batches
-from helpers.ranks import Ranks
+from helpers.ranks import ranks_fixture
 from marginops.training import TrainingDynamics
 from marginops.training.dynamics import merge as merging
 
 SAMPLES, EPOCHS = 50, 3
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, tmp_path_factory):
-    # This process compiles the kernels first, so that no rank waits for another.
-    TrainingDynamics(1).update(torch.tensor([0]), torch.zeros(1, 2), torch.tensor([0]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        processes = Ranks(request.param, str(tmp_path_factory.mktemp("ranks") / "store"))
-    processes.count = request.param
-    yield processes
-    processes.close()
-
-
-def raise_errors(answers):
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
+ranks = ranks_fixture(2, 3)
 
 
 def train(groups, arguments):
@@ -59,7 +43,7 @@ def test_ranks_give_the_state_of_one_process(ranks, chunk):
         for batch in epoch:
             alone.update(*batch)
     arguments = [(epochs, chunk, rank, ranks.count) for rank in range(ranks.count)]
-    for answer in raise_errors(ranks(train, arguments)):
+    for answer in ranks.results(train, arguments):
         assert_same_dynamics(answer, alone)
     assert alone.num_nonfinite > 0
 
@@ -82,7 +66,7 @@ def test_the_newest_record_wins_and_the_lowest_rank_among_equals(ranks):
         for rank in range(ranks.count)
     ]
     updates[-1][:3] = [update(1, 2.0), update(2, 2.0), update(0, 3.0)]
-    for dynamics in raise_errors(ranks(newest, updates)):
+    for dynamics in ranks.results(newest, updates):
         assert dynamics.margin[:3].tolist() == [3.0, 1.0, 2.0]
         assert dynamics.last_step[:4].tolist() == [2, 1, 1, -1]
         assert dynamics.margin[4] == 1.0 and dynamics.last_step[4] == 3  # of rank 0
@@ -105,7 +89,7 @@ def calls_of_a_sync(groups, samples):
 
 
 def test_a_sync_takes_three_collectives(ranks):
-    for names in raise_errors(ranks(calls_of_a_sync, [1000] * ranks.count)):
+    for names in ranks.results(calls_of_a_sync, [1000] * ranks.count):
         assert names == ["all_gather_object", "all_reduce", "all_reduce"]
 
 
@@ -136,7 +120,7 @@ def test_a_rank_with_other_arguments_is_an_error_on_every_rank(ranks, options, a
         assert isinstance(answer, ValueError), answer
         with pytest.raises(ValueError, match=message):
             raise answer
-    raise_errors(ranks(sync_with, [({}, {})] * ranks.count))
+    ranks.results(sync_with, [({}, {})] * ranks.count)
 
 
 def sync_in_a_group(groups, margin):

@@ -16,7 +16,8 @@ pytest.importorskip("torchmetrics")
 
 import marginops
 from helpers.mistakes import MISTAKES, C, D, N
-from marginops import _checks, metrics
+from marginops import metrics
+from marginops.ops import arguments
 from marginops.training import (
     InversionMonitor,
     TrainingDynamics,
@@ -200,7 +201,7 @@ USES = {
 @pytest.fixture
 def first_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of a process that has not called anything."""
-    monkeypatch.setattr(_checks, "_looks", 16)
+    monkeypatch.setattr(arguments, "_looks", 16)
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
@@ -275,7 +276,7 @@ def test_nothing_is_read_where_there_are_no_values(first_calls: None) -> None:
         torch.fx.experimental.proxy_tensor.make_fx(use)(probabilities)
         torch.export.export(Scored(), (probabilities,), strict=False)
         use(torch.empty(N, C, device="meta"))
-    assert _checks._looks == 16
+    assert arguments._looks == 16
 
 
 class Scored(nn.Module):

@@ -1,7 +1,6 @@
 """TrainingProgress on ranks."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ import torch.distributed as dist
 
 from helpers.dynamics_batches import assert_same_dynamics
 from helpers.progress_runs import MAKE, SIZES, N, run, through_a_file
-from helpers.ranks import Ranks
-from helpers.seen import seen
+from helpers.ranks import Ranks, ranks_fixture
 from marginops.training import (
     MarginSampler,
     SmallestMargins,
@@ -20,23 +18,7 @@ from marginops.training import (
     WeightedSampler,
 )
 
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    seen([0.0])  # this process compiles the kernels first, so that no rank waits for another
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        processes = Ranks(3, str(tmp_path_factory.mktemp("ranks") / "store"))
-    yield processes
-    processes.close()
-
-
-def on_all(ranks: Ranks, function: Any, arguments: Any) -> list[Any]:
-    answers = ranks(function, arguments)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
+ranks = ranks_fixture(3)
 
 
 def progress_on_rank(kind: str, way: str, group: Any) -> tuple[TrainingProgress, Any]:
@@ -86,14 +68,14 @@ def test_ranks_go_on_as_one_process_would(ranks: Ranks, kind: str, way: str) -> 
     """2 ranks, then 1 process, then 3 ranks; each state is the same on all ranks."""
     whole = TrainingProgress(MAKE[kind]())
     expected = run(whole)
-    first = on_all(ranks, run_on_rank, [(kind, way, None, 4, 1)] * 3)
+    first = ranks.results(run_on_rank, [(kind, way, None, 4, 1)] * 3)
     states = [state for _, state, _ in first if state]
     assert states[0]["position"] == states[1]["position"] == 12
     assert states[0]["sampler"] == states[1]["sampler"]
     alone = TrainingProgress(MAKE[kind]())
     alone.load_state_dict(through_a_file(states[1]))
     middle = run(alone, 8)
-    last = on_all(ranks, run_on_rank, [(kind, way, alone.state_dict(), 10**6, 0)] * 3)
+    last = ranks.results(run_on_rank, [(kind, way, alone.state_dict(), 10**6, 0)] * 3)
     visited = joined(first) + [sorted(ids) for ids in middle] + joined(last)
     # Padding repeats ids of the same step.
     assert [sorted(set(ids)) for ids in visited] == [sorted(ids) for ids in expected]
@@ -118,7 +100,7 @@ def test_ranks_that_consumed_different_numbers_are_an_error_on_all(ranks: Ranks)
             ValueError, match=r"position: expected the same .*, got 4, 4, 12 on the"
         ):
             raise answer
-    assert on_all(ranks, consume_unevenly, [[12, 12, 6]] * 3) == [30] * 3  # the end of the epoch
+    assert ranks.results(consume_unevenly, [[12, 12, 6]] * 3) == [30] * 3  # the end of the epoch
 
 
 def begin(groups: Any, arguments: dict[str, Any]) -> None:
@@ -162,7 +144,7 @@ def test_a_difference_between_ranks_is_an_error_on_all(
         assert isinstance(answer, ValueError), answer
         with pytest.raises(ValueError, match=message):
             raise answer
-    on_all(ranks, begin, [{"epoch": 1, "kind": "margins"}] * 3)
+    ranks.results(begin, [{"epoch": 1, "kind": "margins"}] * 3)
 
 
 def test_an_error_on_one_rank_is_an_error_on_all(ranks: Ranks) -> None:

@@ -389,15 +389,9 @@ def lose_the_folder(groups, arguments):
 
 def test_ranks_write_the_run_of_one_process(tmp_path):
     alone = train(RunRecorder(tmp_path / "alone", TrainingDynamics(SAMPLES)), [1, 2])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        ranks = Ranks(2, str(tmp_path / "store"))
-    try:
+    with Ranks(2, tmp_path) as ranks:
         arguments = [(str(tmp_path / "ranks"), rank, False) for rank in (0, 1)]
-        for answer in ranks(train_ranks, arguments):
-            if isinstance(answer, Exception):
-                raise answer
-            notes, predictions = answer
+        for notes, predictions in ranks.results(train_ranks, arguments):
             assert torch.equal(notes, alone.state_dict()["notes"])
             assert torch.equal(predictions, alone.predictions)
         assert without_time(written(tmp_path / "ranks")) == without_time(
@@ -407,5 +401,3 @@ def test_ranks_write_the_run_of_one_process(tmp_path):
         errors = ranks(lose_the_folder, arguments)
         assert [type(error) for error in errors] == [FileNotFoundError, RuntimeError]
         assert "rank 0 failed: FileNotFoundError" in str(errors[1])
-    finally:
-        ranks.close()

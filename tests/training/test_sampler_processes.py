@@ -1,14 +1,13 @@
 """Samplers over processes: the epochs of one process, resumes on other numbers, errors on all."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from helpers.ranks import Ranks
+from helpers.ranks import Ranks, ranks_fixture
 from helpers.seen import see, seen
 from marginops.training import MarginSampler, ReductionSampler, SmallestMargins, TrainingDynamics
 
@@ -23,22 +22,7 @@ KINDS = {
 SAMPLES = {"margins": 30, "padding": 31, "subset": 30, "reduction": 5}  # different ones an epoch
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    seen([0.0])  # this process compiles the kernels first, so that no rank waits for another
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        processes = Ranks(3, str(tmp_path_factory.mktemp("ranks") / "store"))
-    yield processes
-    processes.close()
-
-
-def on_all(ranks: Ranks, function: Any, arguments: Any) -> list[Any]:
-    answers = ranks(function, arguments)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
+ranks = ranks_fixture(3)
 
 
 def margin(sample: int, step: int) -> float:
@@ -90,7 +74,7 @@ def run_on_rank(groups: Any, arguments: Any) -> Any:
 @pytest.mark.parametrize("group_index", [0, 1], ids=["3 ranks", "2 ranks"])
 def test_ranks_visit_what_one_process_visits(ranks: Ranks, kind: str, group_index: int) -> None:
     expected, final = run(kind, None, 10**6, None)
-    answers = on_all(ranks, run_on_rank, [(kind, None, 10**6, group_index)] * 3)
+    answers = ranks.results(run_on_rank, [(kind, None, 10**6, group_index)] * 3)
     assert_same_visits(joined([ids for ids, _ in answers]), expected, kind)
     for ids, state in answers:
         if ids and kind != "reduction":  # which visits a sample on several ranks
@@ -126,11 +110,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 ) -> None:
     """2 ranks, then 1 process, then 3 ranks; kills within an epoch and between two."""
     expected, final = run(kind, None, 10**6, None)
-    first = on_all(ranks, run_on_rank, [(kind, None, stops[0], 1)] * 3)
+    first = ranks.results(run_on_rank, [(kind, None, stops[0], 1)] * 3)
     states = [state for ids, state in first if ids]
     assert states[0][1] == states[1][1], "the ranks saved different states"
     alone, state = run(kind, states[1], stops[1] - stops[0], None)
-    last = on_all(ranks, run_on_rank, [(kind, state, 10**6, 0)] * 3)
+    last = ranks.results(run_on_rank, [(kind, state, 10**6, 0)] * 3)
     visited = joined([ids for ids, _ in first]) + [sorted(ids) for ids in alone]
     visited += joined([ids for ids, _ in last])
     assert_same_visits(visited, expected, kind)
@@ -200,7 +184,7 @@ def test_a_difference_between_ranks_is_an_error_on_all(ranks: Ranks, case: str) 
 
 
 def test_equal_weights_up_to_a_factor_are_equal(ranks: Ranks) -> None:
-    answers = on_all(ranks, begin, [{"policy": own_policy, "num_samples": 9}] * 3)
+    answers = ranks.results(begin, [{"policy": own_policy, "num_samples": 9}] * 3)
     assert len(set(itertools.chain(*answers))) == 9
 
 

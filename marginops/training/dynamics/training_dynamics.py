@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks as checks
+from ...ops.arguments import check_logits
 from ...ops.dynamics import DynamicsState, empty_state, update_dynamics_op
 from ...ops.statistics import SampleStatistics, sample_statistics
 from . import file as files
@@ -179,7 +180,7 @@ class TrainingDynamics(DynamicsValues):
             RuntimeError: An index is outside [0, N) or a target outside [0, C), on the CPU; the
                 state stays as it was. On CUDA this is a device-side assertion.
         """
-        checks.check_logits(logits)  # one row for each index
+        check_logits(logits)  # one row for each index
         statistics = sample_statistics(
             logits, target, input=input, log_norm=log_norm, ignore_index=ignore_index
         )

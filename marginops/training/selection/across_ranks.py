@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ... import _checks as checks
+from ...ops.arguments import as_k
+from ...ops.exchange import RankArguments, exchange
 from ...ops.select import check_k_after_skip, select_smallest
-from ...ops.shard import RankArguments, exchange
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -133,7 +134,7 @@ def _check(scores: Any, k: Any, ids: Any, skip: Any, least_rows: Any) -> _Candid
     checks.check_tensor("scores", scores, 1, "[B]")
     if len(scores) == 0:
         raise ValueError("scores: expected at least one candidate on each rank, got none")
-    k = checks.as_k(k)
+    k = as_k(k)
     checks.check_int("k", k, 0)
     checks.check_int("skip", skip, 0)
     checks.check_int("least_rows", least_rows, 0)

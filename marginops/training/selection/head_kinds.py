@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ... import _checks as checks
 from ...networks import last_linear
+from ...ops.arguments import check_weight
 from .adapters import adapted_parameters, hidden_layers, is_adapted_linear
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -123,7 +124,7 @@ def fitting_weight(weight: Any, logits: Tensor) -> Tensor:
     checks.check_tensor("weight", weight, 2, "[C, D]")
     if weight.dtype != logits.dtype:
         weight = weight.to(checks.result_dtype(logits.dtype))
-    checks.check_weight(weight, logits)
+    check_weight(weight, logits)
     return weight
 
 

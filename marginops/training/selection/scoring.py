@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...networks import call, check_network, evaluation_mode, output_tensor, unwrap
-from ...ops.linear_margin import linear_minimal_margin_score
+from ...ops.linear_score import linear_minimal_margin_score
 from ...ops.margin import Rival, minimal_margin_score
 from .head_kinds import Head, check_any_head, find_head, fitting_weight, head_bias, head_weight
 from .heads import can_read, check_head, is_checked

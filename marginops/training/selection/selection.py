@@ -6,14 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import _checks as checks
-from ...ops.linear_select import linear_select_minimal_margin
+from ...ops.linear_score import linear_select_minimal_margin
 from ...ops.margin import Rival
-from ...ops.select import (
-    allowed_rows,
-    check_k_after_skip,
-    select_minimal_margin,
-    select_smallest,
-)
+from ...ops.select import allowed_rows, check_k_after_skip, select_smallest
+from ...ops.select_margin import select_minimal_margin
 from .head_kinds import Head
 from .scoring import evaluate, score_batch
 

@@ -7,9 +7,6 @@
 
 namespace marginops::cpu {
 
-// Checks the arguments of a minimal margin score.
-void check_head(const Tensor& logits, const Tensor& weight, const std::optional<Tensor>& bias);
-
 Tensor classification_margin(const Tensor& logits, const Tensor& target,
                              const std::optional<Tensor>& log_norm, int64_t ignore_index);
 
