@@ -1,11 +1,15 @@
 """Sums over the samples of each class in a fixed order, for gradients."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .._checks import result_dtype
 from ._batches import Batch
 from ._library import Op
+
+Terms = Sequence[tuple[Tensor, Tensor]]
 
 
 def add_in_order(sums: Tensor, index: Tensor, values: Tensor) -> None:
@@ -52,28 +56,28 @@ class ClassSumOp(Op):
 class_sum_op = ClassSumOp()
 
 
-def sum_pairs(
-    value: Tensor, rows: Tensor, pair: Tensor, classes: int, kept: Tensor | None = None
-) -> Tensor:
+def sum_pairs(pair: Tensor, classes: int, terms: Terms, kept: Tensor | None = None) -> list[Tensor]:
     """Add ``value_k * rows_k`` to the first class of pair k and subtract it from the second.
 
     The terms are sorted by class, so that one worker sums all terms of a class in a fixed order.
 
     Args:
-        value: ``[K]``.
-        rows: ``[K, D]``.
         pair: ``[K, 2]``.
         classes: The number of classes C.
+        terms: Pairs of a value ``[K]`` and rows ``[K, D]``. D may differ from pair to pair.
         kept: Indices of the terms that count, all if None. The terms of the first classes are
             numbered 0 to K - 1, those of the second classes K to 2 K - 1.
 
     Returns:
-        ``[C, D]``.
+        ``[C, D]`` for each of ``terms``.
     """
     count = pair.shape[0]
     index, sample = pair.t().flatten(), torch.arange(count, device=pair.device).repeat(2)
-    coefficient = torch.cat((value, -value))
     if kept is not None:
-        index, sample, coefficient = index[kept], sample[kept], coefficient[kept]
+        index, sample = index[kept], sample[kept]
     key, order = (index * count + sample).sort()
-    return class_sum_op(key, coefficient[order], rows, classes)
+    if kept is not None:
+        order = kept[order]
+    return [
+        class_sum_op(key, torch.cat((value, -value))[order], rows, classes) for value, rows in terms
+    ]

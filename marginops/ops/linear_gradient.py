@@ -32,6 +32,7 @@ def pair_gradients(
         one, other = (place.rows(bias, pair[:, side]).to(value.dtype) for side in (0, 1))
         bias_value = value + distance_coefficient * (one - other)
     gradients: Gradients = {}
+    terms: dict[str, tuple[Tensor, Tensor]] = {}
     if "input" in needs_grad:
         step = _rounded(first, head.dtype, value) - _rounded(second, head.dtype, value)
         gradients["input"] = (value.unsqueeze(1) * step).to(head.input.dtype)
@@ -41,12 +42,14 @@ def pair_gradients(
             step = first.to(value.dtype) - second.to(value.dtype)
             rows = value.unsqueeze(1) * rows + distance_coefficient.unsqueeze(1) * step
             coefficient = torch.ones_like(value)
-        sums = place.sum_pairs(coefficient, rows, pair, weight.shape[0])
-        gradients["weight"] = sums.to(weight.dtype)
+        terms["weight"] = coefficient, rows
     if "bias" in needs_grad and bias is not None:
-        ones = value.new_ones((value.shape[0], 1))
-        sums = place.sum_pairs(bias_value, ones, pair, weight.shape[0])
-        gradients["bias"] = sums.squeeze(1).to(bias.dtype)
+        terms["bias"] = bias_value, value.new_ones((value.shape[0], 1))
+    if terms:
+        sums = place.sum_pairs(pair, weight.shape[0], [*terms.values()])
+        for name, total in zip(terms, sums, strict=True):
+            parameter = getattr(head, name)
+            gradients[name] = total.view(parameter.shape).to(parameter.dtype)
     return gradients
 
 

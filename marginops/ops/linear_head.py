@@ -17,7 +17,7 @@ from torch import Tensor
 from . import margin_pair as pairs
 from . import row_sums
 from .arguments import checked_target
-from .class_sum import sum_pairs
+from .class_sum import Terms, sum_pairs
 from .row_sums import RowSums, StatisticsFields
 from .select import select_smallest_op
 from .tiles import logit_tiles, tile_shape
@@ -57,9 +57,9 @@ class Place:
         """The classes, numbered within this process; NOT_IN_PIECE for those of other processes."""
         return classes
 
-    def sum_pairs(self, value: Tensor, rows: Tensor, pair: Tensor, count: int) -> Tensor:
+    def sum_pairs(self, pair: Tensor, count: int, terms: Terms) -> list[Tensor]:
         """See :func:`class_sum.sum_pairs`; for the ``count`` classes of this process."""
-        return sum_pairs(value, rows, pair, count)
+        return sum_pairs(pair, count, terms)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of what each process computes from its own classes."""
@@ -118,7 +118,7 @@ class LinearHead(NamedTuple):
     def whole_rows(self) -> Iterator[tuple[slice, slice, Tensor]] | None:
         """The tiles if each holds the logits of all classes, else None."""
         shape = self.tile_shape()
-        has_all = self.place is WHOLE and shape[1] >= len(self.weight)
+        has_all = self.place is WHOLE and shape[1] >= self.weight.shape[0]
         return self.tiles(shape) if has_all else None
 
     def local_sums(self, label: Tensor, with_sums: bool) -> RowSums:

@@ -165,6 +165,7 @@ class LinearClassificationMarginOp(LinearOp):
         " Tensor? log_norm, SymInt? k, int ignore_index, ScalarType? dtype, int? chunk_bytes)"
         " -> (Tensor, Tensor, Tensor)"
     )
+    constants = (("indices", 1), ("rival", 2))
     row_arguments = ("input", "target")
 
     @staticmethod
@@ -186,7 +187,7 @@ class LinearClassificationMarginOp(LinearOp):
         return empty_results(head, "value", "index", "class")
 
     @staticmethod
-    def keep(head: LinearHead, results: Tensors, needs_grad: set[str]) -> Kept:
+    def keep(results: Tensors, needs_grad: set[str]) -> Kept:
         margin, _, rival = results
         return rival, margin if "log_norm" in needs_grad else None
 

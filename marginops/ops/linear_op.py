@@ -12,10 +12,9 @@ from torch import Tensor
 from .._checks import result_dtype
 from ._batches import Batch
 from ._library import Op
-from .linear_head import WHOLE, LinearHead, Tensors
+from .linear_head import WHOLE, LinearHead, Place, Tensors
 from .margin_gradient import write
 
-_NUM_TENSORS = 5  # the first fields of a LinearHead are tensors
 _DEFAULTS = tuple(LinearHead._field_defaults.values())
 Gradients = dict[str, Tensor | None]
 Kept = tuple[Tensor | None, ...]
@@ -49,21 +48,25 @@ class LinearOp(Op):
 
     def __init__(self) -> None:
         super().__init__()
-        self._names = [argument.name for argument in self._kernel_op._schema.arguments]
+        arguments = self._kernel_op._schema.arguments
+        self._names = [argument.name for argument in arguments]
+        # The tensors are the first arguments.
+        self._num_tensors = sum("Tensor" in str(argument.type) for argument in arguments)
+        self._take_arguments = operator.itemgetter(*map(LinearHead._fields.index, self._names))
         # A head takes its fields from the arguments of the op, and the others from the defaults.
-        names = [*self._names, *LinearHead._field_defaults]
+        names = [*self._names, "place", *LinearHead._field_defaults]
         self._take_fields = operator.itemgetter(*map(names.index, LinearHead._fields))
 
     def call(self, head: LinearHead) -> Any:
         """The results of a head, wherever its classes are."""
-        arguments = [getattr(head, name) for name in self._names]
+        arguments = self._take_arguments(head)
         if head.place is WHOLE:
             return self(*arguments)
         return _OverProcesses.apply(*arguments, head.place, self)
 
-    def head(self, arguments: Any) -> LinearHead:
-        """The head with these arguments of the op, and with all classes in this process."""
-        return LinearHead._make(self._take_fields((*arguments, *_DEFAULTS)))
+    def head(self, arguments: Any, place: Place = WHOLE) -> LinearHead:
+        """The head with these arguments of the op."""
+        return LinearHead._make(self._take_fields((*arguments, place, *_DEFAULTS)))
 
     def reference(self, *arguments: Any) -> Tensors:
         return self.compute(self.head(arguments))
@@ -71,38 +74,32 @@ class LinearOp(Op):
     def fake(self, *arguments: Any) -> Tensors:
         return self.empty(self.head(arguments))
 
-    def setup_context(self, ctx: Any, inputs: Any, output: Tensors) -> None:
-        self.save(ctx, self.head(inputs), output)
-
-    def save(self, ctx: Any, head: LinearHead, results: Tensors) -> None:
-        """Save what :meth:`backward` needs."""
-        ctx.options = head[_NUM_TENSORS:]
-        indices = None if head.k is None else results[1]
-        kept = self.keep(head, results, self._needing_gradient(ctx))
-        ctx.save_for_backward(*head[:_NUM_TENSORS], indices, *kept)
+    def setup_context(self, ctx: Any, inputs: Any, output: Tensors, place: Place = WHOLE) -> None:
+        needs = zip(self._names, ctx.needs_input_grad, strict=False)
+        ctx.needs_grad = {name for name, needs_grad in needs if needs_grad}
+        ctx.place, ctx.options = place, inputs[self._num_tensors :]
+        indices = output[1] if "k" in self._names else None
+        kept = self.keep(output, ctx.needs_grad)
+        ctx.save_for_backward(*inputs[: self._num_tensors], indices, *kept)
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> Any:
-        needs_grad = self._needing_gradient(ctx)
+        needs_grad = ctx.needs_grad
         saved = ctx.saved_tensors  # checkpointing lets each be read only once
-        indices, *kept = saved[_NUM_TENSORS:]
-        head = LinearHead(*saved[:_NUM_TENSORS], *ctx.options)
-        chosen = head if indices is None else head.chosen(indices)
+        indices, *kept = saved[self._num_tensors :]
+        head = self.head((*saved[: self._num_tensors], *ctx.options), ctx.place)
+        chosen = head if head.k is None else head.chosen(indices)
         gradients = self.differentiate(chosen, kept, grads, needs_grad)
-        if indices is not None and "input" in needs_grad:
+        if head.k is not None and "input" in needs_grad:
             rows = gradients["input"]
             assert rows is not None
             zeros = rows.new_zeros(head.input.shape)
             # In place, because autocast fails on mixed dtypes in index_copy, not in index_copy_.
             gradients["input"] = write("index_copy_", zeros, 0, indices, rows)
-        return tuple(gradients.get(name) if name in needs_grad else None for name in self._names)
+        return tuple([gradients.get(name) if name in needs_grad else None for name in self._names])
 
     def call_batch(self, batch: Batch) -> Any:
         """Rows cannot be joined where k of each element are selected."""
         return super().call_batch(batch) if batch.values.get("k") is None else None
-
-    def _needing_gradient(self, ctx: Any) -> set[str]:
-        needs = zip(self._names, ctx.needs_input_grad, strict=False)
-        return {name for name, needs_grad in needs if needs_grad}
 
 
 class _OverProcesses(torch.autograd.Function):
@@ -111,12 +108,11 @@ class _OverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensors:
         *arguments, place, op = inputs
-        head = op.head(arguments)._replace(place=place)
-        results: Tensors = op.compute(head)
+        results: Tensors = op.compute(op.head(arguments, place))
         ctx.op = op
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(results[index] for _, index in op.constants))
-        op.save(ctx, head, results)
+        op.setup_context(ctx, arguments, results, place)
         return results
 
     @staticmethod

@@ -147,7 +147,7 @@ class LinearMinimalMarginScoreOp(LinearOp):
         " bool bias_in_norm, bool nearest, ScalarType? dtype, int? chunk_bytes)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     )
-    constants = (("distance", 3),)
+    constants = (("indices", 1), ("pair", 2), ("distance", 3))
     row_arguments = ("input",)
 
     @staticmethod
@@ -175,7 +175,7 @@ class LinearMinimalMarginScoreOp(LinearOp):
         return empty_results(head, "value", "index", "pair", "value")
 
     @staticmethod
-    def keep(head: LinearHead, results: Tensors, needs_grad: set[str]) -> Tensors:
+    def keep(results: Tensors, needs_grad: set[str]) -> Tensors:
         score, _, pair, distance = results
         return score, pair, distance
 

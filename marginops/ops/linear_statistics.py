@@ -131,7 +131,7 @@ class LinearSampleStatisticsOp(LinearOp):
         return statistics.empty_fields(head.input, head.input.shape[0], True)
 
     @staticmethod
-    def keep(head: LinearHead, results: Tensors, needs_grad: set[str]) -> Kept:
+    def keep(results: Tensors, needs_grad: set[str]) -> Kept:
         fields = StatisticsFields._make(results)
         saved = fields.rival, fields.confidence, fields.entropy, fields.maximum, fields.log_sum
         return *saved, fields.margin if "log_norm" in needs_grad else None

@@ -68,7 +68,7 @@ def tile_shape(
     """
     item_bytes = (dtype or weight.dtype).itemsize
     capacity = max((chunk_bytes or default_chunk_bytes(input)) // item_bytes, 1)
-    count, classes = len(input), len(weight)
+    count, classes = input.shape[0], weight.shape[0]
     rows = min(count, max(capacity // max(classes, 1), 1))
     columns = classes
     if not whole_rows and rows < min(count, _ENOUGH_ROWS):
@@ -96,10 +96,10 @@ def logit_tiles(
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     buffer = weight.new_empty(shape[0] * shape[1])
-    for rows in pieces(len(input), shape[0]):
+    for rows in pieces(input.shape[0], shape[0]):
         features = _part(input, rows).to(weight.dtype)
-        for classes in pieces(len(weight), shape[1]):
-            size = len(features), classes.stop - classes.start
+        for classes in pieces(weight.shape[0], shape[1]):
+            size = features.shape[0], classes.stop - classes.start
             logits = buffer[: size[0] * size[1]].view(size)
             columns = _part(weight, classes).t()
             if bias is None:
@@ -111,7 +111,7 @@ def logit_tiles(
 
 def _part(rows: Tensor, piece: slice) -> Tensor:
     """A range of rows. A slice of all of them would take as long as a small product."""
-    return rows if piece.stop - piece.start == len(rows) else rows[piece]
+    return rows if piece.stop - piece.start == rows.shape[0] else rows[piece]
 
 
 def pieces(count: int, size: int) -> Iterator[slice]:
