@@ -28,7 +28,7 @@ def checked_linear_head(
     *,
     labels: tuple[Any, Any] | None = None,
     log_norm: Any = None,
-    temperature: Any = None,
+    temperature: Any = 1,
     rival: Any = "top2",
     bias_in_norm: Any = False,
     selects: bool = False,
@@ -43,7 +43,7 @@ def checked_linear_head(
         group: The processes that share the head, or None.
         labels: Targets and ``ignore_index``; None for a score.
         log_norm: The logarithm that scales margins.
-        temperature: What logits are divided by; None without a temperature.
+        temperature: What logits are divided by.
         rival: Which class a score compares.
         bias_in_norm: Whether the bias is part of the norm of a score.
         selects: Whether the function selects ``k`` rows. The features are [N, D] then, and may be
@@ -70,14 +70,13 @@ def checked_linear_head(
             check_bias_in_norm(bias, bias_in_norm)
         else:
             checks.check_target(target, input, ignore_index, "input", dims=input.dim() - 1)
+            check_temperature(temperature)
         # A view, or a copy if there is no view. The matrix product takes much longer than it.
         features, offset = input if input.dim() == 2 else input.flatten(0, -2), bias
-        if temperature is not None:
-            check_temperature(temperature)
-            if temperature != 1:
-                # Features and bias are divided, because the logits are larger.
-                features = features / temperature
-                offset = None if bias is None else bias / temperature
+        if labels is not None and temperature != 1:
+            # Features and bias are divided, because the logits are larger.
+            features = features / temperature
+            offset = None if bias is None else bias / temperature
         return LinearHead(
             features,
             weight,

@@ -52,14 +52,13 @@ class LinearOp(Op):
         self._names = [argument.name for argument in arguments]
         # The tensors are the first arguments.
         self._num_tensors = sum("Tensor" in str(argument.type) for argument in arguments)
-        self._take_arguments = operator.itemgetter(*map(LinearHead._fields.index, self._names))
         # A head takes its fields from the arguments of the op, and the others from the defaults.
         names = [*self._names, "place", *LinearHead._field_defaults]
         self._take_fields = operator.itemgetter(*map(names.index, LinearHead._fields))
 
     def call(self, head: LinearHead) -> Any:
         """The results of a head, wherever its classes are."""
-        arguments = self._take_arguments(head)
+        arguments = [getattr(head, name) for name in self._names]
         if head.place is WHOLE:
             return self(*arguments)
         return _OverProcesses.apply(*arguments, head.place, self)
