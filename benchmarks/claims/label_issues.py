@@ -95,14 +95,18 @@ def settings(scope: Scope) -> list[Settings]:
             cases.append((LONG, TWO_NOISES[0]))
             cases += [(LABEL_ISSUES, (SYMMETRIC, 0.0))] if seed == 0 else []
         found += [one(name, *noise, seed, scope.quick or name == LONG) for name, noise in cases]
-    has_cleanlab = importlib.util.find_spec("cleanlab") is not None
-    return [each for each in found if each["method"] != CLEANLAB or has_cleanlab]
+    return found
+
+
+def is_possible(settings: Settings) -> bool:
+    """cleanlab may be missing."""
+    return settings["method"] != CLEANLAB or importlib.util.find_spec("cleanlab") is not None
 
 
 def one(name: str, noise: str, rate: float, seed: int, is_small: bool) -> Settings:
     """One run. Another version of cleanlab is another run."""
     method = METHODS[name]
-    has_version = method["method"] == CLEANLAB and importlib.util.find_spec("cleanlab")
+    has_version = method["method"] == CLEANLAB and is_possible(method)
     return {
         "data": FASHION_MNIST,
         "samples": FEW_SAMPLES if is_small else SAMPLES,
@@ -291,6 +295,7 @@ CLAIM = Claim(
     report=report,
     draw=draw,
     draw_sheet=draw_sheet,
+    is_possible=is_possible,
 )
 
 if __name__ == "__main__":

@@ -170,6 +170,19 @@ def test_the_results_are_those_of_all_runs(
     assert "not written" in capsys.readouterr().err
 
 
+def test_runs_that_are_not_possible_are_left_out_and_nothing_is_published(
+    claims, toy, run_here, tmp_path, monkeypatch, capsys
+):
+    command = claims("harness.command")
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    claim = dataclasses.replace(toy(), is_possible=lambda settings: settings["width"] == 1)
+    assert command.main(claim, ["--cache", str(tmp_path / "c")]) == 0
+    printed = capsys.readouterr()
+    assert "The errors are [1, 3]." in printed.out
+    assert "not written, as these are not all runs" in printed.err
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_claim_without_its_data_is_an_error(claims, toy, tmp_path, capsys):
     claim = dataclasses.replace(toy(), settings=lambda scope: [])
     assert claims("harness.command").main(claim, ["--cache", str(tmp_path / "c")]) == 1

@@ -77,6 +77,8 @@ class Claim:
         seeds: The number of seeds.
         quick_seeds: The number of seeds of a quick run.
         draw_sheet: Draws samples that a run found into a second figure, if there are any.
+        is_possible: Whether a run is possible here. Those that need a library that is missing are
+            left out, and then the published results stay.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Claim:
     seeds: int = 5
     quick_seeds: int = 2
     draw_sheet: Callable[[list[Row], Sources, "Figure"], None] | None = None
+    is_possible: Callable[[Settings], bool] = lambda _: True
 
     def all_settings(self) -> list[Settings]:
         """Every run with the default seeds and all data sets but MNIST, which few users have."""

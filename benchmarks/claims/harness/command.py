@@ -31,7 +31,8 @@ def main(claim: Claim, arguments: Sequence[str] | None = None) -> int:
     options = parser(claim).parse_args(arguments)
     sources = Sources(options.data_dir, options.mnist, options.texts)
     seeds = options.seeds or (claim.quick_seeds if options.quick else claim.seeds)
-    settings = claim.settings(Scope(range(seeds), options.quick, sources))
+    asked = claim.settings(Scope(range(seeds), options.quick, sources))
+    settings = [one for one in asked if claim.is_possible(one)]
     if not settings:
         print(f"{claim.name}: no data set is there; see --data-dir and --texts", file=sys.stderr)
         return 1
