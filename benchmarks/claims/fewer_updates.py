@@ -230,12 +230,8 @@ def budget_table(rows: Sequence[Row]) -> Table:
 
 def uniform_updates(comparison: Comparison, accuracies: Sequence[float]) -> str:
     """How many uniform updates reach a mean accuracy."""
-    samples, reached = np.transpose(comparison.frontier(UNIFORM, "samples"))
-    accuracy = float(np.mean(accuracies))
-    if not reached[0] <= accuracy <= reached[-1]:
-        return "-"
-    updates = np.exp(np.interp(accuracy, reached, np.log(samples / BATCH)))
-    return f"{updates:,.0f}"
+    samples = comparison.cost_at(UNIFORM, float(np.mean(accuracies)), "samples")
+    return "-" if samples is None else f"{samples / BATCH:,.0f}"
 
 
 def draw(rows: list[Row], figure: "Figure") -> None:

@@ -55,14 +55,10 @@ def compared(rows: Sequence[Row], sampling: str) -> Comparison:
 def gain_at(comparison: Comparison, sampling: str, budget: float) -> float | None:
     """The gain in CPU time at the mean accuracy of one budget; None if uniform misses it."""
     runs = [run for run in comparison.runs if (run.sampling, run.budget) == (sampling, budget)]
-    seconds, reached = np.transpose(comparison.frontier(UNIFORM))
-    # Where the frontier is flat, the smallest cost counts.
-    reached, first = np.unique(reached, return_index=True)
-    accuracy = np.mean([run.accuracy for run in runs])
-    if not reached[0] <= accuracy <= reached[-1]:
+    uniform = comparison.cost_at(UNIFORM, float(np.mean([run.accuracy for run in runs])))
+    if uniform is None:
         return None
-    uniform = np.exp(np.interp(accuracy, reached, np.log(seconds[first])))
-    return float(uniform / np.mean([run.process_seconds for run in runs]))
+    return uniform / float(np.mean([run.process_seconds for run in runs]))
 
 
 def of_both(rows: Sequence[Row], budget: float, field: str) -> tuple[list[float], list[float]]:

@@ -60,6 +60,19 @@ def test_the_range_is_what_both_reach_with_any_seed_left_out(comparison) -> None
     assert none.to_text().endswith("half: no accuracy that all reaches as well")
 
 
+def test_the_cost_at_an_accuracy_is_that_of_the_law_and_none_outside(comparison) -> None:
+    assert comparison.cost_at("all", 0.8 + 0.05 * math.log2(3)) == pytest.approx(30)
+    assert comparison.cost_at("all", 0.9, "samples") == pytest.approx(400)
+    mean_shift = sum(SHIFTS.values()) / len(SHIFTS)
+    cost = comparison.cost_at("half", 0.86 + mean_shift, "wall_seconds")
+    assert cost == pytest.approx(20 * 2**0.2)
+    assert comparison.cost_at("all", 0.95) == pytest.approx(80)
+    assert comparison.cost_at("all", 0.951) is None
+    assert comparison.cost_at("all", 0.799) is None
+    with pytest.raises(ValueError, match=r'sampling: expected "all" or "half", got .none.'):
+        comparison.cost_at("none", 0.9)
+
+
 def test_a_frontier_does_not_fall() -> None:
     isotonic = pytest.importorskip("sklearn.isotonic")
     generator = np.random.default_rng(0)
@@ -209,7 +222,7 @@ def test_errors_of_a_comparison_name_what_is_wrong(comparison) -> None:
         Comparison(comparison.runs[1:], "all")
     with pytest.raises(ValueError, match='baseline: expected "all" or "half", got'):
         Comparison(comparison.runs, "other")
-    with pytest.raises(ValueError, match='sampling: expected "all" or "half", got'):
+    with pytest.raises(ValueError, match=r'sampling: expected "all" or "half", got'):
         comparison.gain("other")
     with pytest.raises(ValueError, match='baseline: expected "all", got'):
         compare(law, ["all"], [1], seeds=[3], baseline="other")

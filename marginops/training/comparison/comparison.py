@@ -149,6 +149,26 @@ class Comparison:
         line = Frontier(*self._values(sampling, cost))
         return list(zip(np.exp(line.log_costs).tolist(), line.accuracies.tolist(), strict=True))
 
+    def cost_at(
+        self, sampling: str, accuracy: float, cost: Cost = "process_seconds"
+    ) -> float | None:
+        """The smallest cost that reaches an accuracy on the :meth:`frontier` of a sampling.
+
+        Between two budgets the accuracy is linear in the logarithm of the cost.
+
+        Args:
+            sampling: One of ``samplings``.
+            accuracy: A mean accuracy.
+            cost: ``"process_seconds"``, ``"wall_seconds"`` or ``"samples"``.
+
+        Returns:
+            The cost. It is None if the accuracy is outside the frontier: nothing is extrapolated.
+        """
+        line = Frontier(*self._values(sampling, cost))
+        if not line.accuracies[0] <= accuracy <= line.accuracies[-1]:
+            return None
+        return float(np.exp(line.log_cost(np.array(accuracy))))
+
     def accuracy_range(self, sampling: str, cost: Cost = "process_seconds") -> tuple[float, float]:
         """The accuracies for which :meth:`gain` is defined.
 
