@@ -50,7 +50,9 @@ def has_own_forward(module: nn.Module) -> bool:
 def _runs_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Whether the class is, or inherits from, one of ``kinds`` and computes the same."""
     own: Any = type(module)
-    return not has_own_forward(module) and any(
+    if has_own_forward(module) or not issubclass(own, kinds):
+        return False
+    return any(
         issubclass(own, kind)
         and all(getattr(own, name, None) is getattr(kind, name, None) for name in _COMPUTING)
         for kind in kinds
