@@ -9,7 +9,8 @@ from .._checks import result_dtype
 from ._batches import Batch
 from ._library import Op
 
-Terms = Sequence[tuple[Tensor, Tensor]]
+# Values [K], and the rows [K, D] that they multiply.
+ScaledRows = tuple[Tensor, Tensor]
 
 
 def add_in_order(sums: Tensor, index: Tensor, values: Tensor) -> None:
@@ -56,20 +57,22 @@ class ClassSumOp(Op):
 class_sum_op = ClassSumOp()
 
 
-def sum_pairs(pair: Tensor, classes: int, terms: Terms, kept: Tensor | None = None) -> list[Tensor]:
-    """Add ``value_k * rows_k`` to the first class of pair k and subtract it from the second.
+def sum_pairs(
+    pair: Tensor, classes: int, scaled_rows: Sequence[ScaledRows], kept: Tensor | None = None
+) -> list[Tensor]:
+    """Add each scaled row to the first class of its pair, and subtract it from the second.
 
-    The terms are sorted by class, so that one worker sums all terms of a class in a fixed order.
+    The summands are sorted by class, so that one worker sums all of a class in a fixed order.
 
     Args:
         pair: ``[K, 2]``.
         classes: The number of classes C.
-        terms: Pairs of a value ``[K]`` and rows ``[K, D]``. D may differ from pair to pair.
-        kept: Indices of the terms that count, all if None. The terms of the first classes are
+        scaled_rows: One or more values ``[K]`` and rows ``[K, D]``, each with a D of its own.
+        kept: Indices of the summands that count, all if None. Those of the first classes are
             numbered 0 to K - 1, those of the second classes K to 2 K - 1.
 
     Returns:
-        ``[C, D]`` for each of ``terms``.
+        ``[C, D]`` for each of ``scaled_rows``.
     """
     count = pair.shape[0]
     index, sample = pair.t().flatten(), torch.arange(count, device=pair.device).repeat(2)
@@ -79,5 +82,6 @@ def sum_pairs(pair: Tensor, classes: int, terms: Terms, kept: Tensor | None = No
     if kept is not None:
         order = kept[order]
     return [
-        class_sum_op(key, torch.cat((value, -value))[order], rows, classes) for value, rows in terms
+        class_sum_op(key, torch.cat((value, -value))[order], rows, classes)
+        for value, rows in scaled_rows
     ]

@@ -73,7 +73,7 @@ def checked_linear_head(
             check_temperature(temperature)
         # A view, or a copy if there is no view. The matrix product takes much longer than it.
         features, offset = input if input.dim() == 2 else input.flatten(0, -2), bias
-        if labels is not None and temperature != 1:
+        if temperature != 1:
             # Features and bias are divided, because the logits are larger.
             features = features / temperature
             offset = None if bias is None else bias / temperature

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import margin_pair as pairs
 from ._library import Op
+from .class_sum import ScaledRows
 from .linear_head import LinearHead
 from .linear_op import Gradients
 
@@ -32,7 +33,7 @@ def pair_gradients(
         one, other = (place.rows(bias, pair[:, side]).to(value.dtype) for side in (0, 1))
         bias_value = value + distance_coefficient * (one - other)
     gradients: Gradients = {}
-    terms: dict[str, tuple[Tensor, Tensor]] = {}
+    scaled_rows: dict[str, ScaledRows] = {}
     if "input" in needs_grad:
         step = _rounded(first, head.dtype, value) - _rounded(second, head.dtype, value)
         gradients["input"] = (value.unsqueeze(1) * step).to(head.input.dtype)
@@ -42,12 +43,12 @@ def pair_gradients(
             step = first.to(value.dtype) - second.to(value.dtype)
             rows = value.unsqueeze(1) * rows + distance_coefficient.unsqueeze(1) * step
             coefficient = torch.ones_like(value)
-        terms["weight"] = coefficient, rows
+        scaled_rows["weight"] = coefficient, rows
     if "bias" in needs_grad and bias is not None:
-        terms["bias"] = bias_value, value.new_ones((value.shape[0], 1))
-    if terms:
-        sums = place.sum_pairs(pair, weight.shape[0], [*terms.values()])
-        for name, total in zip(terms, sums, strict=True):
+        scaled_rows["bias"] = bias_value, value.new_ones((value.shape[0], 1))
+    if scaled_rows:
+        sums = place.sum_pairs(pair, weight.shape[0], [*scaled_rows.values()])
+        for name, total in zip(scaled_rows, sums, strict=True):
             parameter = getattr(head, name)
             gradients[name] = total.view(parameter.shape).to(parameter.dtype)
     return gradients

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import margin_pair as pairs
 from . import row_sums
 from .arguments import checked_target
-from .class_sum import Terms, sum_pairs
+from .class_sum import ScaledRows, sum_pairs
 from .row_sums import RowSums, StatisticsFields
 from .select import select_smallest_op
 from .tiles import logit_tiles, tile_shape
@@ -57,9 +57,11 @@ class Place:
         """The classes, numbered within this process; NOT_IN_PIECE for those of other processes."""
         return classes
 
-    def sum_pairs(self, pair: Tensor, count: int, terms: Terms) -> list[Tensor]:
+    def sum_pairs(
+        self, pair: Tensor, count: int, scaled_rows: Sequence[ScaledRows]
+    ) -> list[Tensor]:
         """See :func:`class_sum.sum_pairs`; for the ``count`` classes of this process."""
-        return sum_pairs(pair, count, terms)
+        return sum_pairs(pair, count, scaled_rows)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of what each process computes from its own classes."""

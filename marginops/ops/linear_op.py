@@ -21,11 +21,12 @@ Kept = tuple[Tensor | None, ...]
 
 
 class LinearOp(Op):
-    """An op of a linear head. Its arguments are fields of :class:`LinearHead`, in any number.
+    """An op of a linear head.
 
-    For classes in several processes there is the same function of autograd without a dispatcher,
-    because a group of processes cannot be an argument of an op. A subclass defines static methods
-    for both. An op with an argument ``k`` has the indices as its second result.
+    Its arguments are fields of :class:`LinearHead`, in any number, tensors first. If one of them is
+    ``k``, the second result is the indices, and ``constants`` has it. For classes in several
+    processes :class:`_OverProcesses` does without a dispatcher what the op does otherwise, because
+    a group of processes cannot be an argument of an op. A subclass defines static methods for both:
 
     ``compute``
         The results of a head.
@@ -36,8 +37,8 @@ class LinearOp(Op):
         need a gradient.
     ``differentiate``
         The gradients in fields of a head by name, from what is kept, the gradients of the results
-        and the names of the fields that need a gradient. Where k rows are selected, the head has
-        these rows only.
+        that are not in ``constants``, and the names of the fields that need a gradient. Where k
+        rows are selected, the head has these rows only.
     """
 
     compute: ClassVar[Callable[..., Tensors]]
@@ -50,9 +51,9 @@ class LinearOp(Op):
         super().__init__()
         arguments = self._kernel_op._schema.arguments
         self._names = [argument.name for argument in arguments]
-        # The tensors are the first arguments.
         self._num_tensors = sum("Tensor" in str(argument.type) for argument in arguments)
         # A head takes its fields from the arguments of the op, and the others from the defaults.
+        # The place comes first, because the first of equal names counts.
         names = [*self._names, "place", *LinearHead._field_defaults]
         self._take_fields = operator.itemgetter(*map(names.index, LinearHead._fields))
 
@@ -64,7 +65,7 @@ class LinearOp(Op):
         return _OverProcesses.apply(*arguments, head.place, self)
 
     def head(self, arguments: Any, place: Place = WHOLE) -> LinearHead:
-        """The head with these arguments of the op."""
+        """The head with these arguments of the op. Its ``shape`` is that of no rows."""
         return LinearHead._make(self._take_fields((*arguments, place, *_DEFAULTS)))
 
     def reference(self, *arguments: Any) -> Tensors:
@@ -74,18 +75,21 @@ class LinearOp(Op):
         return self.empty(self.head(arguments))
 
     def setup_context(self, ctx: Any, inputs: Any, output: Tensors, place: Place = WHOLE) -> None:
+        """Save what :meth:`backward` needs, for classes at any place."""
+        # Autograd's functions have more inputs than the op.
         needs = zip(self._names, ctx.needs_input_grad, strict=False)
         ctx.needs_grad = {name for name, needs_grad in needs if needs_grad}
-        ctx.place, ctx.options = place, inputs[self._num_tensors :]
-        indices = output[1] if "k" in self._names else None
+        tensors, ctx.numbers = inputs[: self._num_tensors], inputs[self._num_tensors :]
+        ctx.place = place
+        selects = "k" in self._names and inputs[self._names.index("k")] is not None
         kept = self.keep(output, ctx.needs_grad)
-        ctx.save_for_backward(*inputs[: self._num_tensors], indices, *kept)
+        ctx.save_for_backward(*tensors, output[1] if selects else None, *kept)
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> Any:
         needs_grad = ctx.needs_grad
         saved = ctx.saved_tensors  # checkpointing lets each be read only once
         indices, *kept = saved[self._num_tensors :]
-        head = self.head((*saved[: self._num_tensors], *ctx.options), ctx.place)
+        head = self.head((*saved[: self._num_tensors], *ctx.numbers), ctx.place)
         chosen = head if head.k is None else head.chosen(indices)
         gradients = self.differentiate(chosen, kept, grads, needs_grad)
         if head.k is not None and "input" in needs_grad:
@@ -94,7 +98,7 @@ class LinearOp(Op):
             zeros = rows.new_zeros(head.input.shape)
             # In place, because autocast fails on mixed dtypes in index_copy, not in index_copy_.
             gradients["input"] = write("index_copy_", zeros, 0, indices, rows)
-        return tuple([gradients.get(name) if name in needs_grad else None for name in self._names])
+        return [gradients.get(name) if name in needs_grad else None for name in self._names]
 
     def call_batch(self, batch: Batch) -> Any:
         """Rows cannot be joined where k of each element are selected."""

@@ -6,7 +6,7 @@ The ranks exchange the sums. Then every rank merges them and computes the result
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._checks import result_dtype
 from . import margin_pair as pairs
-from .class_sum import Terms, sum_pairs
+from .class_sum import ScaledRows, sum_pairs
 from .exchange import RankArguments, exchange
 from .linear_head import LinearHead, Place
 from .row_sums import NOT_IN_PIECE, RowSums, classes_in_piece, merge
@@ -83,11 +83,13 @@ class Shard(Place):
         """Number classes from the start of this rank."""
         return classes_in_piece(classes, slice(self.start, self.stop))
 
-    def sum_pairs(self, pair: Tensor, count: int, terms: Terms) -> list[Tensor]:
+    def sum_pairs(
+        self, pair: Tensor, count: int, scaled_rows: Sequence[ScaledRows]
+    ) -> list[Tensor]:
         """Leave out the classes of other ranks."""
         local = self.local(pair)
         kept = (local.t().flatten() != NOT_IN_PIECE).nonzero().squeeze(1)
-        return sum_pairs(local, count, terms, kept)
+        return sum_pairs(local, count, scaled_rows, kept)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks, rounded once to the dtype of ``value``."""
