@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All checks that need a GPU, in about ten minutes. The script installs offline, builds, and runs the
-# tests on cuda:0 while the four tools of compute-sanitizer check every kernel. Then it runs the
-# benchmarks alone. It writes benchmarks/results/<gpu>.csv and a short report, <gpu>.md. The whole
-# output is in build/gpu_check/. The exit status is 0 only if every step passed.
+# All checks that need a GPU, in about ten minutes. The script needs no network. It installs, builds,
+# and runs the tests on cuda:0 while the four tools of compute-sanitizer check every kernel. Then it
+# runs the benchmarks alone. It writes benchmarks/results/<gpu>.csv and a short report, <gpu>.md. The
+# whole output is in build/gpu_check/. The exit status is 0 only if every step passed.
 #
 #     benchmarks/gpu_check.sh [tests] [sanitizers] [benchmarks]     # all three by default
 #

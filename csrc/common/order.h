@@ -1,7 +1,7 @@
 // The order of scores. Scores ascend by value. -0.0 and +0.0 are equal. NaN of either sign comes
-// last, after +inf. sort_key() returns an unsigned integer, and these integers
-// compare as the scores do. Among equal keys the selections take the lowest index first:
-// cpu/select.cpp, cuda/select_*.cuh and cuda/select_ops.cpp.
+// last, after +inf. sort_key() returns an unsigned integer, and these integers compare as the
+// scores do. Among equal keys the selections take the lowest index first: cpu/selector.h,
+// cuda/select_*.cuh and cuda/select_ops.cpp.
 #pragma once
 
 #include <cstdint>

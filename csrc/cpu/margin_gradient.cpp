@@ -1,4 +1,5 @@
-// Sums over the samples of each class, of which the gradients of margins and scores consist.
+// The gradients of margins and scores are sums over the samples of each class. This file computes
+// these sums.
 //
 // One thread sums a class, in the order of its entries, so results do not depend on the number of
 // threads.

@@ -136,7 +136,7 @@ void write_dense(const SoftmaxGradient<ValueOf<T>>& gradient, const T* logits, i
   }
 }
 
-// Labels and rivals that are not among these classes belong to another shard of the logits.
+// Labels and rivals that are not among these classes belong to another piece of the logits.
 Tensor sample_statistics_gradient(
     const Tensor& logits, const Tensor& target, const Tensor& rival, const Tensor& confidence,
     const Tensor& entropy, const Tensor& maximum, const Tensor& log_sum,

@@ -1,5 +1,5 @@
 // Bindings of the CUDA kernels for the op in marginops/ops/dynamics.py.
-#include "binding.h"
+#include "tensor.h"
 
 #include "../binding/dynamics.h"
 #include "dynamics_launch.h"

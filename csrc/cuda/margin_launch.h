@@ -74,8 +74,9 @@ cudaError_t pair_gradient(const int64_t* key, const void* coefficient, int64_t s
 cudaError_t pair_distance(const Head& head, const IndexMatrix& pair, void* distance,
                           cudaStream_t stream);
 
-// The sum of coefficient * row over the entries of each class c. The sorted key [M] holds c * R + r
-// for each row r. coefficient [M] and result [classes, D] have the result type of rows [R, D].
+// The sum of coefficient * row over the entries of each class. The keys [M] are sorted. An entry of
+// class c and row r has the key c * R + r. coefficient [M] and result [classes, D] have the result
+// type of rows [R, D].
 size_t class_sum_workspace_bytes(int64_t size, const Matrix& rows);
 cudaError_t class_sum(const int64_t* key, const void* coefficient, int64_t size, const Matrix& rows,
                       int64_t classes, void* result, void* workspace, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// Bindings of the CUDA kernels for the ops in marginops/ops/margin*.py.
-#include "binding.h"
+// Bindings of the CUDA kernels for the ops in marginops/ops/margin*.py and class_sum.py.
+#include "tensor.h"
 
 #include "../binding/aten.h"
 

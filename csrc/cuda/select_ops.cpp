@@ -1,5 +1,5 @@
 // Bindings of the CUDA kernels for the ops in marginops/ops/select*.py.
-#include "binding.h"
+#include "tensor.h"
 
 #include "../binding/aten.h"
 #include "select_launch.h"

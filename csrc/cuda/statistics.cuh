@@ -132,7 +132,7 @@ __device__ __forceinline__ ExponentialSums<Number> sums_of(const TopAccumulator<
   return {};
 }
 
-// What one shard of the classes adds to the statistics of a sample. With a TopAccumulator the sums
+// What one piece of the classes adds to the statistics of a sample. With a TopAccumulator the sums
 // are 0.
 template <class Number, class Found>
 struct ShardOutput {

@@ -30,7 +30,7 @@ struct GradientView {
 
 // One row of the gradient. The thread that writes the classes around the label or the rival writes
 // the entry of that class again, afterwards. A label or rival outside [0, C) belongs to another
-// shard of the logits.
+// piece of the logits.
 template <class Scalar, bool kDense>
 struct RowGradient {
   using Number = Value<Scalar>;

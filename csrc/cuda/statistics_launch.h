@@ -47,8 +47,8 @@ struct StatisticsGradient {
   const void *grad_mean_loss, *num_counted;  // one value each; null means 0 and 1
 };
 
-// grad_logits [N, C] of the dtype of logits. The logits may be a shard: C may be 1, and a target or
-// rival outside [0, C) belongs to another shard.
+// grad_logits [N, C] of the dtype of logits. The logits may be a piece: C may be 1, and a target or
+// rival outside [0, C) belongs to another piece.
 cudaError_t sample_statistics_gradient(const Matrix& logits, const Target& target,
                                        const LogNorm& log_norm, const StatisticsGradient& gradient,
                                        void* grad_logits, cudaStream_t stream);

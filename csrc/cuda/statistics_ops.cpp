@@ -1,5 +1,5 @@
 // Bindings of the CUDA kernels for the ops in marginops/ops/statistics*.py and row_sums.py.
-#include "binding.h"
+#include "tensor.h"
 
 #include "../binding/statistics.h"
 #include "statistics_launch.h"

@@ -32,8 +32,9 @@ def rates(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str
     ============================================== ==============================================
     convolution, linear, product                   the result has the sum of the rates of the
                                                    factors
-    bias, sum, difference, concatenation           all terms and the result have the same rate
-    ReLU, leaky ReLU, pooling, views, mean, sum    the result has the rate of the input
+    bias, addition, subtraction, concatenation     all terms and the result have the same rate
+    ReLU, leaky ReLU, pooling, views, mean and     the result has the rate of the input
+    sum over dimensions
     quotient, power, square root                   the rates are subtracted, multiplied by the
                                                    exponent, halved
     layer, group, instance, RMS norm               the normalised input has rate 0; scale and

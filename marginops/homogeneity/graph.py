@@ -160,7 +160,7 @@ def _storage(held: Any) -> int | None:
 
 
 def _output(exported: Any) -> Node:
-    """The one tensor that the exported returns."""
+    """The one tensor that the exported program returns."""
     kept, structure = exported.graph.output_node().args[0], exported.call_spec.out_spec
     outputs = kept[len(kept) - structure.num_leaves :]
     if structure.num_children or not outputs or not isinstance(outputs[0], Node):

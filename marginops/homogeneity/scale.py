@@ -75,10 +75,11 @@ def log_scale(
     ================ ============================================================================
 
     Consider the curve :math:`\theta_i \mapsto e^{\alpha \lambda_i} \theta_i`. Along it the output
-    of the network grows by :math:`e^\alpha`. The logarithm of the scale is the :math:`\alpha`
-    between the point of the curve where :func:`marginops.homogeneity.lambda_seminorm` is 1 and
-    the parameters. :func:`marginops.homogeneity.rescale` by :math:`\alpha` adds :math:`\alpha`
-    to it. The scale is that of Kunin, Yamamura, Ma, Ganguli (2023).
+    of the network grows by :math:`e^\alpha`. At one point of the curve
+    :func:`marginops.homogeneity.lambda_seminorm` is 1. The logarithm of the scale is the
+    :math:`\alpha` that leads from this point to the parameters.
+    :func:`marginops.homogeneity.rescale` by :math:`\alpha` adds :math:`\alpha` to it. The scale is
+    that of Kunin, Yamamura, Ma, Ganguli (2023).
 
     ``classification_margin(..., log_norm=...)`` computes with it the margins of the network at
     scale 1. They do not change when the network is rescaled. So they compare networks, and epochs

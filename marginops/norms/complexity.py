@@ -52,8 +52,8 @@ def log_spectral_complexity(
         TypeError, ValueError: An argument is wrong, see :func:`marginops.log_norm_product`, or the
             layers of ``reference`` do not have the shapes of those of ``model``.
         RuntimeError: A spectral norm did not converge to 1e-6.
-        ImportError: SciPy is missing, which finds the spectral norm of matrices with both sides
-            above 64.
+        ImportError: SciPy is missing, which finds the spectral norm of larger matrices, see
+            ``tolerance`` of :func:`marginops.log_norm_product`.
 
     The logarithm is differentiable (once) in the weights and batch norms of both models, and in
     ``input``. The result is deterministic. The cost is that of :func:`marginops.log_norm_product`
@@ -70,7 +70,10 @@ def log_spectral_complexity(
     factors = factors_of(model, batch_norm, conv, example_input, stacklevel=2)
     origins: list[Factor | None] = [None] * len(factors)
     if reference is not None:
-        others = factors_of(reference, batch_norm, conv, example_input, 2, "reference")
+        try:
+            others = factors_of(reference, batch_norm, conv, example_input, stacklevel=2)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("model:", "reference:", 1)) from error
         _check_reference(others, factors)
         origins = list(others)
     if input is not None:

@@ -12,7 +12,7 @@ from .. import _checks as checks
 from ..networks import unwrap
 from . import layers as kinds
 from .structure import Call, Structure, examine, watch
-from .unsupported import check_whole
+from .unsupported import check_not_compiled_or_sharded
 
 BatchNorm = Literal["fold", "last", "affine"]
 Convolution = Literal["flattened", "operator"]
@@ -40,21 +40,16 @@ class Factor(NamedTuple):
 
 
 def factors_of(
-    model: Any,
-    batch_norm: Any,
-    conv: Any,
-    example_input: Any,
-    stacklevel: int,
-    argument: str = "model",
+    model: Any, batch_norm: Any, conv: Any, example_input: Any, stacklevel: int
 ) -> list[Factor]:
     """The matrices that count, in the order of their calls.
 
     The function warns if the model does not scale with the product of their norms.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     _check(batch_norm, conv, example_input)
-    check_whole("", model)
+    check_not_compiled_or_sharded("", model)
     model = unwrap(model)
     structure = examine(model)
     is_untraceable = structure.untraceable is not None
@@ -66,7 +61,7 @@ def factors_of(
     if batch_norm == "fold":
         _check_folds(structure, [calls[i] for i in norms])
     if batch_norm == "affine":
-        chosen = [call for call in calls if not _is_other(call.module)]
+        chosen = [call for call in calls if not _is_other_normalization(call.module)]
     elif batch_norm == "last" and norms:
         chosen = calls[norms[-1] + 1 :]
         if not chosen:
@@ -147,7 +142,7 @@ def _weight(path: str, module: Any) -> Tensor:
     return torch.ones(module.num_features, device=like.device)
 
 
-def _is_other(module: nn.Module) -> bool:
+def _is_other_normalization(module: nn.Module) -> bool:
     return kinds.is_normalization(module) and not kinds.is_batch_norm(module)
 
 

@@ -75,7 +75,8 @@ def log_norm_product(
         tolerance: The tolerance of the spectral norm. Iterations end when
             :math:`\lVert A^T A v - \sigma^2 v \rVert \le \mathrm{tolerance} \cdot \sigma^2`, so
             the relative error of the norm is at most about half the tolerance. Matrices with a
-            side of at most 64 are solved exactly.
+            side of at most 64 are solved exactly; with ``conv="operator"`` only the size of the
+            input of a convolution counts.
 
     Returns:
         A 0-d tensor on the device of the weights, float64 if a weight is float64, else float32. It

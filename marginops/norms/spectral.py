@@ -93,7 +93,7 @@ def leading_eigenvector(
         from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
     except ImportError as error:
         raise ImportError(
-            f"norm: expected SciPy to be installed for the spectral norm of {name}, got no SciPy; "
+            f"the spectral norm of {name} needs SciPy, which is not installed; "
             'run pip install "marginops[norms]"'
         ) from error
 
@@ -110,9 +110,9 @@ def leading_eigenvector(
         )
     except ArpackNoConvergence as error:
         raise RuntimeError(
-            f"tolerance: expected the spectral norm of {name} to converge to {tolerance:g}, got no "
-            f"convergence in {RESTARTS} restarts of ARPACK; its largest singular values may be too "
-            "close to each other"
+            f"the spectral norm of {name} did not converge to a tolerance of {tolerance:g} in "
+            f"{RESTARTS} restarts of ARPACK; its largest singular values may be too close to each "
+            "other"
         ) from error
     return torch.from_numpy(vectors[:, 0]).to(start.device)
 

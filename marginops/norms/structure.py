@@ -16,8 +16,8 @@ from .tracing import evaluated_copy, trace
 from .unsupported import (
     check_graph,
     check_module,
+    check_not_compiled_or_sharded,
     check_untraceable,
-    check_whole,
     function_name,
     is_idle_dropout,
     place_of,
@@ -97,7 +97,7 @@ def _walk(modules: dict[str, nn.Module]) -> Structure:
     for path, module in modules.items():
         if inside is not None and path.startswith(inside):
             continue
-        check_whole(path, module)
+        check_not_compiled_or_sharded(path, module)
         if kinds.is_layer(module) or kinds.is_normalization(module):
             found.calls.append(Call(path, module))
             inside = f"{path}." if path else ""  # skip the modules of a parametrization

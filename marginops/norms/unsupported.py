@@ -30,7 +30,7 @@ _PRODUCTS = {
 }
 
 
-def check_whole(path: str, module: nn.Module) -> None:
+def check_not_compiled_or_sharded(path: str, module: nn.Module) -> None:
     """Refuse a compiled program, and a module whose parameters are spread over processes."""
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(
@@ -98,7 +98,7 @@ def check_graph(graph: fx.Graph, root: nn.Module, path: str = "") -> None:
         known = [constants[value] for value in inputs if value in constants]
         held = next(filter(None, known), "")
         name = function_name(node).strip("_")
-        if describes(node) or (known and len(known) == len(inputs)):
+        if reads_description(node) or (known and len(known) == len(inputs)):
             constants[node] = held
         elif held and (name in _PRODUCTS or _is_foreign(node)):
             raise ValueError(
@@ -139,7 +139,7 @@ def _check_attribute(node: fx.Node, modules: dict[str, nn.Module], prefix: str) 
     """Raise an error for a parameter that is used outside its module. No norm would count it."""
     path, _, name = str(node.target).rpartition(".")
     is_parameter = isinstance(getattr(modules.get(path), name, None), nn.Parameter)
-    uses = [user for user in node.users if not describes(user)]
+    uses = [user for user in node.users if not reads_description(user)]
     if is_parameter and uses:
         raise ValueError(
             "model: expected parameters to be used by their own module only, got "
@@ -158,7 +158,7 @@ def _is_foreign(node: fx.Node) -> bool:
     return isinstance(node.target, operators) and not str(node.target).startswith("aten.")
 
 
-def describes(node: fx.Node) -> bool:
+def reads_description(node: fx.Node) -> bool:
     """Whether the node reads the shape, the dtype or the like, which no values change."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")

@@ -1,4 +1,4 @@
-"""Checks of logits, last layers and selections, for all of their functions."""
+"""Checks of logits, last layers and selections, for every function that takes them."""
 
 import operator
 import warnings

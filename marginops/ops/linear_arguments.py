@@ -14,7 +14,7 @@ from .arguments import (
     check_temperature,
 )
 from .distributed_head import local_head
-from .linear_head import WHOLE, LinearHead
+from .linear_head import ONE_PROCESS, LinearHead
 from .margin import RIVALS
 from .shard import open_shard
 from .tiles import check_chunk_bytes
@@ -51,7 +51,7 @@ def checked_linear_head(
         k: How many rows the function selects.
 
     Returns:
-        The arguments of the op: the local part of a DTensor, features as a matrix.
+        The head. It holds the local part of a DTensor, and the features as a matrix.
     """
     input, weight, bias = layer
     target, ignore_index = (None, -100) if labels is None else labels
@@ -74,7 +74,7 @@ def checked_linear_head(
         # A view, or a copy if there is no view. The matrix product takes much longer than it.
         features, offset = input if input.dim() == 2 else input.flatten(0, -2), bias
         if temperature != 1:
-            # Features and bias are divided, because the logits are larger.
+            # Features and bias are divided instead of the logits, which have more elements.
             features = features / temperature
             offset = None if bias is None else bias / temperature
         return LinearHead(
@@ -89,7 +89,7 @@ def checked_linear_head(
             rival == "nearest",
             dtype,
             chunk_bytes,
-            WHOLE,
+            ONE_PROCESS,
             input.shape[:-1],
         )
 

@@ -1,6 +1,6 @@
 """The arguments of the ops of a linear head, and the place of its classes.
 
-An op of a linear head computes what the op without this prefix computes from
+The op ``linear_<name>`` computes what the op ``<name>`` computes from
 ``F.linear(input, weight, bias)``. PyTorch's matrix product writes the logits of a tile of rows and
 classes into a buffer, and the op reads them there. Margins and scores need no logits for their
 gradient, which follows from the difference of two rows of the weight.
@@ -28,8 +28,8 @@ Tensors = tuple[Tensor, ...]
 class Place:
     """Where the classes of a head are: all in this process.
 
-    All that differs for classes in several processes is in the methods that
-    :class:`shard.Shard` overrides. Every process gets the same results.
+    For classes in several processes :class:`shard.Shard` overrides the methods. Every process gets
+    the same results.
     """
 
     def labels(self, head: LinearHead) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ class Place:
         return value
 
 
-WHOLE = Place()
+ONE_PROCESS = Place()
 
 
 class LinearHead(NamedTuple):
@@ -101,7 +101,7 @@ class LinearHead(NamedTuple):
     nearest: bool = False
     dtype: torch.dtype | None = None
     chunk_bytes: int | None = None
-    place: Place = WHOLE
+    place: Place = ONE_PROCESS
     shape: torch.Size = torch.Size()
 
     @property
@@ -117,10 +117,10 @@ class LinearHead(NamedTuple):
         """The logits of this process, see :func:`tiles.logit_tiles`."""
         return logit_tiles(self.input, self.weight, self.bias, self.dtype, shape)
 
-    def whole_rows(self) -> Iterator[tuple[slice, slice, Tensor]] | None:
+    def tiles_of_whole_rows(self) -> Iterator[tuple[slice, slice, Tensor]] | None:
         """The tiles if each holds the logits of all classes, else None."""
         shape = self.tile_shape()
-        has_all = self.place is WHOLE and shape[1] >= self.weight.shape[0]
+        has_all = self.place is ONE_PROCESS and shape[1] >= self.weight.shape[0]
         return self.tiles(shape) if has_all else None
 
     def local_sums(self, label: Tensor, with_sums: bool) -> RowSums:

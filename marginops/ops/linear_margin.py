@@ -171,7 +171,7 @@ class LinearClassificationMarginOp(LinearOp):
     @staticmethod
     def compute(head: LinearHead) -> Tensors:
         check_rows(head.input, target=head.target)
-        if (tiles := head.whole_rows()) is None:
+        if (tiles := head.tiles_of_whole_rows()) is None:
             margin, rival, *_ = head.statistics(None)
             return head.smallest(margin, rival)
         parts = [

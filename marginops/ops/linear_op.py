@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import result_dtype
 from ._batches import Batch
 from ._library import Op
-from .linear_head import WHOLE, LinearHead, Place, Tensors
+from .linear_head import ONE_PROCESS, LinearHead, Place, Tensors
 from .margin_gradient import write
 
 _DEFAULTS = tuple(LinearHead._field_defaults.values())
@@ -23,10 +23,10 @@ Kept = tuple[Tensor | None, ...]
 class LinearOp(Op):
     """An op of a linear head.
 
-    Its arguments are fields of :class:`LinearHead`, in any number, tensors first. If one of them is
-    ``k``, the second result is the indices, and ``constants`` has it. For classes in several
-    processes :class:`_OverProcesses` does without a dispatcher what the op does otherwise, because
-    a group of processes cannot be an argument of an op. A subclass defines static methods for both:
+    Its arguments are some of the fields of :class:`LinearHead`, tensors first. If one of them is
+    ``k``, the second result is the indices, and ``constants`` names it. If the classes are in
+    several processes, :class:`_DistributedFunction` calls the same methods, because a group of
+    processes cannot be an argument of an op. A subclass defines them as static methods:
 
     ``compute``
         The results of a head.
@@ -60,11 +60,11 @@ class LinearOp(Op):
     def call(self, head: LinearHead) -> Any:
         """The results of a head, wherever its classes are."""
         arguments = [getattr(head, name) for name in self._names]
-        if head.place is WHOLE:
+        if head.place is ONE_PROCESS:
             return self(*arguments)
-        return _OverProcesses.apply(*arguments, head.place, self)
+        return _DistributedFunction.apply(*arguments, head.place, self)
 
-    def head(self, arguments: Any, place: Place = WHOLE) -> LinearHead:
+    def head(self, arguments: Any, place: Place = ONE_PROCESS) -> LinearHead:
         """The head with these arguments of the op. Its ``shape`` is that of no rows."""
         return LinearHead._make(self._take_fields((*arguments, place, *_DEFAULTS)))
 
@@ -74,7 +74,9 @@ class LinearOp(Op):
     def fake(self, *arguments: Any) -> Tensors:
         return self.empty(self.head(arguments))
 
-    def setup_context(self, ctx: Any, inputs: Any, output: Tensors, place: Place = WHOLE) -> None:
+    def setup_context(
+        self, ctx: Any, inputs: Any, output: Tensors, place: Place = ONE_PROCESS
+    ) -> None:
         """Save what :meth:`backward` needs, for classes at any place."""
         # Autograd's functions have more inputs than the op.
         needs = zip(self._names, ctx.needs_input_grad, strict=False)
@@ -105,7 +107,7 @@ class LinearOp(Op):
         return super().call_batch(batch) if batch.values.get("k") is None else None
 
 
-class _OverProcesses(torch.autograd.Function):
+class _DistributedFunction(torch.autograd.Function):
     """An op of a head whose classes are in several processes."""
 
     @staticmethod

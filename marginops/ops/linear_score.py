@@ -153,7 +153,7 @@ class LinearMinimalMarginScoreOp(LinearOp):
     @staticmethod
     def compute(head: LinearHead) -> Tensors:
         norm_weight, norm_bias = head.norm_parameters()
-        if (tiles := head.whole_rows()) is None:
+        if (tiles := head.tiles_of_whole_rows()) is None:
             label = head.input.new_zeros(len(head.input), dtype=torch.int64)
             sums = head.place.row_sums(head, label, False)
             pair, difference = top_pair(sums)

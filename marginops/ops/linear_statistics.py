@@ -116,7 +116,7 @@ class LinearSampleStatisticsOp(LinearOp):
             for part in head.input.split(max(head.tile_shape()[0], 1))
         ]
         norm = torch.cat(norms)
-        if (tiles := head.whole_rows()) is None:
+        if (tiles := head.tiles_of_whole_rows()) is None:
             return head.statistics(norm)
         parts = [
             statistics.sample_statistics_op(

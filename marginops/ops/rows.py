@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .._checks import has_values
 
-# A copy of the logits costs several times what the kernel does, so it may read as many rows more.
+# A copy of the logits costs several times what the kernel does, so the matrix may have up to twice
+# as many rows as the tensor.
 _MOST_ROWS = 2
 
 

@@ -61,7 +61,7 @@ class Shard(Place):
         return merge([RowSums(*part) for part in parts])
 
     def pair_distance(self, weight: Tensor, bias: Tensor | None, pair: Tensor) -> Tensor:
-        """Every rank gets the rows of some pairs after the other."""
+        """The ranks exchange the rows of a few pairs at a time."""
         row_bytes = max(weight.shape[1], 1) * result_dtype(weight.dtype).itemsize
         parts = []
         for part in pair.split(max(_EXCHANGED_BYTES // (2 * row_bytes), 1)):
@@ -129,7 +129,7 @@ def open_shard(group: Any, check: Callable[[], LinearHead], **others: Any) -> Li
         The result of ``check`` with the place of its classes.
     """
     if torch._C._are_functorch_transforms_active():
-        # Not part of the exchange below, which does not work inside the transforms either.
+        # Checked before the exchange below, which does not work inside the transforms.
         raise NotImplementedError(
             "group: expected None inside the transforms of torch.func such as grad and vmap, "
             f"got {group}; use backward()"

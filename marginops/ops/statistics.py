@@ -161,13 +161,17 @@ def sample_statistics(
     fields = sample_statistics_op(logits, target, input_norm, log_norm, ignore_index, with_mean)
     statistics = as_statistics(fields, input is not None, layout)
     if with_mean:
-        setattr(statistics.loss, _MEAN, (fields[12], statistics.counted))
+        setattr(statistics.loss, _MEAN, (fields[_MEAN_LOSS], statistics.counted))
     return statistics
 
 
 # The name of an attribute of losses with a gradient: their mean, a result of the same op, and the
 # samples in it. A backward pass from this mean calls one function of autograd and not three.
 _MEAN = "_marginops_mean"
+
+_NUM_PUBLIC = len(SampleStatistics._fields)
+_GRADIENT_NORM = StatisticsFields._fields.index("gradient_norm")
+_MEAN_LOSS = StatisticsFields._fields.index("mean_loss")
 
 
 def as_statistics(
@@ -176,12 +180,13 @@ def as_statistics(
     """The public fields, which are the first results of the op, in the shape of the layout."""
     if layout is not None:
         fields = tuple(
-            layout.restore(field) if has_gradient_norm or index != 8 else field
-            for index, field in enumerate(fields[:10])
+            layout.restore(field) if has_gradient_norm or index != _GRADIENT_NORM else field
+            for index, field in enumerate(fields[:_NUM_PUBLIC])
         )
     if has_gradient_norm:
-        return SampleStatistics._make(fields[:10])
-    return SampleStatistics._make((*fields[:8], None, fields[9]))
+        return SampleStatistics._make(fields[:_NUM_PUBLIC])
+    first, last = fields[:_GRADIENT_NORM], fields[_GRADIENT_NORM + 1 : _NUM_PUBLIC]
+    return SampleStatistics._make((*first, None, *last))
 
 
 def empty_fields(
@@ -265,11 +270,12 @@ class SampleStatisticsOp(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, target, _, log_norm, ctx.ignore_index, with_mean = inputs
-        margin, rival, _, _, confidence, entropy, _, _, _, _, maximum, log_sum, _, count = output
+        fields = StatisticsFields._make(output)
         ctx.save_for_backward(
-            *(logits, target, rival, confidence, entropy, maximum, log_sum, log_norm),
-            count if with_mean else None,
-            margin if ctx.needs_input_grad[3] else None,
+            *(logits, target, fields.rival, fields.confidence, fields.entropy),
+            *(fields.maximum, fields.log_sum, log_norm),
+            fields.num_counted if with_mean else None,
+            fields.margin if ctx.needs_input_grad[3] else None,
         )
 
     @staticmethod

@@ -63,8 +63,8 @@ def tile_shape(
     """The number of rows and of classes of a tile.
 
     The products read the features once for each range of classes, and the weight once for each
-    range of rows. So tiles are about square if whole rows do not fit. With
-    ``whole_rows`` tiles hold all classes.
+    range of rows. So a tile does not hold few rows of all classes, but more rows of fewer classes,
+    unless ``whole_rows`` asks for tiles with all classes.
     """
     item_bytes = (dtype or weight.dtype).itemsize
     capacity = max((chunk_bytes or default_chunk_bytes(input)) // item_bytes, 1)

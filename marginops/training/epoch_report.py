@@ -102,8 +102,8 @@ def report_epoch(
             outputs of ``head``; without both the largest target plus one.
         head: The layer that computes the logits from features ``[B, D]``, as
             ``F.linear(features, weight, bias)``. It may have LoRA of PEFT, as in
-            :func:`marginops.training.select_batch`, which also says what the default is; but here
-            only a linear layer is found. With ``weight`` it may be any module.
+            :func:`marginops.training.select_batch`. By default the function looks for a linear
+            layer with C outputs. With ``weight`` it may be any module.
         weight: ``[C, D]``, the weight in neural collapse. By default it is the weight of ``head``,
             and the function checks as :func:`marginops.training.select_batch` that the logits
             follow from it.

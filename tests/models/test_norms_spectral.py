@@ -176,7 +176,7 @@ def test_no_convergence_is_an_error(monkeypatch):
     model = nn.Sequential(nn.Linear(900, 800))
     with pytest.raises(
         RuntimeError,
-        match=r"tolerance: .* of 0 .* converge to 1e-06, got no convergence in 1 restarts",
+        match=r"norm of 0 .* did not converge to a tolerance of 1e-06 in 1 restarts",
     ):
         log_norm_product(model, norm="spectral")
 
@@ -267,6 +267,7 @@ def test_gradient_of_the_complexity():
         ({"reference": nn.Linear(2, 3)}, ValueError, r"reference: expected shape \[2, 2\] as"),
         ({"reference": nn.Sequential(*[nn.Linear(2, 2)] * 2)}, ValueError, "expected 1 layers"),
         ({"reference": 1}, TypeError, "reference: expected a torch.nn.Module, got int"),
+        ({"reference": nn.Embedding(2, 2)}, ValueError, "reference: expected linear layers, conv"),
         ({"input": [1.0]}, TypeError, r"input: expected a tensor \[n, ...\], got list"),
         ({"input": torch.ones(0, 2)}, ValueError, "input: expected at least one sample"),
         ({"input": torch.ones(3).int()}, TypeError, "input: expected dtype"),
