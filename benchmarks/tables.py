@@ -19,11 +19,15 @@ NAMES = {
     "liger": "Liger",
     "cut_cross_entropy": "cut-cross-entropy",
     "neural_collapse": "neural-collapse",
+    "WeightedRandom": "`WeightedRandomSampler`",
+    "multinomial": "`torch.multinomial`",
+    "randperm": "`torch.randperm`",
+    "statistics": "`sample_statistics`",
     "product": "the bare product",
     "floor": "the floor",
 }
 # What does less than the op, so that the ratio is how much longer the op takes.
-LOWER_BOUNDS = ("cross_entropy", "product", "floor")
+LOWER_BOUNDS = ("cross_entropy", "statistics", "randperm", "product", "floor")
 # The README's rows: op, shape, dtype, and the shape in words.
 OVERVIEW = [
     (

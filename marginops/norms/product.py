@@ -97,7 +97,7 @@ def log_norm_product(
     spectral norm it is differentiable once, and the singular vectors are constants. The result is
     deterministic.
 
-    Every call traces a copy of the model with ``torch.fx``, in 10 to 20 ms for a ResNet-18. For the
+    Every call traces a copy of the model with ``torch.fx``, in about 10 ms for a ResNet-18. For the
     Frobenius norm the function reads each weight once and needs O(outputs) memory. For the spectral
     norm it needs the largest weight in float64 and 20 vectors.
 

@@ -188,6 +188,30 @@ def test_a_copy_without_git_needs_its_commit(load, tmp_path, monkeypatch):
     assert run.clean_commit("abc1234") == "abc1234"
 
 
+PROVIDERS = """
+import importlib, json, pathlib
+found = set()
+for file in pathlib.Path().glob("bench_*.py"):
+    for name, function in vars(importlib.import_module(file.stem)).items():
+        marks = getattr(function, "pytestmark", []) if name.startswith("bench_") else []
+        for mark in marks:
+            if mark.name == "parametrize" and "provider" in mark.args[0]:
+                places = mark.args[0].replace(" ", "").split(",")
+                for values in mark.args[1]:
+                    values = getattr(values, "values", values)
+                    found.add(values if len(places) == 1 else values[places.index("provider")])
+print(json.dumps(sorted(found)))
+"""
+
+
+def test_every_provider_of_a_benchmark_has_a_name_in_the_tables(load):
+    command = [sys.executable, "-c", PROVIDERS]
+    run = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    providers = set(json.loads(run.stdout))
+    assert {"eager", "topk", "product", "WeightedRandom", "statistics"} < providers
+    assert providers - {"marginops"} <= load("tables").NAMES.keys()
+
+
 def test_problems_of_results_and_tables(load, results, monkeypatch):
     run, root = load("run"), results.parent
     monkeypatch.setattr(run, "ROOT", root)
