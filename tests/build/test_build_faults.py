@@ -209,7 +209,7 @@ def test_wrong_number_of_jobs_is_the_reason(
 @pytest.mark.parametrize(
     "program",
     [
-        "sys.executable = None",
+        "import torch; sys.executable = None",
         "sys.executable = ''",
         "sys.executable, sys.frozen = '/bin/false', True",
         "sys.path.insert(0, Path.cwd())",
