@@ -65,7 +65,7 @@ class LinearOp(Op):
         return _DistributedFunction.apply(*arguments, head.place, self)
 
     def head(self, arguments: Any, place: Place = ONE_PROCESS) -> LinearHead:
-        """The head with these arguments of the op. Its ``shape`` is that of no rows."""
+        """The head with these arguments of the op. Its ``shape`` is not known."""
         return LinearHead._make(self._take_fields((*arguments, place, *_DEFAULTS)))
 
     def reference(self, *arguments: Any) -> Tensors:
